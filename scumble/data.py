@@ -1,0 +1,173 @@
+"""Labelled image sets: a Parquet file, a folder of class folders, or a torchvision set by name.
+
+All three give the same frozen `Dataset`, so training and attacks do not care where images came from.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+SPLITS = ("train", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".bmp")
+
+
+class DatasetError(ValueError):
+    """A data set could not be found or read; the message says which and what is accepted."""
+
+
+@dataclass(frozen=True, repr=False)
+class Dataset:
+    """Images with labels.
+
+    Attributes:
+        name: what it was opened as.
+        images: uint8 (N, H, W, C), C being 1 or 3.
+        labels: int64 (N,).
+        classes: K class names.
+        groups: one string per image; images of one group are near-duplicates (frames of one
+            traffic sign) and must stay on one side of a validation split.
+    """
+
+    name: str
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}, images={self.images.shape}, classes={len(self.classes)})"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, rows: npt.NDArray[np.int64]) -> Dataset:
+        """The images at `rows`, in that order."""
+        return Dataset(
+            self.name,
+            self.images[rows],
+            self.labels[rows],
+            self.classes,
+            tuple(self.groups[i] for i in rows),
+        )
+
+    def split(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+        """(rest, held out): about `fraction` of the images, whole groups only, drawn with `seed`."""
+        keys, member = np.unique(np.array(self.groups), return_inverse=True)
+        order = np.random.default_rng(seed).permutation(len(keys))
+        held = np.isin(member, order[: max(1, round(fraction * len(keys)))])
+        return self.subset(np.flatnonzero(~held)), self.subset(np.flatnonzero(held))
+
+
+def load(source: str, split: str = "train", *, root: Path | None = None) -> Dataset:
+    """Open a data set.
+
+    Args:
+        source: a `.parquet` file, a folder with one sub-folder per class, or the name of a set.
+        split: `train` or `test`; used when `source` is a name.
+        root: for a name: a folder that may hold `<name>_<split>.parquet`. Where it does not, the
+            set is taken from `torchvision.datasets`, downloaded into `root` on first use.
+
+    Raises:
+        DatasetError: nothing of that name, or the file is not an image set.
+    """
+    if split not in SPLITS:
+        raise DatasetError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    path = Path(source)
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    if path.is_dir():
+        return _folder(path)
+    if root is not None and (packed := root / f"{source}_{split}.parquet").is_file():
+        return _parquet(packed)
+    if source in TORCHVISION:
+        return _torchvision(source, split, root or Path.home() / ".cache" / "scumble")
+    raise DatasetError(
+        f"no data set {source!r}: give a .parquet file, a folder of class folders, "
+        f"or one of {', '.join(sorted(TORCHVISION))}"
+    )
+
+
+def _parquet(path: Path) -> Dataset:
+    """Hugging Face image layout: `image` = struct{bytes, path}, `label` = int64."""
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise DatasetError(f"no file {str(path)!r}")
+    table = pq.read_table(path)
+    if not {"image", "label"} <= set(table.column_names):
+        raise DatasetError(
+            f"{str(path)!r} has the columns {table.column_names}; an image set needs image and label"
+        )
+    column = table["image"].combine_chunks()
+    images = _stack(path.name, [Image.open(io.BytesIO(b)) for b in column.field("bytes").to_pylist()])
+    meta = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    labels = table["label"].to_numpy().astype(np.int64)
+    feature = meta.get("info", {}).get("features", {}).get("label", {})
+    classes = feature.get("names") or [str(k) for k in range(int(labels.max()) + 1)]
+    paths = column.field("path").to_pylist()
+    return Dataset(path.stem, images, labels, tuple(classes), tuple(map(_group, paths)))
+
+
+def _folder(path: Path) -> Dataset:
+    classes = sorted(p.name for p in path.iterdir() if p.is_dir())
+    files = [f for c in classes for f in sorted((path / c).iterdir()) if f.suffix.lower() in SUFFIXES]
+    if not files:
+        raise DatasetError(f"{str(path)!r} has no class folders with {', '.join(SUFFIXES)} files")
+    images = _stack(path.name, [Image.open(f) for f in files])
+    labels = np.array([classes.index(f.parent.name) for f in files], np.int64)
+    return Dataset(path.name, images, labels, tuple(classes), tuple(str(f) for f in files))
+
+
+def _torchvision(name: str, split: str, root: Path) -> Dataset:
+    import torchvision.datasets as tv
+
+    data = TORCHVISION[name](tv, root, split)
+    images = _stack(name, [image for image, _ in data])
+    labels = np.array([label for _, label in data], np.int64)
+    classes = getattr(data, "classes", None) or [str(k) for k in range(int(labels.max()) + 1)]
+    # GTSRB alone has near-duplicates: its file names carry the track.
+    files = [p for p, *_ in getattr(data, "_samples", [])] or [f"{name}/{i}" for i in range(len(labels))]
+    return Dataset(
+        f"{name}_{split}", images, labels, tuple(map(str, classes)), tuple(_group(str(f)) for f in files)
+    )
+
+
+def _stack(name: str, pictures: list[Image.Image]) -> npt.NDArray[np.uint8]:
+    """Grey sets become (N, H, W, 1), all others (N, H, W, 3); sizes are brought to the first's."""
+    # The original signs of GTSRB come in every size; the literature scales them to 32 pixels.
+    size = (32, 32) if name.startswith("gtsrb") else pictures[0].size
+    images = np.stack([np.asarray(_fit(p.convert("RGB"), size)) for p in pictures])
+    grey = bool((images == images[..., :1]).all())
+    return np.ascontiguousarray(images[..., :1]) if grey else images
+
+
+def _fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BILINEAR)
+
+
+def _group(path: str) -> str:
+    """`.../00005/00024_00022.ppm`, frame 22 of track 24, belongs to `.../00005/00024`."""
+    return re.sub(r"(\d{5})_\d{5}\.ppm$", r"\1", path)
+
+
+# name -> (torchvision.datasets, root, split) -> data set
+TORCHVISION: dict[str, Callable[[Any, Path, str], Any]] = {
+    "mnist": lambda tv, root, split: tv.MNIST(root, train=split == "train", download=True),
+    "fashion_mnist": lambda tv, root, split: tv.FashionMNIST(
+        root, train=split == "train", download=True
+    ),
+    "cifar10": lambda tv, root, split: tv.CIFAR10(root, train=split == "train", download=True),
+    "cifar100": lambda tv, root, split: tv.CIFAR100(root, train=split == "train", download=True),
+    "gtsrb": lambda tv, root, split: tv.GTSRB(root, split=split, download=True),
+    "svhn": lambda tv, root, split: tv.SVHN(root, split=split, download=True),
+}

@@ -1,0 +1,1 @@
+"""The workshop: trains victims, quantizes them, writes bundles. Needs the `train` extra."""
