@@ -1,1 +1,1 @@
-"""Scumble's neutral ground: what clients, workshop, attacker and referee share with nobody's secrets."""
+"""What clients, workshop, attacker and referee share: client, data sets, command line."""

@@ -109,7 +109,9 @@ def _parquet(path: Path) -> Dataset:
             f"{str(path)!r} has the columns {table.column_names}; an image set needs image and label"
         )
     column = table["image"].combine_chunks()
-    images = _stack(path.name, [Image.open(io.BytesIO(b)) for b in column.field("bytes").to_pylist()])
+    images = _stack(
+        path.name, [Image.open(io.BytesIO(b)) for b in column.field("bytes").to_pylist()]
+    )
     meta = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     labels = table["label"].to_numpy().astype(np.int64)
     feature = meta.get("info", {}).get("features", {}).get("label", {})
@@ -120,7 +122,9 @@ def _parquet(path: Path) -> Dataset:
 
 def _folder(path: Path) -> Dataset:
     classes = sorted(p.name for p in path.iterdir() if p.is_dir())
-    files = [f for c in classes for f in sorted((path / c).iterdir()) if f.suffix.lower() in SUFFIXES]
+    files = [
+        f for c in classes for f in sorted((path / c).iterdir()) if f.suffix.lower() in SUFFIXES
+    ]
     if not files:
         raise DatasetError(f"{str(path)!r} has no class folders with {', '.join(SUFFIXES)} files")
     images = _stack(path.name, [Image.open(f) for f in files])
@@ -136,9 +140,15 @@ def _torchvision(name: str, split: str, root: Path) -> Dataset:
     labels = np.array([label for _, label in data], np.int64)
     classes = getattr(data, "classes", None) or [str(k) for k in range(int(labels.max()) + 1)]
     # GTSRB alone has near-duplicates: its file names carry the track.
-    files = [p for p, *_ in getattr(data, "_samples", [])] or [f"{name}/{i}" for i in range(len(labels))]
+    files = [p for p, *_ in getattr(data, "_samples", [])] or [
+        f"{name}/{i}" for i in range(len(labels))
+    ]
     return Dataset(
-        f"{name}_{split}", images, labels, tuple(map(str, classes)), tuple(_group(str(f)) for f in files)
+        f"{name}_{split}",
+        images,
+        labels,
+        tuple(map(str, classes)),
+        tuple(_group(str(f)) for f in files),
     )
 
 

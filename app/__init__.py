@@ -1,0 +1,1 @@
+"""The service: a black box that answers images with defended probabilities."""

@@ -1,0 +1,184 @@
+"""A model bundle: `models/<name>/` with a card, ONNX files and golden outputs.
+
+    card.json       what the model is, how it was made, sha256 of every other file
+    float32.onnx    uint8 pixels (N, H, W, C) -> probabilities float32 (N, K)
+    int8.onnx       the same, quantized in QDQ form
+    golden.json     outputs for a few made-up inputs, checked at every load
+
+Each file is read once, hashed, and handed on as bytes, so that what was checked is what runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.engines import Precision
+from app.errors import BundleError
+
+FORMAT = "scumble-bundle/1"
+GOLDEN_COUNT = 6
+# Which file a precision runs; bf16 is the float file under another hint.
+ONNX_FILE: dict[Precision, str] = {
+    "float32": "float32.onnx",
+    "bf16": "float32.onnx",
+    "int8": "int8.onnx",
+}
+
+
+class Frozen(BaseModel):
+    """Strict and immutable, unknown members refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class InputShape(Frozen):
+    """What the network takes: uint8 (N, height, width, channels)."""
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    channels: Literal[1, 3]
+
+
+class Preprocessing(Frozen):
+    """How a decoded picture of another size is brought to the input size (before the graph).
+
+    `stretch` resizes to the input size. `crop` resizes so that the central `ratio` of the shorter
+    side fills the input, then crops the centre, as is usual for ImageNet networks.
+    """
+
+    fit: Literal["stretch", "crop"] = "stretch"
+    ratio: float = Field(default=1.0, gt=0, le=1)
+
+
+class Accuracy(Frozen):
+    """Share of right arg-maxes, in [0, 1], on `images` images of `data`."""
+
+    value: float = Field(ge=0, le=1)
+    images: int = Field(gt=0)
+    data: str
+
+
+class Card(Frozen):
+    """`card.json`, written by `training/`, never by hand."""
+
+    format: Literal["scumble-bundle/1"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    labels: list[str] = Field(min_length=1)
+    input: InputShape
+    preprocessing: Preprocessing = Preprocessing()
+    files: dict[str, str]
+    accuracy: dict[str, Accuracy] = {}
+    quantization: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    data_licence: str = ""
+
+
+class Golden(Frozen):
+    """`golden.json`: what each precision answered to `golden_inputs` when the bundle was made."""
+
+    probabilities: dict[str, list[list[float]]]
+    tolerance: dict[str, float]
+
+
+class Bundle:
+    """A bundle on disk whose card was read; files are read and verified on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.card = self._card()
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.folder)!r})"
+
+    def read(self, file: str) -> bytes:
+        """A file's bytes.
+
+        Raises:
+            BundleError: the card does not list it, it is missing, or its sha256 is another.
+        """
+        if file not in self.card.files:
+            raise BundleError(f"{self} has no {file}; its card lists {', '.join(self.card.files)}")
+        try:
+            content = (self.folder / file).read_bytes()
+        except OSError as exc:
+            raise BundleError(f"{self}: {file} cannot be read: {exc.strerror}") from exc
+        found = hashlib.sha256(content).hexdigest()
+        if found != self.card.files[file]:
+            raise BundleError(
+                f"{self}: {file} has sha256 {found}, its card says {self.card.files[file]}"
+            )
+        return content
+
+    def onnx(self, precision: Precision) -> bytes:
+        """The ONNX file that runs `precision`."""
+        return self.read(ONNX_FILE[precision])
+
+    def golden(self) -> Golden:
+        """Expected outputs for the self-test."""
+        try:
+            return Golden.model_validate_json(self.read("golden.json"))
+        except ValidationError as exc:
+            raise BundleError(f"{self}: golden.json is malformed: {exc}") from exc
+
+    def _card(self) -> Card:
+        path = self.folder / "card.json"
+        try:
+            return Card.model_validate_json(path.read_bytes())
+        except OSError as exc:
+            raise BundleError(
+                f"no bundle at {str(self.folder)!r}: {exc.strerror}: card.json"
+            ) from exc
+        except ValidationError as exc:
+            raise BundleError(f"{str(path)!r} is malformed: {exc}") from exc
+
+
+def open_bundle(root: Path, name: str) -> Bundle:
+    """The bundle `root`/`name`.
+
+    Raises:
+        BundleError: none there; the message lists those that are.
+    """
+    found = sorted(p.parent.name for p in root.glob("*/card.json"))
+    if name not in found:
+        raise BundleError(
+            f"no model {name!r} in {str(root)!r}; there: {', '.join(found) or 'no bundle at all'}"
+        )
+    return Bundle(root / name)
+
+
+def golden_inputs(shape: InputShape) -> npt.NDArray[np.uint8]:
+    """`GOLDEN_COUNT` made-up pictures, uint8 (n, H, W, C): waves of rising frequency.
+
+    A formula and not stored images: nothing to license, nothing to ship.
+    """
+    n, y, x, c = np.ogrid[:GOLDEN_COUNT, : shape.height, : shape.width, : shape.channels]
+    phase = (n + 1) * (y / shape.height + (n % 3) * x / shape.width) * np.pi + c + n
+    return np.rint(127.5 + 127.5 * np.sin(phase)).astype(np.uint8)
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> Card:
+    """Hash the files of `folder`, complete `card` with them, check it, write it.
+
+    Raises:
+        BundleError: the card would not load again.
+    """
+    files = {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.iterdir())
+        if p.name != "card.json"
+    }
+    try:
+        full = Card.model_validate_json(orjson.dumps({**card, "format": FORMAT, "files": files}))
+    except ValidationError as exc:
+        raise BundleError(f"card of {str(folder)!r} is malformed: {exc}") from exc
+    text = orjson.dumps(full.model_dump(mode="json"), option=orjson.OPT_INDENT_2)
+    (folder / "card.json").write_bytes(text + b"\n")
+    return full

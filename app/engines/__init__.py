@@ -1,0 +1,73 @@
+"""Engines run a bundle's ONNX file: a batch in, probabilities out.
+
+One small file per engine, each with `load(model, *, threads, precision)`. The table names modules
+and not functions, so that an engine's library is imported only when that engine is chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import ConfigError
+
+EngineName = Literal["openvino", "onnxruntime", "torch"]
+Precision = Literal["float32", "bf16", "int8"]
+Batch = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+Probs = npt.NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """A loaded network.
+
+    Takes uint8 (N, H, W, C) pixels, or, for a graph cut open at `tensor` (see `app.graph`), float32
+    (N, C, H, W) in [0, 1]. Gives float32 (N, K) probabilities. A row does not depend on its batch.
+    """
+
+    def __call__(self, batch: Batch, /) -> Probs:
+        """Probabilities of each image."""
+        ...
+
+
+class Loader(Protocol):
+    """`load` of an engine module."""
+
+    def __call__(self, model: bytes, /, *, threads: int, precision: Precision) -> Engine:
+        """Compile the ONNX bytes for `threads` threads; ConfigError where it cannot."""
+        ...
+
+
+# In order of preference: `auto` takes the first that is installed.
+ENGINES: dict[EngineName, str] = {
+    "openvino": "app.engines.openvino",
+    "onnxruntime": "app.engines.onnxruntime",
+    "torch": "app.engines.torch",
+}
+
+
+def resolve(name: str) -> EngineName:
+    """The engine that `name` stands for; `auto` is the first of the table that is installed.
+
+    Raises:
+        ConfigError: no such engine, or its library is not installed.
+    """
+    installed = [engine for engine in ENGINES if importlib.util.find_spec(engine)]
+    if name == "auto" and installed:
+        return installed[0]
+    for engine in ENGINES:
+        if engine == name and engine in installed:
+            return engine
+    raise ConfigError(
+        f"engine is {name!r}; installed here: {', '.join(installed) or 'none'} (or auto). "
+        "The torch engine needs the extra: pip install 'scumble[torch]'"
+    )
+
+
+def load(name: EngineName, model: bytes, *, threads: int, precision: Precision) -> Engine:
+    """Load ONNX bytes in the engine `name`."""
+    loader: Loader = importlib.import_module(ENGINES[name]).load
+    return loader(model, threads=threads, precision=precision)

@@ -1,0 +1,109 @@
+"""Everything that can go wrong, and how a client sees it.
+
+ScumbleError                  a person can act on it; never a traceback
+├─ ConfigError                the server does not start
+│  └─ BundleError             a model bundle is missing, incomplete or tampered with
+└─ RequestError               one request is refused, as `application/problem+json`
+   ├─ BadFraming         400  the body is not what its headers say
+   ├─ NotFound           404  no such route or model
+   ├─ MethodNotAllowed   405
+   ├─ TooLarge           413  over a limit; nothing was decoded
+   ├─ UnsupportedType    415
+   ├─ Unprocessable      422  well framed, but not an image or not allowed here
+   ├─ Unavailable        503  queue full or draining; carries Retry-After
+   └─ Internal           500  our fault
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import orjson
+
+
+class ScumbleError(Exception):
+    """What was wrong, with which value, and what is allowed."""
+
+
+class ConfigError(ScumbleError):
+    """The settings cannot be served."""
+
+
+class BundleError(ConfigError):
+    """A model bundle is missing, incomplete or not what its card says."""
+
+
+class RequestError(ScumbleError):
+    """One request is refused; `reason` is the closed label that metrics count it under."""
+
+    status: ClassVar[int]
+    title: ClassVar[str]
+    reason: ClassVar[str]
+    headers: ClassVar[dict[str, str]] = {}
+
+    def problem(self) -> dict[str, Any]:
+        """RFC 9457 members, plus `error`, the one member that protocol V2 clients read."""
+        return {
+            "type": "about:blank",
+            "title": self.title,
+            "status": self.status,
+            "detail": str(self),
+            "error": str(self),
+        }
+
+    def body(self) -> bytes:
+        """The problem as JSON bytes."""
+        return orjson.dumps(self.problem())
+
+
+class BadFraming(RequestError):
+    """The body is not what its headers say."""
+
+    status, title, reason = 400, "Bad request", "framing"
+
+
+class NotFound(RequestError):
+    """No such route or model."""
+
+    status, title, reason = 404, "Not found", "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """The route exists, the method does not."""
+
+    status, title, reason = 405, "Method not allowed", "method"
+
+
+class TooLarge(RequestError):
+    """Over a limit; nothing was decoded."""
+
+    status, title, reason = 413, "Content too large", "too_large"
+
+
+class UnsupportedType(RequestError):
+    """The content type is none that this route reads."""
+
+    status, title, reason = 415, "Unsupported media type", "media_type"
+
+
+class Unprocessable(RequestError):
+    """Well framed, but not an image or not allowed here."""
+
+    status, title, reason = 422, "Unprocessable content", "unprocessable"
+
+
+class Unavailable(RequestError):
+    """Queue full or draining: try again later, or elsewhere."""
+
+    status, title, reason = 503, "Service unavailable", "unavailable"
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+
+class Internal(RequestError):
+    """Our fault; the details are in the log, under the request's id."""
+
+    status, title, reason = 500, "Internal server error", "internal"
+
+
+MEDIA_TYPE = "application/problem+json"
+REASONS = tuple(kind.reason for kind in RequestError.__subclasses__())
