@@ -39,7 +39,10 @@ class RequestError(ScumbleError):
     status: ClassVar[int]
     title: ClassVar[str]
     reason: ClassVar[str]
-    headers: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.headers = headers or {}
 
     def problem(self) -> dict[str, Any]:
         """RFC 9457 members, plus `error`, the one member that protocol V2 clients read."""
@@ -96,7 +99,9 @@ class Unavailable(RequestError):
     """Queue full or draining: try again later, or elsewhere."""
 
     status, title, reason = 503, "Service unavailable", "unavailable"
-    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+    def __init__(self, detail: str, retry_after_s: int = 1) -> None:
+        super().__init__(detail, {"Retry-After": str(retry_after_s)})
 
 
 class Internal(RequestError):

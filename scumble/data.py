@@ -1,6 +1,6 @@
 """Labelled image sets: a Parquet file, a folder of class folders, or a torchvision set by name.
 
-All three give the same frozen `Dataset`, so training and attacks do not care where images came from.
+All three give the same frozen `Dataset`, so training and attacks need not care where it came from.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Dataset:
         )
 
     def split(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-        """(rest, held out): about `fraction` of the images, whole groups only, drawn with `seed`."""
+        """(rest, held out): about `fraction` of the images, whole groups, drawn with `seed`."""
         keys, member = np.unique(np.array(self.groups), return_inverse=True)
         order = np.random.default_rng(seed).permutation(len(keys))
         held = np.isin(member, order[: max(1, round(fraction * len(keys)))])
@@ -106,7 +106,7 @@ def _parquet(path: Path) -> Dataset:
     table = pq.read_table(path)
     if not {"image", "label"} <= set(table.column_names):
         raise DatasetError(
-            f"{str(path)!r} has the columns {table.column_names}; an image set needs image and label"
+            f"{str(path)!r} has the columns {table.column_names}; needed: image and label"
         )
     column = table["image"].combine_chunks()
     images = _stack(

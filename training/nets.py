@@ -63,7 +63,7 @@ def small_cnn(channels: int, classes: int) -> nn.Sequential:
 
 
 def resnet9(channels: int, classes: int, width: int = 32) -> nn.Sequential:
-    """Eight convolutions with two residual blocks and a linear head, `width` to 8 `width` channels."""
+    """Eight convolutions, two residual blocks, a linear head; `width` to 8 `width` channels."""
     w = width
     return nn.Sequential(
         conv(channels, w),

@@ -116,10 +116,10 @@ def batches(n: int, size: int, epochs: int, rng: torch.Generator) -> Iterator[Te
 
 def _follow(average: nn.Module, net: nn.Module, decay: float) -> None:
     with torch.no_grad():
-        for slow, fast in zip(average.parameters(), net.parameters(), strict=True):
-            slow.lerp_(fast, 1 - decay)
-        for slow, fast in zip(average.buffers(), net.buffers(), strict=True):
-            slow.copy_(fast)
+        for weight, fast in zip(average.parameters(), net.parameters(), strict=True):
+            weight.lerp_(fast, 1 - decay)
+        for buffer, now in zip(average.buffers(), net.buffers(), strict=True):
+            buffer.copy_(now)
 
 
 def crop(pad: int) -> Augment:
@@ -159,7 +159,7 @@ def cutout(size: int) -> Augment:
 
 
 def affine(degrees: float, shift: float, scale: float, shear: float = 0.0) -> Augment:
-    """Rotate by up to `degrees`, shift by up to the share `shift` of the side, scale by 1 +- `scale`."""
+    """Rotate by up to `degrees`, shift by up to `shift` of the side, scale by 1 +- `scale`."""
 
     def apply(x: Tensor, rng: torch.Generator) -> Tensor:
         n = len(x)

@@ -1,0 +1,109 @@
+"""The admin port: one listener for all workers, kept by the supervisor, never by a busy worker.
+
+What it shows tells which answers the defense changed, so it is bound to loopback by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app import errors
+from app.service import json_response
+
+
+class Workers(Protocol):
+    """What the admin port asks the supervisor."""
+
+    def ready(self) -> bool:
+        """Every worker is ready and nobody is draining."""
+        ...
+
+    def pids(self) -> dict[int, int]:
+        """Process id by worker number."""
+        ...
+
+
+class ProcessMetrics(Collector):
+    """Memory, processor time and number of the worker processes, read when asked."""
+
+    def __init__(self, workers: Workers, proc: Path = Path("/proc")) -> None:
+        self._workers = workers
+        self._proc = proc
+
+    def collect(self) -> Iterable[Metric]:
+        """Read /proc for each worker; one that just ended is left out."""
+        import os
+
+        tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+        resident = GaugeMetricFamily(
+            "scumble_worker_resident_bytes", "Resident memory of a worker.", labels=["worker"]
+        )
+        seconds = CounterMetricFamily(
+            "scumble_worker_cpu_seconds_total", "Processor time of a worker.", labels=["worker"]
+        )
+        pids = self._workers.pids()
+        for number, pid in pids.items():
+            try:
+                pages = int((self._proc / str(pid) / "statm").read_text().split()[1])
+                stat = (self._proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+            except (OSError, IndexError):
+                continue
+            resident.add_metric([str(number)], pages * page)
+            seconds.add_metric([str(number)], (int(stat[11]) + int(stat[12])) / tick)
+        count = GaugeMetricFamily("scumble_workers", "Running worker processes.", len(pids))
+        return [resident, seconds, count]
+
+
+def create_admin(workers: Workers, metrics_dir: str) -> Starlette:
+    """`/metrics`, `/livez` and `/readyz` for all workers together."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
+    registry.register(ProcessMetrics(workers))
+
+    async def metrics(request: Request) -> Response:
+        del request
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def live(request: Request) -> Response:
+        del request
+        return json_response({"status": "live"})
+
+    async def ready(request: Request) -> Response:
+        del request
+        if workers.ready():
+            return json_response({"status": "ready"})
+        return json_response({"status": "not ready"}, 503)
+
+    routes: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/metrics": metrics,
+        "/livez": live,
+        "/readyz": ready,
+    }
+    return Starlette(
+        routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()],
+        exception_handlers={HTTPException: _refused},
+    )
+
+
+async def _refused(request: Request, exc: Exception) -> Response:
+    del request
+    assert isinstance(exc, HTTPException)  # noqa: S101  # registered for nothing else
+    error = (
+        errors.MethodNotAllowed("allowed: GET", {"Allow": "GET"})
+        if exc.status_code == 405
+        else errors.NotFound("no such route; there are /metrics, /livez and /readyz")
+    )
+    return Response(error.body(), error.status, error.headers, media_type=errors.MEDIA_TYPE)

@@ -1,0 +1,206 @@
+"""Routes and errors of the public port, around a `Service`.
+
+The handlers take the request and give the response themselves: validation by FastAPI's models would
+cost more than a small network. The OpenAPI document still describes every route.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app import errors, schemas
+from app.decode import FORMATS
+from app.middleware import Observe
+from app.service import Service
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+log = logging.getLogger("scumble")
+
+
+class Direct(APIRoute):
+    """A route whose endpoint is called with the request and nothing in between."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        """The endpoint itself."""
+        return self.endpoint
+
+
+def build(service: Service, *, access_log: bool = False) -> FastAPI:
+    """The application."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        del app
+        yield
+        service.batcher.close()
+
+    async def refused(request: Request, exc: Exception) -> Response:
+        del request
+        error = exc if isinstance(exc, errors.RequestError) else _translated(exc)
+        service.metrics.rejections[error.reason].inc()
+        return Response(error.body(), error.status, error.headers, media_type=errors.MEDIA_TYPE)
+
+    app = FastAPI(
+        title="Scumble",
+        summary="A black box: images in, probabilities out.",
+        version=service.card.version,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers={
+            errors.RequestError: refused,
+            HTTPException: refused,
+            Exception: refused,
+        },
+    )
+    app.router.route_class = Direct
+    for path, method, endpoint, description in routes(service):
+        app.add_api_route(path, endpoint, methods=[method], **description)
+    paths = [path for path, *_ in routes(service)]
+    app.add_middleware(
+        Observe, metrics=service.metrics, routes=(*paths, "/openapi.json"), access_log=access_log
+    )
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
+    app.state.service = service
+    return app
+
+
+def routes(service: Service) -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
+    """Path, method, endpoint, and what the OpenAPI document says of it."""
+    return [
+        (
+            "/v1/predict",
+            "POST",
+            service.predict,
+            {
+                "summary": "Probabilities of images",
+                "operation_id": "predict",
+                "responses": {
+                    200: {
+                        "model": schemas.PredictAnswer,
+                        "description": "one prediction per image",
+                    },
+                    **_problems(400, 413, 415, 422, 503),
+                },
+                "openapi_extra": _predict_extra(len(service.card.labels)),
+            },
+        ),
+        (
+            "/v1/model",
+            "GET",
+            service.model,
+            {
+                "summary": "Labels, input and limits of the model",
+                "operation_id": "model",
+                "responses": {200: {"model": schemas.ModelInfo}},
+            },
+        ),
+        (
+            "/livez",
+            "GET",
+            service.live,
+            {
+                "summary": "The process answers",
+                "operation_id": "livez",
+                "responses": {200: {"model": schemas.Health}},
+            },
+        ),
+        (
+            "/readyz",
+            "GET",
+            service.ready,
+            {
+                "summary": "The model is loaded, tested and warm, and the service is not draining",
+                "operation_id": "readyz",
+                "responses": {
+                    200: {"model": schemas.Health},
+                    503: {"model": schemas.Health, "description": "draining"},
+                },
+            },
+        ),
+    ]
+
+
+def _translated(exc: Exception) -> errors.RequestError:
+    """Starlette's own refusals, and whatever nobody foresaw, in our one error shape."""
+    if isinstance(exc, HTTPException):
+        if exc.status_code == 404:
+            return errors.NotFound("no such route; /openapi.json lists them")
+        if exc.status_code == 405:
+            allowed = (exc.headers or {}).get("Allow", "")
+            detail = f"method not allowed here; allowed: {allowed}"
+            return errors.MethodNotAllowed(detail, {"Allow": allowed})
+        return errors.BadFraming(str(exc.detail))
+    log.error("unexpected error", exc_info=exc)
+    return errors.Internal("unexpected error; the log has the details under this request's id")
+
+
+def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+    titles = {kind.status: kind.title for kind in errors.RequestError.__subclasses__()}
+    return {code: {"description": titles[code], "content": _problem_content()} for code in codes}
+
+
+def _problem_content() -> dict[str, Any]:
+    return {errors.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+
+
+def _predict_extra(classes: int) -> dict[str, Any]:
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        "parameters": [
+            {
+                "name": "top_k",
+                "in": "query",
+                "required": False,
+                "description": "send the k most probable classes instead of all probabilities",
+                "schema": {"type": "integer", "minimum": 1, "maximum": classes},
+            },
+            {
+                "name": "X-Request-ID",
+                "in": "header",
+                "required": False,
+                "description": "taken over as the id and echoed; one of another form is replaced",
+                "schema": {"type": "string"},
+            },
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                **dict.fromkeys(sorted(FORMATS), binary),
+                "multipart/form-data": {"schema": {"$ref": "#/components/schemas/PredictForm"}},
+                "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+            },
+        },
+    }
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document plus the schemas that only our own descriptions refer to."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title, version=app.version, summary=app.summary, routes=app.routes
+        )
+        extra: list[type[BaseModel]] = [
+            schemas.PredictForm,
+            schemas.PredictRequest,
+            schemas.Problem,
+        ]
+        _, definitions = models_json_schema(
+            [(model, "validation") for model in extra],
+            ref_template="#/components/schemas/{model}",
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        app.openapi_schema = document
+    return app.openapi_schema

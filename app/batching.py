@@ -1,0 +1,168 @@
+"""Micro-batching: requests that wait at the same time share one call of the engine.
+
+Nobody waits for company while the engine is idle: the first request starts a batch at the end of
+the event loop's current turn, together with whatever else arrived in that turn. While a batch runs,
+the next one gathers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.engines import Batch, Probs
+from app.errors import Unavailable
+from app.metrics import Metrics
+from app.pipeline import Answers, Pipeline
+
+
+@dataclass(frozen=True)
+class Served:
+    """One request's part of a batch: (n, K) probabilities and the seconds of each stage."""
+
+    probabilities: Probs
+    queue_s: float
+    infer_s: float
+    defend_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    batch: Batch
+    future: asyncio.Future[Served]
+    submitted: float
+
+
+class Batcher:
+    """Gathers jobs into batches and runs the pipeline on them, on the event loop or on a thread.
+
+    Args:
+        pipeline: what runs.
+        metrics: batch sizes, queue depth and the defense's effect are counted here.
+        max_size: images in a batch; a larger request runs as a batch of its own.
+        max_queue: images that may wait.
+        max_wait_s: how long a batch that follows directly on another may wait to fill up.
+        inline: run on the event loop. Saves the hand-over to a thread, blocks the loop meanwhile.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        metrics: Metrics,
+        *,
+        max_size: int,
+        max_queue: int,
+        max_wait_s: float = 0.0,
+        inline: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._pipeline = pipeline
+        self._metrics = metrics
+        self._max_size = max_size
+        self._max_queue = max_queue
+        self._max_wait_s = max_wait_s
+        self._clock = clock
+        self._jobs: deque[_Job] = deque()
+        self._waiting = 0
+        self._busy = False
+        self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+    async def __call__(self, batch: Batch) -> Served:
+        """Probabilities for (n, ...) images, in order.
+
+        Raises:
+            Unavailable: the queue has no room for them.
+        """
+        if self._waiting + len(batch) > self._max_queue:
+            raise Unavailable(
+                f"{self._waiting} images are waiting already; allowed: {self._max_queue}"
+            )
+        loop = asyncio.get_running_loop()
+        job = _Job(batch, loop.create_future(), self._clock())
+        self._jobs.append(job)
+        self._count(len(batch))
+        if not self._busy:
+            self._busy = True
+            loop.call_soon(self._start)
+        return await job.future
+
+    def close(self) -> None:
+        """Let the running batch finish and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _start(self) -> None:
+        jobs = self._take()
+        started = self._clock()
+        if self._thread is None:
+            try:
+                answers = self._run(jobs)
+            except Exception as exc:  # noqa: BLE001  # whatever it is, the waiting requests get it
+                self._finish(jobs, started, exc)
+            else:
+                self._finish(jobs, started, answers)
+            return
+        loop = asyncio.get_running_loop()
+        running = self._thread.submit(self._run, jobs)
+        running.add_done_callback(
+            lambda done: loop.call_soon_threadsafe(
+                self._finish, jobs, started, done.exception() or done.result()
+            )
+        )
+
+    def _take(self) -> list[_Job]:
+        jobs = [self._jobs.popleft()]
+        size = len(jobs[0].batch)
+        while self._jobs and size + len(self._jobs[0].batch) <= self._max_size:
+            size += len(self._jobs[0].batch)
+            jobs.append(self._jobs.popleft())
+        self._count(-size)
+        self._metrics.batch_size.observe(size)
+        return jobs
+
+    def _run(self, jobs: list[_Job]) -> Answers:
+        whole = jobs[0].batch if len(jobs) == 1 else np.concatenate([job.batch for job in jobs])
+        return self._pipeline(whole)
+
+    def _finish(self, jobs: list[_Job], started: float, outcome: Answers | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            for job in jobs:
+                if not job.future.done():
+                    job.future.set_exception(outcome)
+        else:
+            self._deliver(jobs, started, outcome)
+        loop = asyncio.get_running_loop()
+        if not self._jobs:
+            self._busy = False
+        elif self._max_wait_s and self._waiting < self._max_size:
+            loop.call_later(self._max_wait_s, self._start)
+        else:
+            loop.call_soon(self._start)
+
+    def _deliver(self, jobs: list[_Job], started: float, answers: Answers) -> None:
+        self._metrics.defended_rows.inc(int((answers.l1 > 1e-6).sum()))
+        for distance in answers.l1.tolist():
+            self._metrics.response_l1.observe(distance)
+        first = 0
+        for job in jobs:
+            last = first + len(job.batch)
+            if not job.future.done():  # done already: its client went away
+                job.future.set_result(
+                    Served(
+                        answers.probabilities[first:last],
+                        started - job.submitted,
+                        answers.infer_s,
+                        answers.defend_s,
+                    )
+                )
+            first = last
+
+    def _count(self, images: int) -> None:
+        self._waiting += images
+        self._metrics.queue_depth.set(self._waiting)

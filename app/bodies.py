@@ -1,0 +1,158 @@
+"""A request's body -> the encoded images in it: raw, multipart or base64 in JSON.
+
+One reader per content type in `READERS`; each checks the framing and the number of images, none
+decodes one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import orjson
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.types import Receive
+
+from app.decode import FORMATS
+from app.errors import BadFraming, RequestError, TooLarge, Unprocessable, UnsupportedType
+
+Reader = Callable[[Headers, bytes, int], Awaitable[list[bytes]]]
+
+
+async def read_images(
+    headers: Headers, receive: Receive, *, max_bytes: int, max_images: int
+) -> list[bytes]:
+    """The encoded images of a request, at least one.
+
+    Raises:
+        UnsupportedType: a content type that is not in `READERS`, or a compressed body.
+        TooLarge: over `max_bytes` or `max_images`.
+        BadFraming: the body is not what the content type says.
+        Unprocessable: it holds no image.
+    """
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    reader = READERS.get(content_type)
+    if reader is None:
+        raise UnsupportedType(f"Content-Type is {content_type!r}; allowed: {', '.join(READERS)}")
+    encoding = headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise UnsupportedType(f"Content-Encoding is {encoding!r}; allowed: identity")
+    body = await read_body(headers, receive, max_bytes)
+    images = await reader(headers, body, max_images)
+    if len(images) > max_images:
+        raise TooLarge(f"the request has {len(images)} images; allowed: {max_images}")
+    if not all(images):
+        raise Unprocessable("an image is empty (0 bytes)" if body else "the body is empty")
+    return images
+
+
+async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
+    """The whole body, never holding more than `max_bytes` of it.
+
+    Raises:
+        TooLarge: more than `max_bytes`, declared or sent.
+        BadFraming: the client went away in the middle.
+    """
+    declared = headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise TooLarge(f"the body has {declared} bytes; allowed: {max_bytes}")
+    chunks: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadFraming(f"the connection closed after {size} bytes of the body")
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > max_bytes:
+            raise TooLarge(f"the body has more than {max_bytes} bytes, which is the limit")
+        chunks.append(chunk)
+        more = message.get("more_body", False)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+async def raw(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
+    """The body is one image."""
+    del headers, max_images
+    return [body]
+
+
+async def multipart(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
+    """Every `image` part of `multipart/form-data` is an image."""
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    parser = _Form(headers, stream(), max_files=max_images, max_fields=1, max_part_size=len(body))
+    parser.spool_max_size = len(body) + 1
+    try:
+        form = await parser.parse()
+    except MultiPartException as exc:
+        raise _too_many_or_malformed(exc.message, max_images) from exc
+    except (KeyError, UnicodeDecodeError) as exc:
+        raise BadFraming("the multipart body has no boundary or a broken part header") from exc
+    try:
+        if not parser.complete:
+            raise BadFraming("the multipart body is cut off before its last boundary")
+        parts = form.multi_items()
+        names = sorted({name for name, _ in parts} - {"image"})
+        if names or not parts:
+            raise BadFraming(f"the form has the fields {names}; allowed: image (repeatable)")
+        files = [part for _, part in parts if isinstance(part, UploadFile)]
+        if len(files) < len(parts):
+            raise BadFraming("field image has no file name: send it as a file part")
+        return [await file.read() for file in files]
+    finally:
+        await form.close()
+
+
+async def instances(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
+    """`{"instances": [{"b64": "..."}, ...]}`: each instance is an image in base64."""
+    del headers
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise BadFraming(f"the body is no JSON: {exc}") from exc
+    rows = document.get("instances") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise BadFraming(
+            'the body must be {"instances": [{"b64": "..."}]} with an instance or more'
+        )
+    if len(rows) > max_images:
+        raise TooLarge(f"the request has {len(rows)} images; allowed: {max_images}")
+    return [_unbase64(i, row) for i, row in enumerate(rows)]
+
+
+class _Form(MultiPartParser):
+    """Keeps all parts in memory, as the body already is, and knows whether the body was whole."""
+
+    complete = False
+
+    def on_end(self) -> None:
+        self.complete = True
+
+
+def _unbase64(i: int, row: object) -> bytes:
+    text = row.get("b64") if isinstance(row, dict) and len(row) == 1 else None
+    if not isinstance(text, str):
+        raise BadFraming(f'instances[{i}] must be an object with one member "b64", a string')
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise BadFraming(f"instances[{i}].b64 is no base64: {exc}") from exc
+
+
+def _too_many_or_malformed(message: str, max_images: int) -> RequestError:
+    if message.startswith("Too many"):
+        return TooLarge(f"the form has too many parts; allowed: {max_images} images")
+    return BadFraming(f"the multipart body is malformed: {message}")
+
+
+READERS: dict[str, Reader] = {
+    **dict.fromkeys(FORMATS, raw),
+    "multipart/form-data": multipart,
+    "application/json": instances,
+}

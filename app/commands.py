@@ -1,0 +1,115 @@
+"""`scumble serve` and `scumble check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from app.errors import ConfigError
+from app.settings import Settings, load_settings, variables
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The settings that people set by hand; the others come from the environment or a file."""
+    decorators = [
+        click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+        click.option("--model", help="Bundle in the model folder."),
+        click.option("--model-dir", type=click.Path(path_type=Path)),
+        click.option("--precision", type=click.Choice(["float32", "bf16", "int8"])),
+        click.option("--engine", type=click.Choice(["auto", "openvino", "onnxruntime", "torch"])),
+        click.option("--defense", help="Name of the defense."),
+        click.option("--defense-params", help="Its parameters, a JSON object."),
+        click.option("--workers", help="Processes, or auto."),
+        click.option("--host"),
+        click.option("--port", type=int),
+        click.option("--admin-port", type=int),
+    ]
+    for decorate in reversed(decorators):
+        command = decorate(command)
+    return command
+
+
+@click.command()
+@options
+def serve(**arguments: Any) -> None:
+    """Serve a model until Ctrl-C or SIGTERM.
+
+    Settings come from these options, then from SCUMBLE_* variables, then from a TOML file.
+    """
+    from app.supervisor import serve as run
+
+    try:
+        code = run(_settings(arguments))
+    except ConfigError as exc:
+        raise click.ClickException(str(exc)) from exc
+    raise SystemExit(code)
+
+
+@click.command()
+@options
+def check(**arguments: Any) -> None:
+    """Print the resolved settings, secrets masked, and try whether they can be served."""
+    from app import engines
+    from app.bundle import open_bundle
+    from app.main import create_app, make_defense
+
+    try:
+        settings = _settings(arguments)
+        for name, help_text in variables().items():
+            click.echo(f"{name:35} = {_shown(settings, name):28} {help_text}")
+        bundle = open_bundle(settings.model_dir, settings.model)
+        engine = engines.resolve(settings.engine)
+        defense = make_defense(settings, bundle)
+        create_app(settings)
+    except ConfigError as exc:
+        raise click.ClickException(str(exc)) from exc
+    accuracy = ", ".join(
+        f"{name} {figure.value:.2%} of {figure.images} ({figure.data})"
+        for name, figure in bundle.card.accuracy.items()
+    )
+    click.echo()
+    click.echo(
+        f"model     {bundle.card.name} {bundle.card.version}, {len(bundle.card.labels)} classes"
+    )
+    click.echo(f"accuracy  {accuracy or 'not measured'}")
+    click.echo(f"engine    {engine}, {settings.precision}, {settings.worker_count} worker(s)")
+    click.echo(f"defense   {defense!r}")
+    click.echo("ok: these settings can be served")
+
+
+def _settings(arguments: dict[str, Any]) -> Settings:
+    import os
+
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if "config" in given:
+        os.environ["SCUMBLE_CONFIG"] = str(given.pop("config"))
+    if given.get("workers", "auto") != "auto":
+        given["workers"] = _number("--workers", given["workers"])
+    if "defense_params" in given:
+        try:
+            given["defense_params"] = json.loads(given["defense_params"])
+        except json.JSONDecodeError as exc:
+            raise ConfigError(f"--defense-params is {given['defense_params']!r}: {exc}") from exc
+    return load_settings(**given)
+
+
+def _number(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as exc:
+        raise ConfigError(f"{option} is {text!r}; allowed: a number or auto") from exc
+
+
+def _shown(settings: Settings, variable: str) -> str:
+    import os
+
+    if variable == "SCUMBLE_CONFIG":
+        return os.environ.get(variable, "")
+    value: Any = settings
+    for part in variable.removeprefix("SCUMBLE_").lower().split("__"):
+        value = getattr(value, part)
+    return json.dumps(value) if isinstance(value, dict) else str(value)

@@ -1,0 +1,94 @@
+"""Image bytes -> uint8 (H, W, C) of the network's input size.
+
+The header is read first: format and number of pixels are checked before any pixel is decoded, so a
+decompression bomb costs nothing. Pixels are not normalised here; that is inside the graph.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError, WebPImagePlugin
+
+from app.bundle import InputShape, Preprocessing
+from app.errors import RequestError, TooLarge, Unprocessable
+
+# Content type -> Pillow's name of the format. Which of them a body is, its first bytes say.
+FORMATS = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
+MODES = {1: "L", 3: "RGB"}
+
+Pixels = npt.NDArray[np.uint8]
+
+# Pillow knows PNG and JPEG from the start, WebP once its plugin is imported.
+assert WebPImagePlugin.SUPPORTED, "Pillow was built without WebP"  # noqa: S101  # at import, not input
+
+
+def decode(data: bytes, shape: InputShape, preprocessing: Preprocessing, max_pixels: int) -> Pixels:
+    """The pixels of one encoded image, uint8 (H, W, C).
+
+    Args:
+        data: a PNG, JPEG or WebP file; of an animation the first frame counts. Transparency is
+            dropped, EXIF rotation is not applied.
+        shape: the network's input; grey images become RGB and the reverse.
+        preprocessing: how another size is brought to `shape`.
+        max_pixels: width x height that is still decoded.
+
+    Raises:
+        TooLarge: more pixels than allowed.
+        Unprocessable: not such a file, or a broken one.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=tuple(FORMATS.values()))
+        width, height = picture.size
+        if width * height > max_pixels:
+            raise TooLarge(
+                f"the image is {width} x {height} = {width * height} pixels; allowed: {max_pixels}"
+            )
+        return to_pixels(picture, shape, preprocessing)
+    except RequestError:
+        raise
+    except UnidentifiedImageError as exc:
+        raise Unprocessable(
+            f"{len(data)} bytes that begin with {data[:8]!r} are no image; "
+            f"allowed: {', '.join(FORMATS.values())}"
+        ) from exc
+    except Image.DecompressionBombError as exc:
+        raise TooLarge(f"the image has too many pixels; allowed: {max_pixels}") from exc
+    except Exception as exc:  # codecs raise whatever they like on hostile bytes
+        raise Unprocessable(f"the image is broken: {exc}") from exc
+
+
+def to_pixels(picture: Image.Image, shape: InputShape, preprocessing: Preprocessing) -> Pixels:
+    """A picture of any size and mode -> uint8 (H, W, C)."""
+    mode = MODES[shape.channels]
+    if picture.mode != mode:
+        picture = _convert(picture, mode)
+    if picture.size != (shape.width, shape.height):
+        picture = _resize(picture, shape, preprocessing)
+    pixels = np.asarray(picture)
+    return pixels.reshape(shape.height, shape.width, shape.channels)
+
+
+def _convert(picture: Image.Image, mode: str) -> Image.Image:
+    if picture.mode.startswith("I"):
+        # 16 bits a pixel: Pillow would clip at 255, which turns most of the picture white.
+        wide = np.asarray(picture)
+        picture = Image.fromarray((wide >> 8).clip(0, 255).astype(np.uint8))
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert(mode)
+
+
+def _resize(picture: Image.Image, shape: InputShape, preprocessing: Preprocessing) -> Image.Image:
+    target = (shape.width, shape.height)
+    if preprocessing.fit == "stretch":
+        return picture.resize(target, Image.Resampling.BILINEAR)
+    # The largest centred box of the target's proportions, shrunk by the ratio, becomes the input.
+    width, height = picture.size
+    scale = min(width / shape.width, height / shape.height) * preprocessing.ratio
+    box_w, box_h = shape.width * scale, shape.height * scale
+    left, top = (width - box_w) / 2, (height - box_h) / 2
+    box = (left, top, left + box_w, top + box_h)
+    return picture.resize(target, Image.Resampling.BILINEAR, box=box)

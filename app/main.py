@@ -1,0 +1,94 @@
+"""Assembly: settings in, application out. The one module that knows all the others."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from app import defenses, engines
+from app.api import build
+from app.batching import Batcher
+from app.bundle import Bundle, golden_inputs, open_bundle
+from app.errors import ConfigError
+from app.metrics import Metrics
+from app.pipeline import Pipeline, self_test, warm_up
+from app.service import Service
+from app.settings import Settings, load_settings
+
+# A batch that takes longer than this leaves the event loop to other requests, on a thread.
+INLINE_S = 0.005
+log = logging.getLogger("scumble")
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The service for these settings (default: from the environment), loaded, tested and warm.
+
+    Raises:
+        ConfigError: the settings cannot be served, and why.
+    """
+    settings = settings or load_settings()
+    bundle = open_bundle(settings.model_dir, settings.model)
+    engine_name = engines.resolve(settings.engine)
+    engine = engines.load(
+        engine_name,
+        bundle.onnx(settings.precision),
+        threads=settings.threads,
+        precision=settings.precision,
+    )
+    defense = make_defense(settings, bundle)
+    self_test(bundle, engine, settings.precision)
+    pipeline = Pipeline(engine, defense)
+    largest = max(settings.batch.max_size, settings.limits.max_images)
+    seconds = warm_up(pipeline, golden_inputs(bundle.card.input), largest)
+    inline = settings.batch.execution == "inline" or (
+        settings.batch.execution == "auto" and seconds < INLINE_S
+    )
+
+    metrics = Metrics(CollectorRegistry())
+    metrics.model_info.labels(
+        bundle.card.name, bundle.card.version, settings.precision, engine_name, settings.defense
+    ).set(1)
+    service = Service(
+        card=bundle.card,
+        limits=settings.limits,
+        batcher=Batcher(
+            pipeline,
+            metrics,
+            max_size=settings.batch.max_size,
+            max_queue=settings.limits.max_queue,
+            max_wait_s=settings.batch.max_wait_us / 1e6,
+            inline=inline,
+        ),
+        metrics=metrics,
+        count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
+    )
+    log.info(
+        "loaded",
+        extra={
+            "model": bundle.card.name,
+            "version": bundle.card.version,
+            "precision": settings.precision,
+            "engine": engine_name,
+            "defense": repr(defense),
+            "execution": "inline" if inline else "thread",
+            "full_batch_ms": round(seconds * 1000, 3),
+        },
+    )
+    return build(service, access_log=settings.access_log)
+
+
+def make_defense(settings: Settings, bundle: Bundle) -> defenses.Defense:
+    """The defense that the settings name.
+
+    Raises:
+        ConfigError: no such defense, or parameters that it does not allow.
+    """
+    secret = settings.secret.get_secret_value().encode()
+    try:
+        return defenses.configure(
+            settings.defense, settings.defense_params, bundle=bundle, secret=secret
+        )
+    except defenses.DefenseError as exc:
+        raise ConfigError(f"defense {settings.defense!r}: {exc}") from exc

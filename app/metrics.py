@@ -1,0 +1,99 @@
+"""Every metric's name, help and buckets.
+
+`Metrics` is made once per worker, in a registry of its own. Label sets are closed, children are
+made at start, and the hot path only calls `observe` and `inc` on them. Under several workers
+prometheus_client keeps the values in files that the supervisor adds up (`app.supervisor`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+from app.errors import REASONS
+
+Stage = Literal["read", "decode", "queue", "infer", "defend", "encode"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+# From 250 us: a small network answers in less than a millisecond.
+SECONDS = (
+    0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05,
+    0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+# Stages are shorter than requests.
+STAGE_SECONDS = (0.00001, 0.000025, 0.00005, 0.0001, *SECONDS)
+L1 = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """The metrics of one worker."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no hints there
+        self.registry = registry
+        self.requests = Counter(
+            "scumble_requests_total", "Answered requests.", ["route", "code"], registry=registry
+        )
+        self.request_seconds = Histogram(
+            "scumble_request_seconds",
+            "From the first byte of a request's body to the last of its answer.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        stage_seconds = Histogram(
+            "scumble_stage_seconds",
+            "One stage of a prediction; a request passes each stage once.",
+            ["stage"],
+            buckets=STAGE_SECONDS,
+            registry=registry,
+        )
+        self.stage = {stage: stage_seconds.labels(stage) for stage in STAGES}
+        self.batch_size = Histogram(
+            "scumble_batch_size",
+            "Images in one call of the engine.",
+            buckets=BATCH,
+            registry=registry,
+        )
+        self.queue_depth = Gauge(
+            "scumble_queue_depth",
+            "Images that wait for the engine.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.inflight = Gauge(
+            "scumble_inflight",
+            "Requests being answered.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.images = Counter(
+            "scumble_images_total",
+            "Images answered with probabilities: what a client's query budget counts.",
+            ["model", "precision"],
+            registry=registry,
+        )
+        rejections = Counter(
+            "scumble_rejections_total", "Refused requests.", ["reason"], registry=registry
+        )
+        self.rejections = {reason: rejections.labels(reason) for reason in REASONS}
+        self.defended_rows = Counter(
+            "scumble_defended_rows_total",
+            "Answers that the defense changed (L1 above 1e-6).",
+            registry=registry,
+        )
+        self.response_l1 = Histogram(
+            "scumble_response_l1",
+            "L1 distance between the defended and the clean probabilities of an image.",
+            buckets=L1,
+            registry=registry,
+        )
+        self.model_info = Gauge(
+            "scumble_model_info",
+            "1 for what is served.",
+            ["model", "version", "precision", "engine", "defense"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )

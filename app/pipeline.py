@@ -1,0 +1,107 @@
+"""What is computed for a batch: answer(x) = defense(engine(x), x)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.bundle import Bundle, golden_inputs
+from app.defenses.base import Defense
+from app.engines import Batch, Engine, Precision, Probs
+from app.errors import BundleError
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A batch's answers, with what they cost.
+
+    Attributes:
+        probabilities: (N, K), defended.
+        l1: (N,) distance to the clean probabilities, in [0, 2].
+        infer_s: seconds in the engine.
+        defend_s: seconds in the defense.
+    """
+
+    probabilities: Probs
+    l1: Probs
+    infer_s: float
+    defend_s: float
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Engine and defense as one function of a batch."""
+
+    engine: Engine
+    defense: Defense
+    clock: Callable[[], float] = time.perf_counter
+
+    def __call__(self, batch: Batch) -> Answers:
+        """Answer uint8 (N, H, W, C) or float32 (N, C, H, W)."""
+        n = len(batch)
+        start = self.clock()
+        clean = self.engine(padded(batch))[:n]
+        inferred = self.clock()
+        probabilities = self.defense(clean, batch)
+        defended = self.clock()
+        l1 = np.abs(probabilities - clean).sum(1)
+        return Answers(probabilities, l1, inferred - start, defended - inferred)
+
+
+def sizes(largest: int) -> list[int]:
+    """The batch sizes that the engine ever sees, up to the one that holds `largest` images.
+
+    Engines prepare each size on first use (10 to 60 ms); with few sizes all are prepared at start.
+    """
+    found: list[int] = []
+    while not found or found[-1] < largest:
+        found.append(size_for(found[-1] + 1 if found else 1))
+    return found
+
+
+def size_for(n: int) -> int:
+    """The size that a batch of `n` runs at: at most a third more, and nothing more up to 8."""
+    step = 1 if n <= 8 else 4 if n <= 32 else 32
+    return -(-n // step) * step
+
+
+def padded(batch: Batch) -> Batch:
+    """`batch` with copies of its last image up to `size_for` it; rows do not see each other."""
+    missing = size_for(len(batch)) - len(batch)
+    return batch if missing == 0 else np.concatenate([batch, np.repeat(batch[-1:], missing, 0)])
+
+
+def self_test(bundle: Bundle, engine: Engine, precision: Precision) -> None:
+    """Compare the engine with what the bundle's maker recorded.
+
+    Raises:
+        BundleError: the answers differ by more than the recorded tolerance.
+    """
+    golden = bundle.golden()
+    if precision not in golden.probabilities:
+        raise BundleError(
+            f"{bundle} has no golden outputs for {precision}; "
+            f"there: {', '.join(golden.probabilities)}"
+        )
+    expected = np.array(golden.probabilities[precision], np.float32)
+    found = engine(golden_inputs(bundle.card.input))
+    distance = float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
+    if not distance <= golden.tolerance[precision]:
+        raise BundleError(
+            f"{bundle} fails its self-test: {precision} answers of shape {found.shape} are off by "
+            f"{distance:.2g}; allowed: {expected.shape}, {golden.tolerance[precision]:.2g}"
+        )
+
+
+def warm_up(pipeline: Pipeline, example: Batch, largest: int) -> float:
+    """Run every batch size twice; gives the seconds of one full batch."""
+    seconds = 0.0
+    for size in sizes(largest):
+        batch = example[:1].repeat(size, 0)
+        pipeline(batch)
+        answers = pipeline(batch)
+        seconds = answers.infer_s + answers.defend_s
+    return seconds

@@ -1,0 +1,94 @@
+"""Bodies as the OpenAPI document shows them. The hot path writes them without building models."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+
+class Instance(BaseModel):
+    """One image in JSON."""
+
+    b64: str = Field(
+        description="a PNG, JPEG or WebP file in base64", json_schema_extra={"format": "byte"}
+    )
+
+
+class PredictRequest(BaseModel):
+    """`application/json` body of `/v1/predict`."""
+
+    instances: list[Instance] = Field(min_length=1)
+
+
+class PredictForm(BaseModel):
+    """`multipart/form-data` body of `/v1/predict`."""
+
+    image: list[bytes] = Field(min_length=1, description="image files, one part each")
+
+
+class Ranked(BaseModel):
+    """One class of an answer."""
+
+    label: str
+    index: int
+    probability: float
+
+
+class Prediction(Ranked):
+    """The most probable class of an image, and the others."""
+
+    probabilities: list[float] | None = Field(
+        None, description="one per label of /v1/model, in its order; they sum to 1. Without top_k."
+    )
+    top: list[Ranked] | None = Field(None, description="the most probable classes. With top_k.")
+
+
+class PredictAnswer(BaseModel):
+    """Answer of `/v1/predict`: one prediction per image, in the order sent."""
+
+    model: str
+    version: str
+    id: str = Field(description="the request's X-Request-ID, or one made for it")
+    predictions: list[Prediction]
+
+
+class InputInfo(BaseModel):
+    """What images are brought to."""
+
+    height: int
+    width: int
+    channels: int
+
+
+class LimitsInfo(BaseModel):
+    """What a request may hold."""
+
+    max_body_bytes: int
+    max_images: int
+    max_pixels: int
+
+
+class ModelInfo(BaseModel):
+    """Answer of `/v1/model`."""
+
+    name: str
+    version: str
+    labels: list[str]
+    input: InputInfo
+    formats: list[str]
+    limits: LimitsInfo
+
+
+class Health(BaseModel):
+    """Answer of `/livez` and `/readyz`."""
+
+    status: str
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details; `error` repeats `detail` for protocol V2 clients."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    error: str

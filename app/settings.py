@@ -1,0 +1,193 @@
+"""All settings, from `SCUMBLE_*` variables and an optional TOML file.
+
+Order, first wins: arguments, environment, the TOML file that `SCUMBLE_CONFIG` names, defaults.
+A variable with our prefix that is no setting stops the start: `SCUMBLE_DEFENCE=dcp` must never
+give an undefended server.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from app.engines import Precision
+from app.errors import ConfigError
+
+PREFIX = "SCUMBLE_"
+NESTED = "__"
+
+
+class Section(BaseModel):
+    """A nested group of settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BatchSettings(Section):
+    """Micro-batching, per worker."""
+
+    max_size: int = Field(default=32, ge=1, le=1024, description="images per call of the engine")
+    max_wait_us: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="how long a busy worker waits for more images, in us",
+    )
+    execution: Literal["auto", "inline", "thread"] = Field(
+        default="auto",
+        description="engine on the event loop or on a thread; auto decides at warm-up",
+    )
+
+
+class LimitSettings(Section):
+    """Checked before anything is decoded."""
+
+    max_body_bytes: int = Field(default=5 * 2**20, ge=1, description="bytes of a request body")
+    max_images: int = Field(default=32, ge=1, le=1024, description="images per request")
+    max_pixels: int = Field(
+        default=4_000_000, ge=1, description="width x height, from the image header"
+    )
+    max_queue: int = Field(
+        default=1024, ge=1, description="images waiting per worker; more get 503"
+    )
+
+
+def default_model_dir() -> Path:
+    """`models/` beside the package in a checkout, inside the package in an installed wheel."""
+    package = Path(__file__).parent
+    inside = package / "models"
+    return inside if inside.is_dir() else package.parent / "models"
+
+
+class Settings(BaseSettings):
+    """What to serve, how, and where."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter=NESTED, frozen=True, extra="forbid"
+    )
+
+    host: str = Field(default="127.0.0.1", description="public address")
+    port: int = Field(default=8000, ge=0, le=65535, description="public port; 0 takes a free one")
+    admin_host: str = Field(default="127.0.0.1", description="address of metrics and health")
+    admin_port: int = Field(
+        default=9000, ge=0, le=65535, description="admin port; 0 takes a free one"
+    )
+    workers: int | Literal["auto"] = Field(
+        default="auto", description="processes; auto is one for each core"
+    )
+    threads: int = Field(default=1, ge=1, le=256, description="engine threads of each worker")
+    model_dir: Path = Field(default_factory=default_model_dir, description="folder of bundles")
+    model: str = Field(default="mnist", description="which bundle is served")
+    precision: Precision = Field(
+        default="float32", description="float32, bf16 (openvino only) or int8"
+    )
+    engine: Literal["auto", "openvino", "onnxruntime", "torch"] = Field(
+        default="auto", description="auto takes the first that is installed"
+    )
+    defense: str = Field(default="none", description="name of the defense")
+    defense_params: dict[str, Any] = Field(default={}, description="its parameters, a JSON object")
+    secret: SecretStr = Field(
+        default_factory=lambda: SecretStr(secrets.token_hex(32)),
+        min_length=16,
+        description="key of defenses that draw at random; replicas must share it",
+    )
+    batch: BatchSettings = BatchSettings()
+    limits: LimitSettings = LimitSettings()
+    drain_delay_s: float = Field(
+        default=0.0, ge=0, le=600, description="not ready for so long before the listener closes"
+    )
+    shutdown_timeout_s: float = Field(
+        default=10.0, gt=0, le=600, description="how long open requests may take after that"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="of stderr"
+    )
+    access_log: bool = Field(False, description="one log line per request")
+
+    @property
+    def worker_count(self) -> int:
+        """`workers` with auto resolved to the cores that this process may use."""
+        return len(os.sched_getaffinity(0)) if self.workers == "auto" else self.workers
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, environment, then the TOML file."""
+        del dotenv_settings, file_secret_settings
+        file = os.environ.get(f"{PREFIX}CONFIG")
+        toml = [TomlConfigSettingsSource(settings_cls, Path(file))] if file else []
+        return (init_settings, env_settings, *toml)
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from arguments, environment and file.
+
+    Raises:
+        ConfigError: an unknown variable, a value that is not allowed, an unreadable file.
+    """
+    refuse_unknown(os.environ)
+    file = os.environ.get(f"{PREFIX}CONFIG")
+    if file and not Path(file).is_file():
+        raise ConfigError(f"{PREFIX}CONFIG is {file!r}: no such file")
+    try:
+        return Settings(**overrides)
+    except ValidationError as exc:
+        raise ConfigError("; ".join(map(_sentence, exc.errors()))) from exc
+    except ValueError as exc:  # malformed JSON in a variable, malformed TOML in the file
+        raise ConfigError(f"{exc}: {exc.__cause__}" if exc.__cause__ else str(exc)) from exc
+
+
+def variables() -> dict[str, str]:
+    """Every variable that is read, with what it sets."""
+    return {
+        f"{PREFIX}CONFIG": "path of a TOML file with settings",
+        **dict(_fields(Settings, PREFIX)),
+    }
+
+
+def refuse_unknown(environ: Mapping[str, str]) -> None:
+    """Stop at a variable with our prefix that sets nothing.
+
+    Raises:
+        ConfigError: it names the variable and the closest one that exists.
+    """
+    known = variables()
+    sections = {name.rpartition(NESTED)[0] for name in known if NESTED in name}
+    for name in environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known.keys() | sections:
+            close = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{name} is no setting{hint} (scumble check lists them all)")
+
+
+def _fields(model: type[BaseModel], prefix: str) -> Iterable[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from _fields(kind, f"{prefix}{name.upper()}{NESTED}")
+        else:
+            yield f"{prefix}{name.upper()}", field.description or ""
+
+
+def _sentence(error: Any) -> str:
+    name = PREFIX + NESTED.join(str(part) for part in error["loc"]).upper()
+    value = "" if error["loc"][0] == "secret" else f" is {error['input']!r}"
+    return f"{name}{value}: {error['msg']}"

@@ -1,0 +1,209 @@
+"""The parent process: binds the ports, keeps N workers alive, serves the admin port.
+
+It runs no model. Workers are spawned, not forked, so each starts clean; metrics live in files that
+outlast a worker, so counters never go down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
+
+from app import logs, worker
+from app.errors import ConfigError
+from app.settings import Settings
+
+RESTART_S = 0.5
+log = logging.getLogger("scumble")
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C; gives the exit code.
+
+    Raises:
+        ConfigError: a port cannot be bound.
+    """
+    logs.configure(settings.log_level)
+    with tempfile.TemporaryDirectory(prefix="scumble-metrics-") as folder:
+        # Workers inherit it; prometheus_client reads it when it is imported there.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        public = bind(settings.host, settings.port)
+        admin = bind(settings.admin_host, settings.admin_port)
+        return asyncio.run(Supervisor(settings, public, admin, folder).run())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: connections are refused until a worker is ready.
+
+    Raises:
+        ConfigError: the address is taken or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as exc:
+        listener.close()
+        raise ConfigError(f"cannot bind {host} port {port}: {exc.strerror or exc}") from exc
+    return listener
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    ready: bool = False
+
+
+class AdminServer(uvicorn.Server):
+    """uvicorn inside the supervisor's loop; signals are the supervisor's."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Leave signals alone."""
+        yield
+
+
+class Supervisor:
+    """Starts, watches, restarts and drains the workers."""
+
+    def __init__(
+        self, settings: Settings, public: socket.socket, admin: socket.socket, metrics_dir: str
+    ) -> None:
+        self._settings = settings
+        self._public = public
+        self._admin = admin
+        self._metrics_dir = metrics_dir
+        self._workers: dict[int, _Worker] = {}
+        self._stopping = asyncio.Event()
+        self._said_ready = False
+        self._exit_code = 0
+
+    def ready(self) -> bool:
+        """Every worker is ready and nobody is draining."""
+        workers = self._workers.values()
+        return (
+            not self._stopping.is_set()
+            and len(workers) == self._settings.worker_count
+            and all(child.ready for child in workers)
+        )
+
+    def pids(self) -> dict[int, int]:
+        """Process id by worker number."""
+        found = {number: child.process.pid for number, child in sorted(self._workers.items())}
+        return {number: pid for number, pid in found.items() if pid is not None}
+
+    async def run(self) -> int:
+        """Serve until a signal or a worker that cannot start; gives the exit code."""
+        loop = asyncio.get_running_loop()
+        for stop in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(stop, self._stopping.set)
+        for number in range(self._settings.worker_count):
+            self._start(number)
+        from app.admin import create_admin  # here: the workers load meanwhile
+
+        server = AdminServer(
+            uvicorn.Config(
+                create_admin(self, self._metrics_dir),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        serving = asyncio.create_task(server.serve([self._admin]))
+        await self._stopping.wait()
+        await self._stop()
+        server.should_exit = True
+        await serving
+        return self._exit_code
+
+    def _start(self, number: int) -> None:
+        if self._stopping.is_set():
+            return
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=worker.run, args=(self._settings, self._public, theirs), name=f"worker-{number}"
+        )
+        process.start()
+        theirs.close()
+        self._workers[number] = _Worker(process, ours)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(ours.fileno(), self._heard, number)
+        loop.add_reader(process.sentinel, self._ended, number)
+
+    def _heard(self, number: int) -> None:
+        child = self._workers[number]
+        try:
+            child.pipe.recv()
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(child.pipe.fileno())
+            return
+        child.ready = True
+        if self.ready() and not self._said_ready:
+            self._said_ready = True
+            log.info(
+                "ready",
+                extra={
+                    "url": _url(self._public),
+                    "admin": _url(self._admin),
+                    "workers": len(self._workers),
+                },
+            )
+
+    def _ended(self, number: int) -> None:
+        child = self._workers.pop(number)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(child.process.sentinel)
+        loop.remove_reader(child.pipe.fileno())
+        child.pipe.close()
+        child.process.join()
+        mark_process_dead(child.process.pid, self._metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
+        if self._stopping.is_set():
+            return
+        if not child.ready:
+            # It never was: starting it again would fail in the same way.
+            self._exit_code = 1
+            self._stopping.set()
+            return
+        log.error(
+            "worker ended, starting another",
+            extra={"worker": number, "exit_code": child.process.exitcode},
+        )
+        loop.call_later(RESTART_S, self._start, number)
+
+    async def _stop(self) -> None:
+        log.info("draining", extra={"workers": len(self._workers)})
+        for child in self._workers.values():
+            child.process.terminate()
+        patience = self._settings.drain_delay_s + self._settings.shutdown_timeout_s + 5
+        deadline = asyncio.get_running_loop().time() + patience
+        while self._workers and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110  # _ended empties it
+            await asyncio.sleep(0.02)
+        for number, child in self._workers.items():
+            log.error("worker does not end, killing it", extra={"worker": number})
+            child.process.kill()
+            self._exit_code = 1
+        log.info("stopped")
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
