@@ -47,10 +47,18 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
         service.batcher.close()
 
     async def refused(request: Request, exc: Exception) -> Response:
-        del request
-        error = exc if isinstance(exc, errors.RequestError) else _translated(exc)
+        error = exc if isinstance(exc, errors.RequestError) else _translated(exc, request)
         service.metrics.rejections[error.reason].inc()
         return Response(error.body(), error.status, error.headers, media_type=errors.MEDIA_TYPE)
+
+    def guarded(endpoint: Endpoint) -> Endpoint:
+        async def answer(request: Request) -> Response:
+            try:
+                return await endpoint(request)
+            except Exception as exc:  # noqa: BLE001  # a fault of ours has the same shape as any other
+                return await refused(request, exc)
+
+        return answer
 
     app = FastAPI(
         title="Scumble",
@@ -59,15 +67,11 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        exception_handlers={
-            errors.RequestError: refused,
-            HTTPException: refused,
-            Exception: refused,
-        },
+        exception_handlers={HTTPException: refused},
     )
     app.router.route_class = Direct
     for path, method, endpoint, description in routes(service):
-        app.add_api_route(path, endpoint, methods=[method], **description)
+        app.add_api_route(path, guarded(endpoint), methods=[method], **description)
     paths = [path for path, *_ in routes(service)]
     app.add_middleware(
         Observe, metrics=service.metrics, routes=(*paths, "/openapi.json"), access_log=access_log
@@ -133,7 +137,7 @@ def routes(service: Service) -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
     ]
 
 
-def _translated(exc: Exception) -> errors.RequestError:
+def _translated(exc: Exception, request: Request) -> errors.RequestError:
     """Starlette's own refusals, and whatever nobody foresaw, in our one error shape."""
     if isinstance(exc, HTTPException):
         if exc.status_code == 404:
@@ -143,7 +147,7 @@ def _translated(exc: Exception) -> errors.RequestError:
             detail = f"method not allowed here; allowed: {allowed}"
             return errors.MethodNotAllowed(detail, {"Allow": allowed})
         return errors.BadFraming(str(exc.detail))
-    log.error("unexpected error", exc_info=exc)
+    log.error("unexpected error", exc_info=exc, extra={"id": request.scope["state"]["id"]})
     return errors.Internal("unexpected error; the log has the details under this request's id")
 
 

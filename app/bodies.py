@@ -85,6 +85,8 @@ async def multipart(headers: Headers, body: bytes, max_images: int) -> list[byte
 
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
+        if not parser.complete:  # raised here, inside parse(), so that it closes the open part
+            raise MultiPartException("cut off before its last boundary")
 
     parser = _Form(headers, stream(), max_files=max_images, max_fields=1, max_part_size=len(body))
     parser.spool_max_size = len(body) + 1
@@ -95,8 +97,6 @@ async def multipart(headers: Headers, body: bytes, max_images: int) -> list[byte
     except (KeyError, UnicodeDecodeError) as exc:
         raise BadFraming("the multipart body has no boundary or a broken part header") from exc
     try:
-        if not parser.complete:
-            raise BadFraming("the multipart body is cut off before its last boundary")
         parts = form.multi_items()
         names = sorted({name for name, _ in parts} - {"image"})
         if names or not parts:

@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     admin_port: int = Field(
         default=9000, ge=0, le=65535, description="admin port; 0 takes a free one"
     )
-    workers: int | Literal["auto"] = Field(
+    workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         default="auto", description="processes; auto is one for each core"
     )
     threads: int = Field(default=1, ge=1, le=256, description="engine threads of each worker")

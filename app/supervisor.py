@@ -191,6 +191,8 @@ class Supervisor:
 
     async def _stop(self) -> None:
         log.info("draining", extra={"workers": len(self._workers)})
+        # While our copy is open, the kernel goes on accepting connections that nobody will answer.
+        self._public.close()
         for child in self._workers.values():
             child.process.terminate()
         patience = self._settings.drain_delay_s + self._settings.shutdown_timeout_s + 5

@@ -1,4 +1,4 @@
-"""A bundle small enough to make in every test run: 8 x 8 colour pictures, 4 classes, made-up weights.
+"""A bundle small enough to make in every test run: 8 x 8 pixels, 4 classes, made-up weights.
 
 It is written with `onnx` alone, so the service's tests need no torch.
 """

@@ -1,0 +1,94 @@
+"""What every defense is: a frozen value that turns clean probabilities into the ones sent out.
+
+Shapes: `N` images, `K` classes. A row of `probs` (N, K) is >= 0 and sums to 1 within rounding.
+
+Every defense keeps shape and dtype, returns finite rows >= 0 that sum to 1 within rounding, is the
+identity (within rounding) at zero strength, and gives a row the same bits whatever its batch,
+position or repetition.
+It changes neither argument; the result may be `probs` itself, so treat all three as read-only.
+
+A new defense is a file with a subclass here beside, and its line in the table of `__init__.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Probs = npt.NDArray[np.floating[Any]]
+"""float32 or float64 (N, K), C order."""
+
+Inputs = npt.NDArray[Any]
+"""uint8 (N, H, W, C) or float (N, C, H, W): the images behind the rows."""
+
+_INTEGER = int | np.integer
+_NUMBER = int | float | np.integer | np.floating
+
+
+class DefenseError(ValueError):
+    """A defense or one of its parameters is not allowed; says which, what it was, what is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defense(ABC):
+    """Base of all defenses.
+
+    Subclasses are frozen keyword-only dataclasses whose fields carry the paper's symbols. A field
+    with `repr=False` is supplied by the server (secret, auxiliary model), never by a user.
+    """
+
+    keyed: ClassVar[bool] = False
+    """Whether `build` is to be given the server's secret, as `secret`."""
+
+    @abstractmethod
+    def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
+        """The rows to send out.
+
+        Args:
+            probs: clean rows, float32 or float64 (N, K).
+            inputs: the images, uint8 (N, H, W, C) or float (N, C, H, W); None if not at hand.
+
+        Returns:
+            Rows of the same shape and dtype.
+        """
+
+    @classmethod
+    def build(cls, bundle: Any, **params: Any) -> Self:
+        """The defense for one model; override to take auxiliary models from its bundle.
+
+        Raises:
+            DefenseError: a parameter is not allowed, or the bundle lacks what is needed.
+        """
+        del bundle
+        return cls(**params)
+
+    @classmethod
+    def parameters(cls) -> tuple[str, ...]:
+        """Names of the parameters a user may give."""
+        return tuple(field.name for field in fields(cls) if field.init and field.repr)
+
+    def _check_number(self, field: str, low: float, high: float) -> None:
+        """Refuses all but numbers in [low, high] (so also bool, NaN, infinity); stores a float."""
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, _NUMBER) or not low <= value <= high:
+            raise self._refusal(field, f"must be a number from {low:g} to {high:g}")
+        object.__setattr__(self, field, float(value))
+
+    def _check_integer(self, field: str, low: int, high: int) -> None:
+        """Refuses all but integers in [low, high]; stores an int."""
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, _INTEGER) or not low <= value <= high:
+            raise self._refusal(field, f"must be an integer from {low} to {high}")
+        object.__setattr__(self, field, int(value))
+
+    def _check_choice(self, field: str, *allowed: str) -> None:
+        """Refuses all but the given strings."""
+        if getattr(self, field) not in allowed:
+            raise self._refusal(field, f"must be one of {', '.join(map(repr, allowed))}")
+
+    def _refusal(self, field: str, rule: str) -> DefenseError:
+        return DefenseError(f"{type(self).__name__}: {field} {rule}, got {getattr(self, field)!r}")

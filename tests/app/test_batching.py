@@ -1,0 +1,177 @@
+"""The micro-batcher: who shares a batch, what waits, what is refused, what fails alone."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from app.batching import Batcher
+from app.defenses import make
+from app.errors import Unavailable
+from app.metrics import Metrics
+from app.pipeline import Pipeline, padded, size_for, sizes
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+class Echo:
+    """An engine whose answer is the image's first two values; it remembers its batches."""
+
+    def __init__(self, seconds=0.0, fail=False):
+        self.batches = []
+        self.threads = set()
+        self.seconds = seconds
+        self.fail = fail
+
+    def __call__(self, batch):
+        self.batches.append(len(batch))
+        self.threads.add(threading.get_ident())
+        time.sleep(self.seconds)
+        if self.fail:
+            raise RuntimeError("engine broke")
+        first = batch[:, 0, 0, :1].astype(np.float32) / 255
+        return np.concatenate([first, 1 - first], axis=1)
+
+
+def images(*values: int) -> np.ndarray:
+    return np.array(values, np.uint8).reshape(-1, 1, 1, 1)
+
+
+def make_batcher(engine, **options) -> Batcher:
+    metrics = Metrics(CollectorRegistry())
+    defaults = {"max_size": 8, "max_queue": 100}
+    return Batcher(Pipeline(engine, make("none")), metrics, **{**defaults, **options})
+
+
+@pytest.fixture(params=[True, False], ids=["inline", "thread"])
+def inline(request):
+    return request.param
+
+
+async def test_each_request_gets_its_own_rows(inline):
+    batcher = make_batcher(Echo(), inline=inline)
+    served = await asyncio.gather(*(batcher(images(n, n + 1)) for n in range(0, 60, 2)))
+    batcher.close()
+    for n, answer in zip(range(0, 60, 2), served, strict=True):
+        np.testing.assert_allclose(answer.probabilities[:, 0] * 255, [n, n + 1], rtol=1e-5)
+
+
+async def test_what_arrives_in_one_turn_shares_a_batch(inline):
+    engine = Echo()
+    batcher = make_batcher(engine, inline=inline)
+    await asyncio.gather(*(batcher(images(n)) for n in range(8)))
+    batcher.close()
+    assert engine.batches == [8]
+
+
+async def test_a_batch_holds_at_most_max_size(inline):
+    engine = Echo()
+    batcher = make_batcher(engine, inline=inline, max_size=4)
+    await asyncio.gather(*(batcher(images(n)) for n in range(10)))
+    batcher.close()
+    assert engine.batches == [4, 4, 2]
+
+
+async def test_a_request_is_never_split(inline):
+    engine = Echo()
+    batcher = make_batcher(engine, inline=inline, max_size=4)
+    await asyncio.gather(*(batcher(images(1, 2, 3)) for _ in range(3)))
+    await batcher(images(*range(6)))
+    batcher.close()
+    assert engine.batches == [3, 3, 3, 6]
+
+
+async def test_nobody_waits_when_idle(inline):
+    batcher = make_batcher(Echo(), inline=inline, max_wait_s=5.0)
+    start = time.perf_counter()
+    await batcher(images(1))
+    await asyncio.sleep(0)
+    assert time.perf_counter() - start < 1.0
+    batcher.close()
+
+
+async def test_a_busy_engine_gathers_the_next_batch():
+    engine = Echo(seconds=0.05)
+    batcher = make_batcher(engine, inline=False)
+    first = asyncio.create_task(batcher(images(0)))
+    await asyncio.sleep(0.01)
+    rest = [asyncio.create_task(batcher(images(n))) for n in range(5)]
+    await asyncio.gather(first, *rest)
+    batcher.close()
+    assert engine.batches == [1, 5]
+
+
+async def test_max_wait_lets_a_following_batch_fill_up():
+    engine = Echo(seconds=0.02)
+    batcher = make_batcher(engine, inline=False, max_wait_s=0.1)
+    first = asyncio.create_task(batcher(images(0)))
+    await asyncio.sleep(0.005)
+    second = asyncio.create_task(batcher(images(1)))
+    await asyncio.sleep(0.04)
+    third = asyncio.create_task(batcher(images(2)))
+    await asyncio.gather(first, second, third)
+    batcher.close()
+    assert engine.batches == [1, 2]
+
+
+async def test_a_full_queue_refuses_and_recovers(inline):
+    batcher = make_batcher(Echo(), inline=inline, max_queue=4)
+    outcomes = await asyncio.gather(
+        *(batcher(images(n)) for n in range(6)), return_exceptions=True
+    )
+    refused = [o for o in outcomes if isinstance(o, Unavailable)]
+    assert len(refused) == 2
+    assert refused[0].headers == {"Retry-After": "1"}
+    assert (await batcher(images(1))).probabilities.shape == (1, 2)
+    batcher.close()
+
+
+async def test_a_failing_engine_fails_the_batch_and_nothing_else(inline):
+    engine = Echo(fail=True)
+    batcher = make_batcher(engine, inline=inline)
+    outcomes = await asyncio.gather(*(batcher(images(n)) for n in range(3)), return_exceptions=True)
+    assert [str(o) for o in outcomes] == ["engine broke"] * 3
+    engine.fail = False
+    assert (await batcher(images(1))).probabilities.shape == (1, 2)
+    batcher.close()
+
+
+async def test_a_client_that_went_away_does_not_disturb_its_batch(inline):
+    batcher = make_batcher(Echo(seconds=0.01), inline=inline)
+    tasks = [asyncio.create_task(batcher(images(n))) for n in range(3)]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    batcher.close()
+    assert isinstance(outcomes[1], asyncio.CancelledError)
+    assert outcomes[2].probabilities[0, 0] * 255 == pytest.approx(2)
+
+
+async def test_thread_and_loop(inline):
+    engine = Echo()
+    batcher = make_batcher(engine, inline=inline)
+    await batcher(images(1))
+    batcher.close()
+    assert (threading.get_ident() in engine.threads) is inline
+
+
+def test_sizes_are_few_and_never_a_quarter_too_large():
+    assert sizes(32) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
+    for n in range(1, 1025):
+        assert n <= size_for(n) <= n * 1.25
+        assert size_for(n) in sizes(1024)
+
+
+def test_padding_repeats_the_last_image():
+    batch = images(*range(9))
+    assert padded(batch)[:, 0, 0, 0].tolist() == [*range(9), 8]
+    assert padded(batch[:5]) is not None
+    assert len(padded(batch[:5])) == 5

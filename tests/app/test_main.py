@@ -1,0 +1,141 @@
+"""Assembly: what the settings choose is what answers, and what cannot be served does not start."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from app.errors import BundleError, ConfigError
+from app.main import create_app
+from app.settings import Settings
+from tests.pictures import PNG
+
+HEADERS = {"Content-Type": "image/png"}
+
+
+def ask(client) -> np.ndarray:
+    answer = client.post("/v1/predict", content=PNG, headers=HEADERS)
+    return np.array(answer.json()["predictions"][0]["probabilities"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "tolerance"),
+    [
+        ("openvino", "float32", 1e-6),
+        ("openvino", "bf16", 0.05),
+        ("openvino", "int8", 0.05),
+        ("onnxruntime", "float32", 1e-5),
+        ("onnxruntime", "int8", 0.05),
+        ("torch", "float32", 1e-5),
+        ("torch", "int8", 0.05),
+    ],
+)
+def test_engines_and_precisions_agree(make_client, engine, precision, tolerance):
+    expected = ask(make_client(engine="openvino"))
+    found = ask(make_client(engine=engine, precision=precision))
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+def test_dcp_changes_the_answer_as_its_formula_says(make_client):
+    clean = ask(make_client())
+    beta, gamma, nu = 1.2, 0.2, 1000
+    gate = 1 / (1 + np.exp(nu * (clean.max() - beta)))
+    odds = np.clip(clean / (1 - clean), 1e-12, 1 - 1e-12)
+    moved = clean - gate * beta * (1 / (1 + np.exp(-gamma * np.log(odds))) - 0.5)
+    found = ask(make_client(defense="dcp", defense_params={"beta": beta, "gamma": gamma}))
+    np.testing.assert_allclose(found, moved / moved.sum(), atol=2e-6)
+    assert np.abs(found - clean).sum() > 0.3
+
+
+def test_the_same_image_gets_the_same_random_answer_on_every_replica(make_client):
+    options = {"defense": "random", "defense_params": {"epsilon": 0.5}}
+    one = make_client(secret="0123456789abcdef", **options)
+    two = make_client(secret="0123456789abcdef", **options)
+    np.testing.assert_array_equal(ask(one), ask(one))
+    np.testing.assert_array_equal(ask(one), ask(two))
+
+
+@pytest.mark.parametrize("execution", ["inline", "thread"])
+def test_execution_can_be_chosen(make_client, execution):
+    np.testing.assert_array_equal(
+        ask(make_client(batch={"execution": execution})), ask(make_client())
+    )
+
+
+def settings(models, **overrides) -> Settings:
+    return Settings(**{"model_dir": models, "model": "tiny", **overrides})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model": "huge"}, "no model 'huge' in .*there: tiny"),
+        ({"defense": "magic"}, "unknown defense 'magic'.*dcp"),
+        ({"defense": "dcp"}, "dcp needs the parameter 'beta'"),
+        ({"defense": "dcp", "defense_params": {"beta": 1, "betta": 2}}, "no parameter 'betta'"),
+        ({"defense": "dcp", "defense_params": {"beta": "x"}}, "beta must be a number"),
+        ({"defense": "dcp", "defense_params": {"beta": 1, "secret": "x"}}, "no parameter"),
+        ({"engine": "onnxruntime", "precision": "bf16"}, "bf16"),
+    ],
+)
+def test_what_cannot_be_served_does_not_start(models, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        create_app(settings(models, **overrides))
+
+
+def test_a_tampered_model_is_refused(own_models):
+    with (own_models / "tiny" / "float32.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(BundleError, match=r"float32\.onnx has sha256"):
+        create_app(settings(own_models))
+
+
+def test_a_missing_file_is_named(own_models):
+    (own_models / "tiny" / "int8.onnx").unlink()
+    with pytest.raises(BundleError, match=r"int8\.onnx cannot be read"):
+        create_app(settings(own_models, precision="int8"))
+
+
+def test_a_malformed_card_is_named(own_models):
+    (own_models / "tiny" / "card.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"card\.json.*is malformed"):
+        create_app(settings(own_models))
+
+
+def edit_card(folder, change) -> None:
+    path = folder / "card.json"
+    card = json.loads(path.read_text())
+    change(card)
+    path.write_text(json.dumps(card))
+
+
+def test_unknown_members_of_a_card_are_refused(own_models):
+    edit_card(own_models / "tiny", lambda card: card.update(acuracy={}))
+    with pytest.raises(BundleError, match="acuracy"):
+        create_app(settings(own_models))
+
+
+def test_wrong_outputs_fail_the_self_test(own_models):
+    from app.bundle import write_card
+
+    folder = own_models / "tiny"
+    golden = json.loads((folder / "golden.json").read_text())
+    golden["probabilities"]["float32"][0] = golden["probabilities"]["float32"][0][::-1]
+    (folder / "golden.json").write_text(json.dumps(golden))
+    card = json.loads((folder / "card.json").read_text())
+    write_card(folder, card)
+    with pytest.raises(BundleError, match=r"fails its self-test.*off by 0\.\d+; allowed"):
+        create_app(settings(own_models))
+
+
+def test_settings_come_from_the_environment(monkeypatch, models):
+    monkeypatch.setenv("SCUMBLE_MODEL_DIR", str(models))
+    monkeypatch.setenv("SCUMBLE_MODEL", "tiny")
+    assert create_app().state.service.card.name == "tiny"
+
+
+def test_bundle_prints_as_its_constructor(models):
+    from app.bundle import Bundle
+
+    assert re.fullmatch(r"Bundle\('.*/tiny'\)", repr(Bundle(models / "tiny")))

@@ -1,0 +1,221 @@
+"""Real server processes: ports, workers, metrics of all workers together, drain, restart, faults."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import pytest
+
+from tests.pictures import PNG
+from tests.server import start, variables
+
+pytestmark = pytest.mark.server
+HEADERS = {"Content-Type": "image/png"}
+
+
+def post(server, **options) -> httpx2.Response:
+    """One request on a connection of its own, so that workers share them."""
+    options = {"content": PNG, "headers": HEADERS, "timeout": 30, **options}
+    return httpx2.post(f"{server.url}/v1/predict", **options)
+
+
+def resident_mb(server) -> float:
+    name = "scumble_worker_resident_bytes"
+    return max(v for k, v in server.metrics().items() if k.startswith(name)) / 2**20
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_metrics_rise_by_exactly_the_requests_sent(serve, workers):
+    server = serve(workers=workers, defense="dcp", defense_params={"beta": 1.2})
+    for _ in range(40):
+        assert post(server).status_code == 200
+    assert post(server, content=b"x").status_code == 422
+    found = server.metrics()
+    assert found['scumble_stage_seconds_bucket{le="+Inf",stage="defend"}'] == 40
+    for stage in ("read", "decode", "queue", "infer", "defend", "encode"):
+        assert found[f'scumble_stage_seconds_count{{stage="{stage}"}}'] == 40
+    assert found['scumble_images_total{model="tiny",precision="float32"}'] == 40
+    assert found['scumble_requests_total{code="200",route="/v1/predict"}'] == 40
+    assert found['scumble_rejections_total{reason="unprocessable"}'] == 1
+    assert found["scumble_defended_rows_total"] == 40
+    assert found["scumble_workers"] == workers
+    assert found["scumble_inflight"] == found["scumble_queue_depth"] == 0
+
+
+def test_public_port_has_no_metrics_and_admin_port_no_predictions(serve):
+    server = serve()
+    assert httpx2.get(f"{server.url}/metrics").status_code == 404
+    answer = httpx2.post(f"{server.admin}/v1/predict", content=PNG, headers=HEADERS)
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert httpx2.post(f"{server.admin}/metrics").status_code == 405
+    assert httpx2.get(f"{server.admin}/livez").json() == {"status": "live"}
+    assert httpx2.get(f"{server.admin}/readyz").json() == {"status": "ready"}
+
+
+def test_a_killed_worker_is_replaced_and_counters_never_fall(serve):
+    server = serve(workers=2)
+    for _ in range(20):
+        post(server)
+    victim = int(
+        subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(server.process.pid)],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()[-1]
+    )
+    os.kill(victim, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            if httpx2.get(f"{server.admin}/readyz").status_code == 200 and any(
+                entry["event"].startswith("worker ended") for entry in server.log
+            ):
+                break
+        except httpx2.TransportError:
+            pass
+        time.sleep(0.05)
+    found = server.metrics()
+    assert found["scumble_workers"] == 2
+    assert found['scumble_images_total{model="tiny",precision="float32"}'] == 20
+    for _ in range(10):
+        assert post(server).status_code == 200
+
+
+def test_sigterm_answers_what_is_open_and_exits_0(serve):
+    server = serve(workers=2, drain_delay_s=0.5)
+    codes = []
+    failures = []
+    stop = threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            try:
+                codes.append(post(server).status_code)
+            except httpx2.ConnectError:
+                return  # the listener is closed: what a client sees once draining is over
+            except httpx2.HTTPError as exc:
+                failures.append(exc)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    before = len(codes)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert httpx2.get(f"{server.admin}/readyz").status_code == 503
+    assert server.process.wait(20) == 0
+    stop.set()
+    for thread in threads:
+        thread.join(10)
+    assert set(codes) == {200}
+    assert len(codes) > before > 0
+    assert failures == []
+
+
+def test_workers_end_when_the_supervisor_is_killed(serve):
+    server = serve(workers=2)
+    server.stop(signal.SIGKILL)
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        try:
+            httpx2.get(f"{server.url}/livez", timeout=1)
+        except httpx2.TransportError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the workers still answer")
+
+
+STARTS_NOT = {
+    "misspelt variable": ({"DEFENCE": "dcp"}, "SCUMBLE_DEFENCE is no setting; did you mean"),
+    "unknown defense": ({"DEFENSE": "magic"}, "unknown defense 'magic'"),
+    "unknown model": ({"MODEL": "huge"}, "no model 'huge'"),
+    "wrong precision": ({"PRECISION": "int4"}, "SCUMBLE_PRECISION is 'int4'"),
+}
+
+
+@pytest.mark.parametrize("name", STARTS_NOT)
+def test_what_cannot_be_served_exits_1_with_a_sentence(models, name):
+    extra, sentence = STARTS_NOT[name]
+    environment = variables({"model_dir": models, "model": "tiny", "port": 0, "admin_port": 0})
+    server = start({**environment, **{f"SCUMBLE_{k}": v for k, v in extra.items()}})
+    assert server.process.wait(30) == 1
+    server.ready.wait(5)
+    text = " ".join(entry["event"] for entry in server.log)
+    assert sentence in text
+    assert "Traceback" not in text
+    server.process.stderr.close()
+
+
+def test_a_taken_port_is_named(models):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = start(variables({"model_dir": models, "model": "tiny", "port": port}))
+        assert server.process.wait(30) == 1
+        server.ready.wait(5)
+        assert f"cannot bind 127.0.0.1 port {port}" in server.log[-1]["event"]
+        server.process.stderr.close()
+
+
+def test_bad_bodies_give_4xx_and_memory_stays_flat(serve):
+    server = serve(workers=1)
+    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\nx\r\n'
+    multipart = {"Content-Type": "multipart/form-data; boundary=b"}
+    bodies = [
+        {"content": b""},
+        {"content": PNG[:-60]},
+        {"content": bytes(4 * 2**20)},
+        {"content": bytes(6 * 2**20)},
+        {"content": PNG, "headers": {"Content-Type": "text/plain"}},
+        {"content": part * 10_000 + b"--b--\r\n", "headers": multipart},
+        {"content": part * 10_000, "headers": multipart},
+        {"content": b"[" * 2**20, "headers": {"Content-Type": "application/json"}},
+    ]
+    for body in bodies * 3:
+        assert 400 <= post(server, **body).status_code < 500
+    before = resident_mb(server)
+    for body in bodies * 12:
+        assert 400 <= post(server, **body).status_code < 500
+    assert resident_mb(server) < before + 20
+    assert post(server).status_code == 200
+
+
+def test_an_endless_body_is_cut_off(serve):
+    server = serve(workers=1)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(
+            b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        chunk = b"100000\r\n" + bytes(0x100000) + b"\r\n"
+        for _ in range(6):
+            connection.sendall(chunk)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+    assert post(server).status_code == 200
+
+
+def test_check_masks_the_secret_and_names_what_is_served(models):
+    done = subprocess.run(
+        [sys.executable, "-m", "scumble.cli", "check"],
+        env={
+            **os.environ,
+            **variables({"model_dir": models, "model": "tiny", "secret": "0123456789abcdef"}),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "SCUMBLE_SECRET" in done.stdout
+    assert "0123456789abcdef" not in done.stdout
+    assert "defense   NoDefense()" in done.stdout
+    assert "ok: these settings can be served" in done.stdout
