@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,21 @@ class Dataset:
         )
 
     def split(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-        """(rest, held out): about `fraction` of the images, whole groups, drawn with `seed`."""
+        """(rest, held out): about `fraction` of the images, whole groups, drawn with `seed`.
+
+        Raises:
+            DatasetError: `fraction` is not between 0 and 1, or all images are one group.
+        """
         keys, member = np.unique(np.array(self.groups), return_inverse=True)
+        if not 0 < fraction < 1:
+            raise DatasetError(f"fraction is {fraction}; allowed: between 0 and 1")
+        if len(keys) < 2:
+            raise DatasetError(
+                f"{self.name!r} is a single group of images; nothing can be held out"
+            )
         order = np.random.default_rng(seed).permutation(len(keys))
-        held = np.isin(member, order[: max(1, round(fraction * len(keys)))])
+        count = min(max(1, round(fraction * len(keys))), len(keys) - 1)
+        held = np.isin(member, order[:count])
         return self.subset(np.flatnonzero(~held)), self.subset(np.flatnonzero(held))
 
 
@@ -99,25 +110,40 @@ def load(source: str, split: str = "train", *, root: Path | None = None) -> Data
 
 def _parquet(path: Path) -> Dataset:
     """Hugging Face image layout: `image` = struct{bytes, path}, `label` = int64."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    name = str(path)
     if not path.is_file():
-        raise DatasetError(f"no file {str(path)!r}")
-    table = pq.read_table(path)
+        raise DatasetError(f"no file {name!r}")
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as exc:
+        raise DatasetError(f"{name!r} is not a Parquet file: {exc}") from exc
     if not {"image", "label"} <= set(table.column_names):
         raise DatasetError(
-            f"{str(path)!r} has the columns {table.column_names}; needed: image and label"
+            f"{name!r} has the columns {table.column_names}; needed: image and label"
         )
-    column = table["image"].combine_chunks()
-    images = _stack(
-        path.name, [Image.open(io.BytesIO(b)) for b in column.field("bytes").to_pylist()]
-    )
-    meta = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    image, label = table.schema.field("image").type, table.schema.field("label").type
+    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        raise DatasetError(f"{name!r}: image is {image}; needed: a struct with bytes and path")
+    if not pa.types.is_integer(label) or table["label"].null_count or not len(table):
+        raise DatasetError(f"{name!r}: label is {label}; needed: an integer for each image")
+    rows = [row or {} for row in table["image"].to_pylist()]
     labels = table["label"].to_numpy().astype(np.int64)
+    meta = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = meta.get("info", {}).get("features", {}).get("label", {})
     classes = feature.get("names") or [str(k) for k in range(int(labels.max()) + 1)]
-    paths = column.field("path").to_pylist()
-    return Dataset(path.stem, images, labels, tuple(classes), tuple(map(_group, paths)))
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DatasetError(
+            f"{name!r} has labels from {labels.min()} to {labels.max()} for {len(classes)} classes"
+        )
+    images = _stack(
+        path.name, (_decode(row.get("bytes"), f"{name!r}, row {i}") for i, row in enumerate(rows))
+    )
+    # The path may be missing, and then nothing is known to be a near-duplicate.
+    groups = (_group(row.get("path") or f"{path.stem}/{i}") for i, row in enumerate(rows))
+    return Dataset(path.stem, images, labels, tuple(classes), tuple(groups))
 
 
 def _folder(path: Path) -> Dataset:
@@ -127,17 +153,22 @@ def _folder(path: Path) -> Dataset:
     ]
     if not files:
         raise DatasetError(f"{str(path)!r} has no class folders with {', '.join(SUFFIXES)} files")
-    images = _stack(path.name, [Image.open(f) for f in files])
+    images = _stack(path.name, (_decode(f.read_bytes(), repr(str(f))) for f in files))
     labels = np.array([classes.index(f.parent.name) for f in files], np.int64)
-    return Dataset(path.name, images, labels, tuple(classes), tuple(str(f) for f in files))
+    groups = tuple(_group(f.as_posix()) for f in files)
+    return Dataset(path.name, images, labels, tuple(classes), groups)
 
 
 def _torchvision(name: str, split: str, root: Path) -> Dataset:
     import torchvision.datasets as tv
 
-    data = TORCHVISION[name](tv, root, split)
-    images = _stack(name, [image for image, _ in data])
-    labels = np.array([label for _, label in data], np.int64)
+    try:
+        data = TORCHVISION[name](tv, root, split)
+    except (OSError, RuntimeError) as exc:
+        raise DatasetError(f"{name!r} cannot be downloaded into {str(root)!r}: {exc}") from exc
+    pairs = list(data)
+    images = _stack(name, (image for image, _ in pairs))
+    labels = np.array([label for _, label in pairs], np.int64)
     classes = getattr(data, "classes", None) or [str(k) for k in range(int(labels.max()) + 1)]
     # GTSRB alone has near-duplicates: its file names carry the track.
     files = [p for p, *_ in getattr(data, "_samples", [])] or [
@@ -152,11 +183,25 @@ def _torchvision(name: str, split: str, root: Path) -> Dataset:
     )
 
 
-def _stack(name: str, pictures: list[Image.Image]) -> npt.NDArray[np.uint8]:
+def _decode(content: bytes | None, where: str) -> Image.Image:
+    """One picture, decoded here and now, so that no thousands of files stay open."""
+    try:
+        picture = Image.open(io.BytesIO(content or b""))
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as exc:  # all three are Pillow's for broken files
+        raise DatasetError(f"{where} is not a readable image: {exc}") from exc
+    return picture
+
+
+def _stack(name: str, pictures: Iterable[Image.Image]) -> npt.NDArray[np.uint8]:
     """Grey sets become (N, H, W, 1), all others (N, H, W, 3); sizes are brought to the first's."""
     # The original signs of GTSRB come in every size; the literature scales them to 32 pixels.
-    size = (32, 32) if name.startswith("gtsrb") else pictures[0].size
-    images = np.stack([np.asarray(_fit(p.convert("RGB"), size)) for p in pictures])
+    size = (32, 32) if name.startswith("gtsrb") else None
+    rows = []
+    for picture in pictures:
+        size = size or picture.size
+        rows.append(np.asarray(_fit(picture.convert("RGB"), size)))
+    images = np.stack(rows)
     grey = bool((images == images[..., :1]).all())
     return np.ascontiguousarray(images[..., :1]) if grey else images
 

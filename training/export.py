@@ -24,16 +24,40 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from app.bundle import Card, Golden, InputShape, golden_inputs, write_card
+from app.bundle import ONNX_FILE, Card, Golden, InputShape, golden_inputs, write_card
 from app.engines import EngineName, Precision, load, resolve
+from app.errors import ScumbleError
 from app.graph import TENSOR
 
+LOGITS = "logits"
 OPSET = 18
 IR_VERSION = 10  # what ONNX Runtime 1.22, the oldest allowed, reads
 # Golden outputs differ between engines and processors. Bundles allow this many times the largest
 # difference that was seen while the bundle was made, and at least the floor of the precision.
 ROOM = 4.0
 FLOOR: dict[Precision, float] = {"float32": 1e-3, "int8": 0.05, "bf16": 0.05}
+
+
+class ExportError(ScumbleError):
+    """A network cannot become a bundle."""
+
+
+def classes_of(module: nn.Module, shape: InputShape) -> int:
+    """How many classes `module` tells apart.
+
+    Raises:
+        ExportError: it does not take such images, or does not return logits (N, K).
+    """
+    example = torch.rand(2, shape.channels, shape.height, shape.width)
+    try:
+        with torch.inference_mode():
+            logits = module.eval()(example)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as exc:
+        raise ExportError(f"the network does not take {tuple(example.shape)}: {exc}") from exc
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 2:
+        found = getattr(logits, "shape", type(logits).__name__)
+        raise ExportError(f"the network returns {found} for two images, not logits (2, K)")
+    return int(logits.shape[1])
 
 
 def to_onnx(module: nn.Module, shape: InputShape) -> onnx.ModelProto:
@@ -44,21 +68,27 @@ def to_onnx(module: nn.Module, shape: InputShape) -> onnx.ModelProto:
         shape: of the pixels.
 
     Raises:
-        torch.onnx.OnnxExporterError: torch cannot express the module in ONNX.
+        ExportError: torch cannot express the module in ONNX with a batch of any size.
     """
     example = torch.rand(2, shape.channels, shape.height, shape.width)
-    with _quiet():
-        program = torch.onnx.export(
-            module.eval(),
-            (example,),
-            input_names=[TENSOR],
-            output_names=["logits"],
-            opset_version=OPSET,
-            dynamic_shapes=({0: torch.export.Dim("N")},),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                input_names=[TENSOR],
+                output_names=[LOGITS],
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as exc:
+        cause = exc.__cause__ or exc
+        raise ExportError(
+            f"torch cannot export the network with a batch of any size: {cause}"
+        ) from exc
     assert program is not None  # noqa: S101 - it is, unless the export goes to a file
     return _with_ends(program.model_proto, shape)
 
@@ -67,13 +97,13 @@ def _with_ends(network: onnx.ModelProto, shape: InputShape) -> onnx.ModelProto:
     graph = network.graph
     classes = graph.output[0].type.tensor_type.shape.dim[1].dim_value
     before = [
-        helper.make_node("Transpose", ["pixels"], ["planar"], perm=[0, 3, 1, 2]),
-        helper.make_node("Cast", ["planar"], ["levels"], to=TensorProto.FLOAT),
-        helper.make_node("Div", ["levels", "white"], [TENSOR]),
+        helper.make_node("Transpose", ["pixels"], ["planar"], "to_planar", perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planar"], ["levels"], "to_float", to=TensorProto.FLOAT),
+        helper.make_node("Div", ["levels", "white"], [TENSOR], "to_unit"),
     ]
-    after = helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1)
+    after = helper.make_node("Softmax", [LOGITS], ["probabilities"], "softmax", axis=1)
     white = numpy_helper.from_array(np.array(255, np.float32), "white")
-    sizes = ["N", shape.height, shape.width, shape.channels]
+    sizes: list[str | int | None] = ["N", shape.height, shape.width, shape.channels]
     served = helper.make_graph(
         [*before, *graph.node, after],
         "classifier",
@@ -128,10 +158,11 @@ def make_golden(folder: Path, shape: InputShape, *, threads: int = 1) -> Golden:
     inputs = golden_inputs(shape)
     probabilities: dict[str, list[list[float]]] = {}
     tolerance: dict[str, float] = {}
-    for precision, file in (("float32", "float32.onnx"), ("int8", "int8.onnx")):
-        if not (folder / file).exists():
+    precisions: tuple[Precision, ...] = ("float32", "int8")
+    for precision in precisions:
+        if not (folder / ONNX_FILE[precision]).exists():
             continue
-        model = (folder / file).read_bytes()
+        model = (folder / ONNX_FILE[precision]).read_bytes()
         answers = {
             engine: load(engine, model, threads=threads, precision=precision)(inputs)
             for engine in engines()
@@ -149,7 +180,7 @@ def make_golden(folder: Path, shape: InputShape, *, threads: int = 1) -> Golden:
 
 def engines() -> list[EngineName]:
     """The engines that bundles are measured on: all that the base install brings here."""
-    return ["onnxruntime", *(["openvino"] if resolve("auto") == "openvino" else [])]
+    return ["onnxruntime", "openvino"] if resolve("auto") == "openvino" else ["onnxruntime"]
 
 
 def _room(precision: Precision, apart: float) -> float:

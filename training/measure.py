@@ -7,13 +7,51 @@ import os
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from app.bundle import Accuracy
+from app.bundle import Accuracy, Card
 from app.engines import Engine, EngineName, Precision, Probs, load, resolve
-from scumble.data import Dataset
+from scumble.data import Dataset, DatasetError
 
 BATCH = 250
 THREADS = os.cpu_count() or 1
+
+
+def fitted(data: Dataset, card: Card) -> Dataset:
+    """`data` with pictures of the card's input size, checked against its classes.
+
+    Raises:
+        DatasetError: other labels than the card's, or colour where the network takes grey.
+    """
+    want = card.input
+    if len(data.classes) != len(card.labels):
+        raise DatasetError(
+            f"{data.name} has {len(data.classes)} classes, the bundle {len(card.labels)}"
+        )
+    if data.images.shape[3] > want.channels:
+        raise DatasetError(f"{data.name} is in colour, the bundle takes grey")
+    if data.images.shape[1:] == (want.height, want.width, want.channels):
+        return data
+    images = np.stack([_fit(image, card) for image in data.images])
+    return Dataset(data.name, images, data.labels, data.classes, data.groups)
+
+
+def _fit(image: npt.NDArray[np.uint8], card: Card) -> npt.NDArray[np.uint8]:
+    """One picture, stretched or cropped as the card's preprocessing says."""
+    want = card.input
+    height, width = image.shape[:2]
+    box = (0.0, 0.0, float(width), float(height))
+    if card.preprocessing.fit == "crop":
+        # The largest part of the picture that has the input's shape, and of it the central share.
+        scale = card.preprocessing.ratio * min(height / want.height, width / want.width)
+        h, w = scale * want.height, scale * want.width
+        box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+    picture = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
+    picture = picture.convert("RGB" if want.channels == 3 else "L")
+    size = (want.width, want.height)
+    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, box)).reshape(
+        want.height, want.width, want.channels
+    )
 
 
 def answers(
@@ -22,7 +60,7 @@ def answers(
     precision: Precision,
     engine: EngineName | None = None,
 ) -> Probs:
-    """Probabilities float32 (N, K) of uint8 images (N, H, W, C); by default from the best engine."""
+    """Probabilities (N, K) of uint8 images (N, H, W, C), by default from the best engine."""
     run: Engine = load(engine or resolve("auto"), model, threads=THREADS, precision=precision)
     return np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
 

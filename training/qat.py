@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
@@ -21,12 +20,12 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from app.engines.torch import OPS, Interpreter
+from app.engines.torch import OPS, Interpreter, along
 from app.graph import parse, tensor_input
 from scumble.data import Dataset
+from training.export import LOGITS
 from training.train import AUGMENTS, as_tensors, batches
 
-LOGITS = "logits"
 SUFFIX = "_quantized"  # how ONNX Runtime names the integers of an initializer
 
 
@@ -61,6 +60,10 @@ class Student(nn.Module):
     Args:
         quantized: ONNX file in QDQ form.
         original: the float file it was made from; gives the weights before rounding.
+
+    Attributes:
+        values: float weights and biases, by the name of their integers.
+        scales: logarithms of the activation scales, by the scale's name.
     """
 
     def __init__(self, quantized: bytes, original: bytes) -> None:
@@ -68,15 +71,14 @@ class Student(nn.Module):
         ops = {**OPS, "QuantizeLinear": lambda x, *_, **__: x, "DequantizeLinear": _fake}
         self.model = parse(quantized)
         self.net = Interpreter(parse(tensor_input(quantized)), ops)
-        floats = {i.name: numpy_helper.to_array(i) for i in parse(original).graph.initializer}
         self.pairs = [n for n in self.model.graph.node if n.op_type == "DequantizeLinear"]
-        self.values = nn.ParameterDict()  # float weights and biases, by the name of their integers
-        self.scales = nn.ParameterDict()  # logarithms of activation scales, by the scale's name
-        for node in self.pairs:
-            integers, scale = node.input[:2]
-            if integers in self.net.constants:
-                start = torch.from_numpy(floats[integers.removesuffix(SUFFIX)].copy())
-                self.values[_key(integers)] = nn.Parameter(start)
+        floats = {i.name: numpy_helper.to_array(i) for i in parse(original).graph.initializer}
+        self.values = nn.ParameterDict()
+        self.scales = nn.ParameterDict()
+        for source, scale, *_ in (node.input for node in self.pairs):
+            if source in self.net.constants:
+                start = torch.from_numpy(floats[source.removesuffix(SUFFIX)].copy())
+                self.values[_key(source)] = nn.Parameter(start)
             elif _key(scale) not in self.scales:
                 self.scales[_key(scale)] = nn.Parameter(self.net.constants[scale].log())
 
@@ -94,32 +96,29 @@ class Student(nn.Module):
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         stored = {i.name: i for i in model.graph.initializer}
-        scales: dict[str, Tensor] = {
-            node.input[1]: self.scales[_key(node.input[1])].exp()
-            for node in self.pairs
-            if _key(node.input[1]) in self.scales
+        scales = {
+            n.input[1]: self.scales[k].exp()
+            for n in self.pairs
+            if (k := _key(n.input[1])) in self.scales
         }
-        for node in self.pairs:  # weights first: scales of biases follow from theirs
-            kind = _kind(stored, node)
-            if kind is torch.int8:
-                weight = self.values[_key(node.input[0])]
-                scale = _weight_scale(weight, _axis(node), stored[node.input[1]].dims)
-                levels = (weight / _along(scale, weight, _axis(node))).round().clamp(-127, 127)
-                scales[node.input[1]] = scale
-                _store(stored[node.input[0]], levels.to(torch.int8))
-        made_by = {output: n for n in model.graph.node for output in n.output}
+        for node in self.pairs:
+            source, scale = node.input[:2]
+            if source in stored and stored[source].data_type == onnx.TensorProto.INT8:
+                weight = self.values[_key(source)]
+                axis = _axis(node, stored[scale])
+                scales[scale] = _weight_scale(weight, axis)
+                levels = weight / along(scales[scale], weight, axis or 0)
+                _store(stored[source], levels.round().clamp(-127, 127).to(torch.int8))
+        # A bias has the grid of the products that it is added to.
+        makers = {n.output[0]: n for n in self.pairs}
         for node in model.graph.node:
-            if len(node.input) < 3 or node.op_type not in ("Conv", "Gemm"):
-                continue
-            x, w, b = (made_by.get(name) for name in node.input)
-            if x is None or w is None or b is None or b.op_type != "DequantizeLinear":
-                continue
-            scale = (scales[x.input[1]] * scales[w.input[1]]).reshape(-1)
-            bias = (self.values[_key(b.input[0])] / scale).round()
-            scales[b.input[1]] = scale.reshape(list(stored[b.input[1]].dims))
-            _store(stored[b.input[0]], bias.to(torch.int32))
-        for name, scale in scales.items():
-            _store(stored[name], scale)
+            if len(node.input) == 3 and all(name in makers for name in node.input):
+                x, w, b = (makers[name].input for name in node.input)
+                scales[b[1]] = (scales[x[1]] * scales[w[1]]).reshape(-1)
+                levels = (self.values[_key(b[0])] / scales[b[1]]).round()
+                _store(stored[b[0]], levels.to(torch.int32))
+        for name, value in scales.items():
+            _store(stored[name], value.reshape(list(stored[name].dims)))
         return model.SerializeToString()
 
 
@@ -186,34 +185,33 @@ def _fake(x: Tensor, scale: Tensor, zero: Tensor, *, axis: int = 1) -> Tensor:
     if zero.dtype is torch.int32:
         return x  # a bias: its grid is too fine to matter
     if zero.dtype is torch.int8:
-        scale = _weight_scale(x.detach(), axis, scale.shape)
         if scale.numel() == 1:
-            return torch.fake_quantize_per_tensor_affine(
-                x, float(scale), int(zero.reshape(-1)[0]), -127, 127
-            )
-        return torch.fake_quantize_per_channel_affine(x, scale, zero.int(), axis, -127, 127)
+            one = _weight_scale(x.detach(), None)
+            return torch.fake_quantize_per_tensor_affine(x, one, zero.int().view(()), -127, 127)
+        each = _weight_scale(x.detach(), axis)
+        return torch.fake_quantize_per_channel_affine(x, each, zero.int(), axis, -127, 127)
+    # LSQ's own factor: keeps a scale's gradient, a sum over all elements, near that of a weight.
     factor = 1 / math.sqrt(x.numel() * 255)
     return torch._fake_quantize_learnable_per_tensor_affine(
-        x.float(), scale.reshape(1), zero.float().reshape(1), 0, 255, factor
+        x.float(), scale.view(1), zero.float().view(1), 0, 255, factor
     )
 
 
-def _weight_scale(weight: Tensor, axis: int, shape: object) -> Tensor:
-    """Symmetric scale: the largest weight, of each slice of `axis` or of all, becomes 127."""
-    per_channel = len(list(shape)) == 1 and list(shape)[0] > 1  # type: ignore[call-overload]
-    dims = [d for d in range(weight.ndim) if not (per_channel and d == axis % weight.ndim)]
-    return (weight.abs().amax(dims) / 127).clamp_min(1e-12)
+def _weight_scale(weight: Tensor, axis: int | None) -> Tensor:
+    """Symmetric scale by which the largest weight, of each slice of `axis` or of all, is 127."""
+    others = [d for d in range(weight.ndim) if d != axis]
+    return (weight.abs().amax(others) / 127).clamp_min(1e-12)
 
 
-def _along(scale: Tensor, x: Tensor, axis: int) -> Tensor:
-    shape = [1] * x.ndim
-    if scale.numel() > 1:
-        shape[axis % x.ndim] = -1
-    return scale.view(shape)
-
-
-def _axis(node: onnx.NodeProto) -> int:
+def _axis(node: onnx.NodeProto, scale: onnx.TensorProto) -> int | None:
+    """The axis that has a scale per slice; None where one scale serves all."""
+    if math.prod(scale.dims) == 1:
+        return None
     return next((a.i for a in node.attribute if a.name == "axis"), 1)
+
+
+def _store(tensor: onnx.TensorProto, value: Tensor) -> None:
+    tensor.CopyFrom(numpy_helper.from_array(value.contiguous().numpy(), tensor.name))
 
 
 def _key(name: str) -> str:

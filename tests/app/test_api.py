@@ -1,7 +1,7 @@
 """The public port. One error shape, everywhere:
 
-    application/problem+json: {"type", "title", "status", "detail", "error"}
-    status equals the HTTP status, error equals detail, X-Request-ID is echoed.
+application/problem+json: {"type", "title", "status", "detail", "error"}
+status equals the HTTP status, error equals detail, X-Request-ID is echoed.
 """
 
 import json

@@ -124,9 +124,7 @@ async def test_max_wait_lets_a_following_batch_fill_up():
 
 async def test_a_full_queue_refuses_and_recovers(inline):
     batcher = make_batcher(Echo(), inline=inline, max_queue=4)
-    outcomes = await asyncio.gather(
-        *(batcher(images(n)) for n in range(6)), return_exceptions=True
-    )
+    outcomes = await asyncio.gather(*(batcher(images(n)) for n in range(6)), return_exceptions=True)
     refused = [o for o in outcomes if isinstance(o, Unavailable)]
     assert len(refused) == 2
     assert refused[0].headers == {"Retry-After": "1"}

@@ -1,0 +1,67 @@
+"""The code blocks of README and docs run as tests.
+
+`python` blocks run in one namespace per file; `bash` blocks run in a shell with `scumble` on its
+path. `localhost:8000` and `localhost:9000` stand for a real server on free ports. A block that
+cannot run here is preceded by `<!--- skip: next, reason="..." -->`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sybil import Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, SkipParser
+
+from tests.server import serving
+
+ROOT = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def docs_server():
+    """The default model, as `make serve` serves it."""
+    with serving() as server:
+        yield server
+
+
+def _localized(example: Example) -> str:
+    server = example.namespace["docs_server"]
+    text = str(example.parsed)
+    for name in ("localhost", "127.0.0.1"):
+        for port, url in ((8000, server.url), (9000, server.admin)):
+            text = text.replace(f"{name}:{port}", url.removeprefix("http://"))
+    return text
+
+
+def run_python(example: Example) -> None:
+    """Execute a block; what it defines is there for the next ones of its file."""
+    source = "\n" * (example.line + example.parsed.line_offset) + _localized(example)
+    exec(compile(source, example.path, "exec"), example.namespace)  # noqa: S102  # our own docs
+
+
+def run_bash(example: Example) -> None:
+    """Run a block as a user would paste it; every command must succeed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", _localized(example)],  # noqa: S603, S607  # same
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+pytest_collect_file = Sybil(
+    parsers=[
+        CodeBlockParser("python", run_python),
+        CodeBlockParser("bash", run_bash),
+        SkipParser(),
+    ],
+    patterns=["README.md", "docs/*.md"],
+    fixtures=["docs_server"],
+).pytest()

@@ -1,0 +1,230 @@
+"""The Python client, blocking and asynchronous.
+
+Both wait and try again when the service is busy (429, 503) or cannot be connected to. A request
+that was sent and got no answer is not repeated: it may have been counted against a budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+import tenacity
+
+from scumble import wire
+from scumble.errors import BadAnswer, Unreachable
+
+BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+FIRST_WAIT = 0.2  # seconds, at most; doubled with each attempt
+
+
+class Client:
+    """Asks a service; blocks until it has answered.
+
+    Args:
+        url: of the service, such as `http://localhost:8000`.
+        timeout: seconds for each step: to connect, to send, to receive.
+        max_wait: longest pause before trying again, also where the service asks for a longer one.
+        retries: how often to try again.
+        transport: what carries the requests; the network if None.
+        sleep: what waits; tests pass their own.
+
+    Raises:
+        ValueError: `url`, `max_wait` or `retries` is out of range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 10.0,
+        max_wait: float = 30.0,
+        retries: int = 5,
+        transport: httpx2.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._http = httpx2.Client(base_url=_base(url), timeout=timeout, transport=transport)
+        self._retrying = tenacity.Retrying(sleep=sleep, **_policy(max_wait, retries))
+
+    def predict(
+        self,
+        images: wire.Sendable | Iterable[wire.Sendable],
+        *,
+        top_k: int | None = None,
+        request_id: str | None = None,
+    ) -> wire.Answer:
+        """Classify one image or several.
+
+        Args:
+            images: one image or an iterable of them. An image is PNG, JPEG or WebP bytes, the
+                path of such a file, a Pillow image, or a uint8 array (H, W), (H, W, 1) or
+                (H, W, 3); an array (N, H, W, C) is N images.
+            top_k: ask for the `top_k` most probable classes in place of all probabilities.
+            request_id: stands in the answer and in the service's log, to find one by the other.
+
+        Raises:
+            BadImage: an image cannot be sent.
+            OSError: a file cannot be read.
+            Refused: the service said no, or was busy to the last attempt.
+            Unreachable: no answer came.
+            BadAnswer: the answer does not follow the contract.
+            ValueError: `request_id` has other characters or is longer than the service takes.
+        """
+        return self._exchange(wire.predict(images, top_k=top_k, request_id=request_id))
+
+    def model(self) -> wire.ModelInfo:
+        """Name, labels, input shape and limits of the model that is served.
+
+        Raises:
+            Refused, Unreachable, BadAnswer: as `predict`.
+        """
+        return self._exchange(wire.model())
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def _exchange(self, call: wire.Call[wire.T]) -> wire.T:
+        request = call.request(self._http)
+        with _translated(request):
+            # A copy, because tenacity keeps the state of a run in the object.
+            response = self._retrying.copy()(self._http.send, request)
+        return call.read(response)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """`Client` for asyncio: same arguments, values and errors; calls are awaited."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 10.0,
+        max_wait: float = 30.0,
+        retries: int = 5,
+        transport: httpx2.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._http = httpx2.AsyncClient(base_url=_base(url), timeout=timeout, transport=transport)
+        self._retrying = tenacity.AsyncRetrying(sleep=sleep, **_policy(max_wait, retries))
+
+    async def predict(
+        self,
+        images: wire.Sendable | Iterable[wire.Sendable],
+        *,
+        top_k: int | None = None,
+        request_id: str | None = None,
+    ) -> wire.Answer:
+        """See `Client.predict`."""
+        return await self._exchange(wire.predict(images, top_k=top_k, request_id=request_id))
+
+    async def model(self) -> wire.ModelInfo:
+        """See `Client.model`."""
+        return await self._exchange(wire.model())
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def _exchange(self, call: wire.Call[wire.T]) -> wire.T:
+        request = call.request(self._http)
+        with _translated(request):
+            response: httpx2.Response = await self._retrying.copy()(self._http.send, request)
+        return call.read(response)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+def _base(url: str) -> httpx2.URL:
+    try:
+        base = httpx2.URL(url)
+    except httpx2.InvalidURL as exc:
+        raise ValueError(f"url is {url!r}: {exc}") from exc
+    if base.scheme not in ("http", "https") or not base.host:
+        raise ValueError(f"url is {url!r}; allowed: http://HOST[:PORT] and https://HOST[:PORT]")
+    return base
+
+
+def _policy(max_wait: float, retries: int) -> dict[str, Any]:
+    """When and after how long to try again, for tenacity's two loops."""
+    if max_wait < 0 or retries < 0:
+        raise ValueError(f"max_wait is {max_wait}, retries is {retries}; neither may be negative")
+    backoff = tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=max_wait)
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        asked = _retry_after(state.outcome)
+        return backoff(state) if asked is None else min(asked, max_wait)
+
+    return {
+        "retry": tenacity.retry_if_exception_type(UNSENT) | tenacity.retry_if_result(_busy),
+        "wait": wait,
+        "stop": tenacity.stop_after_attempt(retries + 1),
+        "retry_error_callback": _last_outcome,
+    }
+
+
+def _busy(response: httpx2.Response) -> bool:
+    return response.status_code in BUSY
+
+
+def _last_outcome(state: tenacity.RetryCallState) -> httpx2.Response:
+    """The busy answer, or the connection's own error, as if there had been one attempt."""
+    response: httpx2.Response = state.outcome.result()  # type: ignore[union-attr] # there was one
+    return response
+
+
+def _retry_after(outcome: tenacity.Future | None) -> float | None:
+    """The pause in seconds that a busy answer asks for, None if it does not."""
+    if outcome is None or outcome.failed:
+        return None
+    headers = outcome.result().headers
+    value = headers.get("retry-after", "")
+    try:
+        if value.isdecimal():
+            return float(value)
+        # Both dates are by the service's clock, so the client's may be wrong.
+        now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
+        return max(0.0, (parsedate_to_datetime(value) - now).total_seconds())
+    except (TypeError, ValueError):  # neither seconds nor a date
+        return None
+
+
+@contextmanager
+def _translated(request: httpx2.Request) -> Iterator[None]:
+    """Turns httpx2's errors into the client's."""
+    url = wire.shown(request.url)
+    try:
+        yield
+    except httpx2.DecodingError as exc:
+        raise BadAnswer(f"{url} answered, but its body cannot be decompressed: {exc}") from exc
+    except httpx2.RequestError as exc:
+        raise Unreachable(f"no answer from {url}: {str(exc) or type(exc).__name__}") from exc

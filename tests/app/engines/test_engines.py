@@ -1,0 +1,145 @@
+"""All engines give the same answers, row by row, whatever the batch; the torch engine is the oracle."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from app.bundle import InputShape, golden_inputs, open_bundle
+from app.engines import ENGINES, load, resolve
+from app.errors import ConfigError
+from app.graph import tensor_input
+from training.export import to_onnx
+from training.nets import NETS, Normalize
+
+MODELS = Path(__file__).parents[3] / "models"
+SHAPE = InputShape(height=12, width=10, channels=3)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(ONNX bytes, torch module) of a net with random weights and awake batch norms."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(Normalize([0.4, 0.5, 0.6], [0.2] * 3), NETS["resnet9"](3, 7))
+    with torch.no_grad():
+        net(torch.rand(64, 3, 12, 10))  # moves the running statistics off their start
+    return to_onnx(net.eval(), SHAPE).SerializeToString(), net
+
+
+def pictures(n: int, shape: InputShape = SHAPE, seed: int = 0) -> np.ndarray:
+    size = (n, shape.height, shape.width, shape.channels)
+    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+
+def tensors(pixels: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2) / np.float32(255))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_equals_torch_on_the_original_module(name, tiny):
+    model, net = tiny
+    x = pictures(5)
+    with torch.inference_mode():
+        expected = net(torch.from_numpy(tensors(x))).softmax(1).numpy()
+    found = load(name, model, threads=1, precision="float32")(x)
+    assert found.dtype == np.float32
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_tensor_input_gives_the_same(name, tiny):
+    model, _ = tiny
+    x = pictures(5)
+    by_pixels = load(name, model, threads=1, precision="float32")(x)
+    by_tensor = load(name, tensor_input(model), threads=1, precision="float32")(tensors(x))
+    assert by_tensor == pytest.approx(by_pixels, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in ENGINES if n != "torch"])
+@pytest.mark.parametrize("source", ["tiny", "float32", "bf16", "int8"])
+def test_a_row_does_not_depend_on_its_batch(name, source, tiny):
+    if source == "tiny":
+        model, shape, precision = tiny[0], SHAPE, "float32"
+    else:
+        bundle = open_bundle(MODELS, "mnist")
+        model, shape, precision = bundle.onnx(source), bundle.card.input, source
+    if (name, precision) == ("onnxruntime", "bf16"):
+        pytest.skip("bf16 is OpenVINO's only")
+    run = load(name, model, threads=1, precision=precision)
+    x = pictures(32, shape)
+    rows = np.concatenate([run(x[i : i + 1]) for i in range(32)])
+    assert np.array_equal(rows, run(x))
+    assert np.array_equal(rows[:8], run(x[:8]))
+    assert np.array_equal(rows[::-1], run(x[::-1]))  # not contiguous in memory
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_answers_may_be_kept(name, tiny):
+    run = load(name, tiny[0], threads=1, precision="float32")
+    for n in (1, 3):
+        x = pictures(n)
+        first = run(x)
+        kept = first.copy()
+        run(255 - x)
+        assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_committed_bundle(name, precision):
+    bundle = open_bundle(MODELS, "mnist")
+    golden = bundle.golden()
+    run = load(name, bundle.onnx(precision), threads=1, precision=precision)
+    found = run(golden_inputs(bundle.card.input))
+    expected = np.array(golden.probabilities[precision])
+    assert found == pytest.approx(expected, abs=golden.tolerance[precision])
+    # The room given to golden outputs is for other processors, not for the engines.
+    assert found == pytest.approx(expected, abs=golden.tolerance[precision] / 2)
+
+
+def test_bf16_is_near_float32():
+    bundle = open_bundle(MODELS, "mnist")
+    x = golden_inputs(bundle.card.input)
+    rough = load("openvino", bundle.onnx("bf16"), threads=1, precision="bf16")(x)
+    expected = np.array(bundle.golden().probabilities["bf16"])
+    assert rough == pytest.approx(expected, abs=bundle.golden().tolerance["bf16"])
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+def test_bf16_is_refused(name, tiny):
+    with pytest.raises(ConfigError, match="bf16"):
+        load(name, tiny[0], threads=1, precision="bf16")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("damage", ["empty", "text", "cut"])
+def test_corrupt_model(name, damage, tiny):
+    model = {"empty": b"", "text": b"not a model", "cut": tiny[0][:-1000]}[damage]
+    with pytest.raises(ConfigError):
+        load(name, model, threads=1, precision="float32")
+
+
+def test_torch_names_the_operators_it_lacks():
+    node = helper.make_node("Erf", ["x"], ["y"])
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 2]) for n in "xy"]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    onnx.checker.check_model(model)
+    with pytest.raises(ConfigError, match="Erf"):
+        load("torch", model.SerializeToString(), threads=1, precision="float32")
+
+
+def test_auto_prefers_openvino():
+    assert resolve("auto") == "openvino"
+    with pytest.raises(ConfigError, match="tensorrt"):
+        resolve("tensorrt")
+
+
+def test_openvino_writes_no_files(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    load("openvino", tiny[0], threads=1, precision="float32")(pictures(2))
+    assert list(tmp_path.rglob("*")) == []

@@ -1,0 +1,319 @@
+import importlib.metadata
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import scumble.commands
+from scumble import Client
+from scumble.cli import COMMANDS, Row, Table, main
+from tests.pictures import PNG, encoded, picture
+
+ROOT = Path(__file__).parents[2]
+LABELS = ["airplane", "automobile", "bird"]
+SHARES = [0.0625, 0.9, 0.0375]
+MODEL = {
+    "name": "cifar10",
+    "version": "3",
+    "labels": LABELS,
+    "input": {"height": 32, "width": 32, "channels": 3},
+    "formats": ["image/jpeg", "image/png", "image/webp"],
+    "limits": {"max_body_bytes": 1_000_000, "max_images": 16, "max_pixels": 1_000_000},
+}
+
+
+class Stub(BaseHTTPRequestHandler):
+    """A service that sees an automobile in every picture and refuses JPEG."""
+
+    def do_GET(self):
+        self.reply(200, MODEL)
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        if self.headers["content-type"] == "image/jpeg":
+            return self.reply(422, {"title": "No", "status": 422, "detail": "no \x1b[31mJPEG"})
+        order = sorted(range(3), key=lambda k: -SHARES[k])
+        choices = [{"label": LABELS[k], "index": k, "probability": SHARES[k]} for k in order]
+        top_k = parse_qs(urlsplit(self.path).query).get("top_k")
+        rest = {"top": choices[: int(top_k[0])]} if top_k else {"probabilities": SHARES}
+        body = {"model": "cifar10", "version": "3", "id": "x1"}
+        return self.reply(200, body | {"predictions": [choices[0] | rest]})
+
+    def reply(self, status, body):
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def url():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """`run(*words)` of the command in a folder of its own, in a terminal of 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    Path("car.png").write_bytes(PNG)
+    Path("car.webp").write_bytes(encoded(picture(), "WEBP"))
+    Path("car.jpg").write_bytes(encoded(picture(), "JPEG"))
+    Path("notes.txt").write_text("no picture")
+    return lambda *words, command=main: CliRunner().invoke(command, words, prog_name="scumble")
+
+
+# The table of subcommands
+
+
+def test_help_lists_the_table_in_its_order(run):
+    result = run("--help")
+    listed = result.stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    assert all(row.help in result.stdout for row in COMMANDS.values())
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+
+
+def test_help_imports_no_subcommand():
+    code = (
+        "import sys\n"
+        "from scumble.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stderr.split())
+    assert not loaded & {"app", "training", "numpy", "PIL", "httpx2", "pydantic", "rich", "torch"}
+    assert {name for name in loaded if name.startswith("scumble")} == {"scumble", "scumble.cli"}
+
+
+def test_extras_of_the_table_are_the_distributions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {row.extra for row in COMMANDS.values()} - {None}
+    assert extras <= set(project["optional-dependencies"])
+    assert project["scripts"]["scumble"] == "scumble.cli:main"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_row_of_the_table_names_a_command(name):
+    if COMMANDS[name].extra == "train":
+        pytest.importorskip("torch")
+    command = COMMANDS[name].load()
+    assert isinstance(command, click.Command)
+    assert command.name == name
+    assert command.help
+
+
+def test_version(run, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"9.9 of {name}")
+    assert run("--version").stdout == "scumble, version 9.9 of scumble\n"
+
+
+def test_an_unknown_subcommand(run):
+    result = run("stael")
+    assert result.exit_code == 2
+    assert "No such command 'stael'" in result.stderr
+
+
+# A group of subcommands made up in files
+
+
+@pytest.fixture
+def group(run, tmp_path, monkeypatch):
+    """`group(source, extra)` -> a group with the subcommand `do`, defined by `source`."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(source, extra=None):
+        (tmp_path / "made_up.py").write_text(source)
+        monkeypatch.delitem(sys.modules, "made_up", raising=False)
+        return Table("scumble", table={"do": Row("made_up:do", "Do it.", extra)})
+
+    yield make
+    sys.modules.pop("made_up", None)
+
+
+DO = "import click\n@click.command()\n@click.option('--n', type=int)\ndef do(n):\n"
+
+
+def test_a_subcommand_parses_its_own_options(run, group):
+    command = group(DO + "    '''Really do it.'''\n    click.echo(n + 1)")
+    assert run("do", "--n", "3", command=command).stdout == "4\n"
+    assert "Really do it." in run("do", "--help", command=command).stdout
+    assert run("do", "--n", "x", command=command).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "where", ["import torch_like\n" + DO + "    pass", DO + "    import torch_like"]
+)
+def test_a_missing_extra_is_named_in_one_line(run, group, where):
+    result = run("do", command=group(where, "train"))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "Error: scumble do: No module named 'torch_like'. "
+        "Install it with: pip install 'scumble[train]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra"), [("torch_like", None), ("made_up.part", "train")], ids=["base", "ours"]
+)
+def test_a_fault_of_the_project_is_not_blamed_on_an_extra(run, group, missing, extra):
+    result = run("do", command=group(f"import {missing}", extra))
+    assert isinstance(result.exception, ImportError)
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(run, group):
+    result = run("do", command=group(DO + "    raise KeyboardInterrupt"))
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\n")
+
+
+def test_ctrl_c_to_a_process(group, tmp_path):
+    code = (
+        "from scumble.cli import Row, Table\n"
+        "Table('scumble', table={'do': Row('made_up:do', 'Do it.')})(['do'])"
+    )
+    group(DO + "    import time\n    click.echo('up')\n    time.sleep(30)")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    with process:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=10) == ("", "\n")
+    assert process.returncode == 130
+
+
+# scumble predict
+
+
+def lines(text):
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def test_predict_prints_a_row_per_image(run, url):
+    result = run("predict", url, "car.png", "car.webp")
+    assert result.exit_code == 0
+    title, head, rule, *rows = lines(result.stdout)
+    assert title == f"cifar10 3 at {url}"
+    assert head.split() == ["file", "label", "probability", "next"]
+    assert set(rule) == {"─"}
+    assert rows == [
+        "car.png   automobile  0.9000 █████████  airplane 0.0625, bird 0.0375",
+        "car.webp  automobile  0.9000 █████████  airplane 0.0625, bird 0.0375",
+    ]
+
+
+def test_predict_shows_as_many_classes_as_it_is_told(run, url):
+    assert "0.0625, bird" in run("predict", url, "car.png", "--top-k", "3").stdout
+    assert "0.0625\n" in re.sub(" +\n", "\n", run("predict", url, "car.png", "--top-k", "2").stdout)
+    assert "airplane" not in run("predict", url, "car.png", "--top-k", "1").stdout
+
+
+def test_predict_keeps_to_80_columns_and_folds_names_before_answers(run, url):
+    name = "folder_of_pictures_with_a_long_name/" * 3 + "car.png"
+    Path(name).parent.mkdir(parents=True)
+    Path(name).write_bytes(PNG)
+    result = run("predict", url, name, "car.png", "car.jpg")
+    answer = "automobile  0.9000 █████████  airplane 0.0625, bird 0.0375"
+    assert result.stdout.count(answer) == 2
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    assert name in "".join(line[:20].strip() for line in result.stdout.splitlines())
+
+
+def test_predict_names_what_failed_in_its_row(run, url):
+    result = run("predict", url, "car.jpg", "car.png", "notes.txt")
+    assert result.exit_code == 1
+    shown = " ".join(result.stdout.split())
+    assert "car.jpg 422: no \N{REPLACEMENT CHARACTER}[31mJPEG car.png automobile 0.9000" in shown
+    assert "notes.txt 'notes.txt': not a PNG, JPEG or WebP image" in shown
+    assert "\x1b" not in result.stdout
+
+
+def test_predict_without_colour_codes_in_a_pipe_and_without_blocks_in_ascii(url, run):
+    words = [sys.executable, "-m", "scumble.cli", "predict", url, "car.png"]
+    environment = {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(words, capture_output=True, env=environment, check=True)
+    assert b"0.9000 #########" in result.stdout
+    assert b"\x1b" not in result.stdout
+
+
+def test_predict_prints_json_lines(run, url):
+    result = run("predict", url, "car.png", "car.jpg", "--json")
+    assert result.exit_code == 1
+    good, bad = map(json.loads, result.stdout.splitlines())
+    assert good == {
+        "file": "car.png",
+        "model": "cifar10",
+        "version": "3",
+        "id": "x1",
+        "label": "automobile",
+        "index": 1,
+        "probability": 0.9,
+        "probabilities": SHARES,
+    }
+    assert bad == {"file": "car.jpg", "error": "no \x1b[31mJPEG", "status": 422}
+    (top,) = map(
+        json.loads, run("predict", url, "car.png", "--json", "--top-k", "2").stdout.split()
+    )
+    assert [choice["label"] for choice in top["top"]] == ["automobile", "airplane"]
+    assert "probabilities" not in top
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["car.png", "none.png"], "'none.png' does not exist"),
+        (["."], "'.' is a directory"),
+        ([], "Missing argument 'IMAGE...'"),
+        (["car.png", "--top-k", "0"], "0 is not in the range"),
+    ],
+    ids=["missing file", "folder", "no image", "top k"],
+)
+def test_predict_is_told_wrongly(run, url, words, message):
+    result = run("predict", url, *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_predict_wants_a_url(run):
+    result = run("predict", "localhost:8000", "car.png")
+    assert result.exit_code == 2
+    assert "Invalid value for URL: url is 'localhost:8000'; allowed: http://" in result.stderr
+
+
+def test_predict_without_a_server(run, monkeypatch):
+    monkeypatch.setattr(scumble.commands, "Client", partial(Client, retries=0))
+    with socket.socket() as unused:  # bound, and nobody listens
+        unused.bind(("127.0.0.1", 0))
+        result = run("predict", f"http://127.0.0.1:{unused.getsockname()[1]}", "car.png")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.match(r"Error: no answer from http://127\.0\.0\.1:\d+/v1/model: .+\n$", result.stderr)

@@ -1,0 +1,104 @@
+"""Docs cannot go stale: what the code has, the docs have under a heading of its own."""
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.routing import Route
+
+from app.admin import ProcessMetrics
+from app.defenses import available
+from app.errors import RequestError
+from app.metrics import STAGES, Metrics
+from app.settings import Settings, variables
+from scumble.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def headings(name: str) -> set[str]:
+    return set(re.findall(r"^#+ `(.+)`$", (DOCS / name).read_text(), re.MULTILINE))
+
+
+def metric_names() -> set[str]:
+    registry = CollectorRegistry()
+    Metrics(registry)
+
+    class NoWorkers:
+        def ready(self):
+            return True
+
+        def pids(self):
+            return {}
+
+    families = [*registry.collect(), *ProcessMetrics(NoWorkers()).collect()]
+    return {f"{f.name}_total" if f.type == "counter" else f.name for f in families}
+
+
+def test_every_setting_has_its_heading_and_no_other_has():
+    assert headings("settings.md") == set(variables())
+
+
+@pytest.mark.parametrize("name", sorted(set(variables()) - {"SCUMBLE_CONFIG", "SCUMBLE_SECRET"}))
+def test_the_documented_default_is_the_real_one(name):
+    text = (DOCS / "settings.md").read_text()
+    documented = re.search(rf"^## `{name}`\n\nDefault: `(.*)`\.$", text, re.MULTILINE)[1]
+    value = Settings()
+    for part in name.removeprefix("SCUMBLE_").lower().split("__"):
+        value = getattr(value, part)
+    shown = value.name if isinstance(value, Path) else str(value)
+    assert documented == shown
+
+
+def test_every_metric_has_its_heading_and_no_other_has():
+    assert headings("metrics.md") == metric_names()
+
+
+def test_every_stage_is_explained():
+    text = (DOCS / "metrics.md").read_text()
+    assert all(f"| `{stage}` |" in text for stage in STAGES)
+
+
+def test_every_route_has_its_heading_and_no_other_has(client):
+    routes = {
+        f"{method} {route.path}"
+        for route in client.app.routes
+        if isinstance(route, Route) and route.path != "/openapi.json"
+        for method in route.methods - {"HEAD"}
+    }
+    assert headings("api.md") == routes
+
+
+def test_every_error_is_in_the_table():
+    text = (DOCS / "api.md").read_text()
+    for kind in RequestError.__subclasses__():
+        assert re.search(rf"^\| {kind.status} \|.*`{kind.reason}` \|$", text, re.MULTILINE)
+
+
+def test_every_defense_has_its_heading():
+    assert set(available()) <= headings("defenses.md")
+
+
+def test_every_command_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert all(f"scumble {name}" in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in DOCS.glob("*.md")))
+def test_links_lead_somewhere_and_readme_lists_the_page(page):
+    assert f"docs/{page}" in (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (DOCS / page).read_text()):
+        assert (DOCS / target).exists(), target
+
+
+def test_no_image_set_is_committed():
+    """Only the handful of digits from scikit-learn's wheel; no other pictures, no Parquet."""
+    pictures = [
+        p.relative_to(ROOT).as_posix()
+        for kind in ("png", "jpg", "jpeg", "webp", "ppm", "parquet", "npy", "npz")
+        for p in ROOT.rglob(f"*.{kind}")
+        if not any(part.startswith(".") or part == "runs" for part in p.relative_to(ROOT).parts)
+    ]
+    assert all(p.startswith("docs/") for p in pictures), pictures
