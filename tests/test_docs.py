@@ -1,5 +1,6 @@
 """Docs cannot go stale: what the code has, the docs have under a heading of its own."""
 
+import json
 import re
 from pathlib import Path
 
@@ -102,3 +103,48 @@ def test_no_image_set_is_committed():
         if not any(part.startswith(".") or part == "runs" for part in p.relative_to(ROOT).parts)
     ]
     assert all(p.startswith("docs/") for p in pictures), pictures
+
+
+def cards() -> dict[str, dict]:
+    return {
+        path.parent.name: json.loads(path.read_text())
+        for path in sorted((ROOT / "models").glob("*/card.json"))
+    }
+
+
+def models_table() -> str:
+    rows = [
+        "| bundle | network input | classes | float32 | int8 | int8 made by | int8 file |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, card in cards().items():
+        shape = card["input"]
+        accuracy = {key: f"{figure['value']:.2%}" for key, figure in card["accuracy"].items()}
+        chosen = card["quantization"]
+        rows.append(
+            f"| `{name}` | {shape['height']} x {shape['width']} x {shape['channels']} "
+            f"| {len(card['labels'])} | {accuracy['float32']} | {accuracy['int8']} "
+            f"| {chosen['method'].upper()}, {chosen['preset']} | {chosen['ratio']:.2f} of float |"
+        )
+    return "\n".join(rows)
+
+
+def latency_table() -> str:
+    document = json.loads((ROOT / "loadtest" / "latency.json").read_text())
+    rows = [
+        "| model | p50, no defense | p50, `dcp` | ratio | worker memory | start to ready |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| `{case['model']}` {case['precision']} | {case['p50_ms']['off']:.2f} ms "
+        f"| {case['p50_ms']['on']:.2f} ms | {case['dcp_over_none_p50']:.3f} "
+        f"| {case['worker_resident_mb']['on']:.0f} MB "
+        f"| {case['process_start_to_ready_s']['on']:.1f} s |"
+        for case in document["cases"]
+    ]
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize("table", [models_table, latency_table], ids=["models", "latency"])
+def test_the_readme_shows_the_measured_figures(table):
+    assert table() in (ROOT / "README.md").read_text(), f"expected in README.md:\n{table()}"

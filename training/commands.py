@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -16,7 +17,7 @@ from app.bundle import Bundle, InputShape, open_bundle
 from app.errors import ScumbleError
 from scumble.data import DatasetError, load
 from training.export import ExportError, classes_of, export_bundle, finish
-from training.measure import THREADS, answers, card_accuracy, fitted
+from training.measure import THREADS, answers, card_accuracy, fitted, share_right
 from training.qat import Tuning
 from training.quantize import METHODS, PRESETS, Candidate, Judge, candidates, ship
 from training.sources import (
@@ -89,7 +90,7 @@ def train(
         torch.set_num_threads(THREADS)
         network = fit(recipe, rest)
         height, width, channels = images.images.shape[1:]
-        card = {
+        card: dict[str, Any] = {
             "name": name,
             "version": version,
             "labels": list(images.classes),
@@ -105,12 +106,17 @@ def train(
         }
         folder = models / name
         shape = InputShape(height=height, width=width, channels=channels)
-        card = export_bundle(network, folder, shape, card, threads=THREADS).model_dump(
-            exclude={"format", "files"}
-        )
-        found = card_accuracy(answers(Bundle(folder).onnx("float32"), test.images, "float32"), test)
+        export_bundle(network, folder, shape, card, threads=THREADS)
+        card["input"] = shape.model_dump()
+        model = Bundle(folder).onnx("float32")
+        found = card_accuracy(answers(model, test.images, "float32"), test)
+        validation = share_right(answers(model, held_out.images, "float32"), held_out)
+        card["training"]["validation"] = round(validation, 6)
         finish(folder, {**card, "accuracy": {"float32": found.model_dump()}}, threads=THREADS)
-    click.echo(f"{folder}: {found.value:.2%} of {found.images:,} test images right")
+    click.echo(
+        f"{folder}: right are {found.value:.2%} of {len(test):,} test images "
+        f"and {validation:.2%} of {len(held_out):,} held-out images"
+    )
 
 
 @click.command()
@@ -250,11 +256,7 @@ def export(
             network = normalized(network, _numbers(mean or "0"), _numbers(std or "1"))
         shape = InputShape(height=size, width=size, channels=3 if channels == "3" else 1)
         count = classes_of(network, shape)
-        names = names or [str(k) for k in range(count)]
-        if len(names) != count or classes not in (None, count):
-            raise ExportError(
-                f"the network has {count} classes; labels given: {len(names)}, classes: {classes}"
-            )
+        names = names or [str(k) for k in range(classes or count)]
         card = {
             "name": name,
             "version": version,

@@ -46,18 +46,23 @@ def classes_of(module: nn.Module, shape: InputShape) -> int:
     """How many classes `module` tells apart.
 
     Raises:
-        ExportError: it does not take such images, or does not return logits (N, K).
+        ExportError: it does not take any number of such images, or does not return logits (N, K).
     """
-    example = torch.rand(2, shape.channels, shape.height, shape.width)
-    try:
-        with torch.inference_mode():
-            logits = module.eval()(example)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as exc:
-        raise ExportError(f"the network does not take {tuple(example.shape)}: {exc}") from exc
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 2:
-        found = getattr(logits, "shape", type(logits).__name__)
-        raise ExportError(f"the network returns {found} for two images, not logits (2, K)")
-    return int(logits.shape[1])
+    classes = 0
+    for batch in (2, 3):  # an exported program may be fixed to one batch
+        example = torch.rand(batch, shape.channels, shape.height, shape.width)
+        try:
+            with torch.inference_mode():
+                logits = module.eval()(example)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as exc:
+            raise ExportError(f"the network does not take {tuple(example.shape)}: {exc}") from exc
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != batch:
+            found = getattr(logits, "shape", type(logits).__name__)
+            raise ExportError(
+                f"the network returns {found} for {batch} images, not logits ({batch}, K)"
+            )
+        classes = logits.shape[1]
+    return classes
 
 
 def to_onnx(module: nn.Module, shape: InputShape) -> onnx.ModelProto:
@@ -71,10 +76,12 @@ def to_onnx(module: nn.Module, shape: InputShape) -> onnx.ModelProto:
         ExportError: torch cannot express the module in ONNX with a batch of any size.
     """
     example = torch.rand(2, shape.channels, shape.height, shape.width)
+    # Traced with channels last, torch writes a pooling as a gather of every single element.
+    module = module.eval().to(memory_format=torch.contiguous_format)
     try:
         with _quiet():
             program = torch.onnx.export(
-                module.eval(),
+                module,
                 (example,),
                 input_names=[TENSOR],
                 output_names=[LOGITS],
@@ -139,7 +146,13 @@ def export_bundle(
         shape: of the pixels.
         card: name, version, labels and whatever else is known; input and files are filled in.
         threads: of the engines that make the golden outputs.
+
+    Raises:
+        ExportError: the network cannot be exported, or has not one class per label.
     """
+    count, labels = classes_of(module, shape), card["labels"]
+    if count != len(labels):
+        raise ExportError(f"the network has {count} classes, but there are {len(labels)} labels")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "int8.onnx").unlink(missing_ok=True)
     (folder / "float32.onnx").write_bytes(to_onnx(module, shape).SerializeToString())

@@ -1,6 +1,5 @@
 """Torch modules become bundles that every engine runs."""
 
-
 import numpy as np
 import onnx
 import pytest
@@ -112,8 +111,13 @@ def test_pt2(own, tmp_path):
 def test_pt2_of_a_fixed_batch_is_refused(own, tmp_path):
     fixed = torch.export.export(own.eval(), (torch.rand(2, 3, 9, 8),))
     torch.export.save(fixed, tmp_path / "fixed.pt2")
-    with pytest.raises(ExportError, match="any size"):
-        to_onnx(pt2_module(tmp_path / "fixed.pt2"), SMALL)
+    with pytest.raises(ExportError, match="does not take"):
+        export_bundle(pt2_module(tmp_path / "fixed.pt2"), tmp_path / "own", SMALL, CARD)
+
+
+def test_one_label_per_class(own, tmp_path):
+    with pytest.raises(ExportError, match=r"4 classes, but there are 2 labels"):
+        export_bundle(own, tmp_path / "own", SMALL, {**CARD, "labels": ["a", "b"]})
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,9 @@ def test_weights(own, tmp_path):
     other = own_module(f"{tmp_path / 'own.py'}:net")
     with torch.no_grad():
         other[0].weight.add_(1)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in other.state_dict().items()}}, tmp_path / "w.pt")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in other.state_dict().items()}}, tmp_path / "w.pt"
+    )
     load_weights(own, tmp_path / "w.pt")
     assert torch.equal(own[0].weight, other[0].weight)
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.pt")

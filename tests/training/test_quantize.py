@@ -9,7 +9,7 @@ from app.bundle import Bundle, InputShape
 from app.engines import ENGINES, load
 from app.graph import parse, tensor_input
 from scumble.data import Dataset
-from training.export import export_bundle
+from training.export import export_bundle, to_onnx
 from training.nets import NETS, Normalize
 from training.qat import Student, Tuning
 from training.quantize import METHODS, PRESETS, Judge, calibration_sample, candidates, ptq, ship
@@ -85,7 +85,9 @@ def test_form(found, name):
     softmax = makers[graph.output[0].name]
     assert softmax.op_type == "Softmax"
     assert makers[softmax.input[0]] is weighted[-1]
-    assert not any(i.data_type == TensorProto.FLOAT and np.prod(i.dims) > 100 for i in graph.initializer)
+    assert not any(
+        i.data_type == TensorProto.FLOAT and np.prod(i.dims) > 100 for i in graph.initializer
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +128,9 @@ def test_an_untrained_student_is_the_ptq_file(bundle, sets, preset):
     for name, value in before.items():
         assert value.dtype == after[name].dtype
         assert value.shape == after[name].shape
-        assert after[name] == pytest.approx(value, rel=1e-5)
+        # A bias has so many levels that the order of multiplication may move it by one.
+        slack = 1 if value.dtype == np.int32 else 0
+        assert after[name] == pytest.approx(value, rel=1e-5, abs=slack)
     # The fake-quantized forward pass is what the file computes.
     x = sets[2].images
     tensors = np.ascontiguousarray(x.transpose(0, 3, 1, 2) / np.float32(255))
@@ -165,8 +169,6 @@ def test_ratio():
     """A net large enough that weights, not node names, fill its file."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(Normalize([0.5] * 3, [0.2] * 3), NETS["resnet9"](3, 3)).eval()
-    from training.export import to_onnx
-
     original = to_onnx(net, SHAPE).SerializeToString()
     for preset in PRESETS:
         file = ptq(original, made_up(64, 0).images, preset)

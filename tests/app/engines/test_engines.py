@@ -1,4 +1,4 @@
-"""All engines give the same answers, row by row, whatever the batch; the torch engine is the oracle."""
+"""All engines give the same answers, row by row, whatever the batch; torch is the oracle."""
 
 from pathlib import Path
 
@@ -95,8 +95,7 @@ def test_committed_bundle(name, precision):
     run = load(name, bundle.onnx(precision), threads=1, precision=precision)
     found = run(golden_inputs(bundle.card.input))
     expected = np.array(golden.probabilities[precision])
-    assert found == pytest.approx(expected, abs=golden.tolerance[precision])
-    # The room given to golden outputs is for other processors, not for the engines.
+    # Half, as the room given to golden outputs is for other processors and not for other engines.
     assert found == pytest.approx(expected, abs=golden.tolerance[precision] / 2)
 
 
