@@ -44,7 +44,7 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         yield
-        service.batcher.close()
+        service.close()
 
     async def refused(request: Request, exc: Exception) -> Response:
         error = exc if isinstance(exc, errors.RequestError) else _translated(exc, request)
@@ -72,9 +72,12 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
     app.router.route_class = Direct
     for path, method, endpoint, description in routes(service):
         app.add_api_route(path, guarded(endpoint), methods=[method], **description)
-    paths = [path for path, *_ in routes(service)]
+    labels = {path.format(model=service.card.name): path for path, *_ in routes(service)}
     app.add_middleware(
-        Observe, metrics=service.metrics, routes=(*paths, "/openapi.json"), access_log=access_log
+        Observe,
+        metrics=service.metrics,
+        routes={**labels, "/openapi.json": "/openapi.json"},
+        access_log=access_log,
     )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.service = service
@@ -109,6 +112,24 @@ def routes(service: Service) -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
                 "summary": "Labels, input and limits of the model",
                 "operation_id": "model",
                 "responses": {200: {"model": schemas.ModelInfo}},
+            },
+        ),
+        (
+            "/v2/models/{model}/infer",
+            "POST",
+            service.infer,
+            {
+                "summary": "Probabilities of a tensor of images (Open Inference Protocol v2)",
+                "operation_id": "infer",
+                "responses": {
+                    200: {
+                        "model": schemas.InferAnswer,
+                        "description": "as JSON, or as JSON followed by the output's bytes",
+                        "content": {"application/octet-stream": {}},
+                    },
+                    **_problems(400, 404, 413, 415, 422, 503),
+                },
+                "openapi_extra": _infer_extra(service.card.name),
             },
         ),
         (
@@ -190,6 +211,33 @@ def _predict_extra(classes: int) -> dict[str, Any]:
     }
 
 
+def _infer_extra(model: str) -> dict[str, Any]:
+    return {
+        "parameters": [
+            {
+                "name": "model",
+                "in": "path",
+                "required": True,
+                "schema": {"type": "string", "enum": [model]},
+            },
+            {
+                "name": "Inference-Header-Content-Length",
+                "in": "header",
+                "required": False,
+                "description": "bytes of the JSON, where the tensor's bytes follow it",
+                "schema": {"type": "integer", "minimum": 1},
+            },
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            },
+        },
+    }
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document plus the schemas that only our own descriptions refer to."""
     if app.openapi_schema is None:
@@ -199,6 +247,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         extra: list[type[BaseModel]] = [
             schemas.PredictForm,
             schemas.PredictRequest,
+            schemas.InferRequest,
             schemas.Problem,
         ]
         _, definitions = models_json_schema(

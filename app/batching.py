@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -79,18 +79,31 @@ class Batcher:
         Raises:
             Unavailable: the queue has no room for them.
         """
-        if self._waiting + len(batch) > self._max_queue:
+        (served,) = await self.all([batch])
+        return served
+
+    async def all(self, batches: Sequence[Batch]) -> list[Served]:
+        """The same for several at once: either all of them are queued, or none.
+
+        Raises:
+            Unavailable: the queue has no room for them.
+        """
+        images = sum(map(len, batches))
+        if self._waiting + images > self._max_queue:
             raise Unavailable(
                 f"{self._waiting} images are waiting already; allowed: {self._max_queue}"
             )
         loop = asyncio.get_running_loop()
-        job = _Job(batch, loop.create_future(), self._clock())
-        self._jobs.append(job)
-        self._count(len(batch))
+        now = self._clock()
+        jobs = [_Job(batch, loop.create_future(), now) for batch in batches]
+        self._jobs.extend(jobs)
+        self._count(images)
         if not self._busy:
             self._busy = True
             loop.call_soon(self._start)
-        return await job.future
+        if len(jobs) == 1:
+            return [await jobs[0].future]
+        return await asyncio.gather(*(job.future for job in jobs))
 
     def close(self) -> None:
         """Let the running batch finish and end the thread."""
@@ -165,4 +178,4 @@ class Batcher:
 
     def _count(self, images: int) -> None:
         self._waiting += images
-        self._metrics.queue_depth.set(self._waiting)
+        self._metrics.queue_depth.inc(images)  # a worker may have several batchers

@@ -36,9 +36,7 @@ async def read_images(
     reader = READERS.get(content_type)
     if reader is None:
         raise UnsupportedType(f"Content-Type is {content_type!r}; allowed: {', '.join(READERS)}")
-    encoding = headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise UnsupportedType(f"Content-Encoding is {encoding!r}; allowed: identity")
+    refuse_encoding(headers)
     body = await read_body(headers, receive, max_bytes)
     images = await reader(headers, body, max_images)
     if len(images) > max_images:
@@ -46,6 +44,17 @@ async def read_images(
     if not all(images):
         raise Unprocessable("an image is empty (0 bytes)" if body else "the body is empty")
     return images
+
+
+def refuse_encoding(headers: Headers) -> None:
+    """Compressed bodies could unpack to anything.
+
+    Raises:
+        UnsupportedType: the body is compressed.
+    """
+    encoding = headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise UnsupportedType(f"Content-Encoding is {encoding!r}; allowed: identity")
 
 
 async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
+import numpy as np
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
@@ -12,6 +14,7 @@ from app.api import build
 from app.batching import Batcher
 from app.bundle import Bundle, golden_inputs, open_bundle
 from app.errors import ConfigError
+from app.graph import tensor_input
 from app.metrics import Metrics
 from app.pipeline import Pipeline, self_test, warm_up
 from app.service import Service
@@ -39,9 +42,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     defense = make_defense(settings, bundle)
     self_test(bundle, engine, settings.precision)
-    pipeline = Pipeline(engine, defense)
+    pictures = golden_inputs(bundle.card.input)
     largest = max(settings.batch.max_size, settings.limits.max_images)
-    seconds = warm_up(pipeline, golden_inputs(bundle.card.input), largest)
+    pipeline = Pipeline(engine, defense)
+    seconds = warm_up(pipeline, pictures, largest)
     inline = settings.batch.execution == "inline" or (
         settings.batch.execution == "auto" and seconds < INLINE_S
     )
@@ -50,17 +54,30 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     metrics.model_info.labels(
         bundle.card.name, bundle.card.version, settings.precision, engine_name, settings.defense
     ).set(1)
+    batcher = partial(
+        Batcher,
+        metrics=metrics,
+        max_size=settings.batch.max_size,
+        max_queue=settings.limits.max_queue,
+        max_wait_s=settings.batch.max_wait_us / 1e6,
+        inline=inline,
+    )
+    tensors = None
+    if settings.tensor_input:
+        cut = tensor_input(bundle.onnx(settings.precision))
+        from_tensors = Pipeline(
+            engines.load(engine_name, cut, threads=settings.threads, precision=settings.precision),
+            defense,
+        )
+        planar = pictures.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
+        warm_up(from_tensors, planar, settings.batch.max_size)
+        tensors = batcher(from_tensors)
     service = Service(
         card=bundle.card,
         limits=settings.limits,
-        batcher=Batcher(
-            pipeline,
-            metrics,
-            max_size=settings.batch.max_size,
-            max_queue=settings.limits.max_queue,
-            max_wait_s=settings.batch.max_wait_us / 1e6,
-            inline=inline,
-        ),
+        pixels=batcher(pipeline),
+        tensors=tensors,
+        max_batch=settings.batch.max_size,
         metrics=metrics,
         count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
     )

@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,14 +19,15 @@ log = logging.getLogger("scumble.access")
 class Observe:
     """Gives each request an id, echoes it, counts and times the answer.
 
-    Routes that are not ours are counted as `other`, so that a scanner adds no series.
+    `routes` maps paths to the labels they count under; all others are `other`, so that a scanner
+    adds no series.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         metrics: Metrics,
-        routes: Collection[str],
+        routes: Mapping[str, str],
         *,
         access_log: bool = False,
         clock: Callable[[], float] = time.perf_counter,
@@ -35,8 +36,9 @@ class Observe:
         self._metrics = metrics
         self._access_log = access_log
         self._clock = clock
+        self._routes = routes
         self._seconds = {
-            route: metrics.request_seconds.labels(route) for route in (*routes, "other")
+            route: metrics.request_seconds.labels(route) for route in (*routes.values(), "other")
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,7 +65,7 @@ class Observe:
         finally:
             self._metrics.inflight.dec()
             seconds = self._clock() - start
-            route = scope["path"] if scope["path"] in self._seconds else "other"
+            route = self._routes.get(scope["path"], "other")
             self._seconds[route].observe(seconds)
             self._metrics.requests.labels(route, str(status)).inc()
             if self._access_log:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from pydantic import BaseModel, Field
 
 
@@ -65,6 +67,7 @@ class LimitsInfo(BaseModel):
     max_body_bytes: int
     max_images: int
     max_pixels: int
+    max_tensor_images: int
 
 
 class ModelInfo(BaseModel):
@@ -92,3 +95,50 @@ class Problem(BaseModel):
     status: int
     detail: str
     error: str
+
+
+class InputTensor(BaseModel):
+    """The images of an infer request; without `data` its bytes follow the JSON."""
+
+    name: Literal["pixels"]
+    datatype: Literal["UINT8", "FP32"] = Field(
+        description="UINT8 [N, H, W, C] or FP32 [N, C, H, W] in [0, 1]"
+    )
+    shape: list[int] = Field(min_length=4, max_length=4)
+    parameters: dict[str, int | str | bool] | None = Field(None, description="binary_data_size")
+    data: list[Any] | None = Field(None, description="numbers, nested or flat")
+
+
+class RequestedOutput(BaseModel):
+    """What of the answer is asked for."""
+
+    name: Literal["probabilities"]
+    parameters: dict[str, int | str | bool] | None = Field(None, description="binary_data")
+
+
+class InferRequest(BaseModel):
+    """JSON part of an infer request."""
+
+    id: str | None = None
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[RequestedOutput] | None = Field(None, max_length=1)
+    parameters: dict[str, int | str | bool] | None = Field(None, description="binary_data_output")
+
+
+class OutputTensor(BaseModel):
+    """FP32 [N, K] probabilities; without `data` their bytes follow the JSON."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, int] | None = None
+    data: list[float] | None = None
+
+
+class InferAnswer(BaseModel):
+    """JSON part of an infer answer."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[OutputTensor]

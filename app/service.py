@@ -14,14 +14,15 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.batching import Batcher
-from app.bodies import read_images
+from app.batching import Batcher, Served
+from app.bodies import read_body, read_images, refuse_encoding
 from app.bundle import Card
 from app.decode import FORMATS, decode
-from app.engines import Probs
-from app.errors import Unprocessable
+from app.engines import Batch, Probs
+from app.errors import NotFound, Unprocessable
 from app.metrics import Metrics
 from app.settings import LimitSettings
+from app.v2 import read_infer, write_infer
 
 
 @dataclass
@@ -35,12 +36,21 @@ class State:
 class Service:
     """Answers requests for one model.
 
-    `images` is the metrics' counter of answered images of this model and precision.
+    Attributes:
+        card: of the model.
+        limits: checked before anything is decoded.
+        pixels: answers uint8 (N, H, W, C).
+        tensors: answers float32 (N, C, H, W) in [0, 1]; None where the server takes no tensors.
+        max_batch: images that one call of a batcher may carry.
+        metrics: of this worker.
+        count_images: the metrics' counter of answered images of this model and precision.
     """
 
     card: Card
     limits: LimitSettings
-    batcher: Batcher
+    pixels: Batcher
+    tensors: Batcher | None
+    max_batch: int
     metrics: Metrics
     count_images: Callable[[int], None]
     state: State = field(default_factory=State)
@@ -68,20 +78,41 @@ class Service:
         ]
         batch = rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
         decoded = self.clock()
-        served = await self.batcher(batch)
+        served = await self._answer(self.pixels, batch)
         back = self.clock()
         body = self._encode(request.scope["state"]["id"], served.probabilities, top_k)
-        encoded = self.clock()
-
-        stage = self.metrics.stage
-        stage["read"].observe(read - start)
-        stage["decode"].observe(decoded - read)
-        stage["queue"].observe(served.queue_s)
-        stage["infer"].observe(served.infer_s)
-        stage["defend"].observe(served.defend_s)
-        stage["encode"].observe(encoded - back)
-        self.count_images(len(batch))
+        self._count(served, read - start, decoded - read, self.clock() - back)
         return Response(body, media_type="application/json")
+
+    async def infer(self, request: Request) -> Response:
+        """`POST /v2/models/{model}/infer`.
+
+        Raises:
+            RequestError: the request is refused; nothing is counted as answered.
+        """
+        name = request.path_params["model"]
+        if name != self.card.name:
+            raise NotFound(f"no model {name[:64]!r} here; there is {self.card.name!r}")
+        start = self.clock()
+        refuse_encoding(request.headers)
+        body = await read_body(request.headers, request.receive, self.limits.max_body_bytes)
+        read = self.clock()
+        asked = read_infer(request.headers, body, self.card, self.limits.max_tensor_images)
+        batcher = self.pixels if asked.batch.dtype == np.uint8 else self.tensors
+        if batcher is None:
+            raise Unprocessable("datatype is 'FP32'; this server takes UINT8 only")
+        decoded = self.clock()
+        served = await self._answer(batcher, asked.batch)
+        back = self.clock()
+        answer, headers = write_infer(self.card, asked, served.probabilities)
+        self._count(served, read - start, decoded - read, self.clock() - back)
+        return Response(answer, headers=headers)
+
+    def close(self) -> None:
+        """Let running batches finish and end the engines' threads."""
+        for batcher in (self.pixels, self.tensors):
+            if batcher is not None:
+                batcher.close()
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/model`: what a client must know, nothing about the defense."""
@@ -109,6 +140,31 @@ class Service:
         if self.state.draining:
             return json_response({"status": "draining"}, 503)
         return json_response({"status": "ready"})
+
+    async def _answer(self, batcher: Batcher, batch: Batch) -> Served:
+        """All rows of a request; one with many images lets others in between its parts."""
+        if len(batch) <= self.max_batch:
+            return await batcher(batch)
+        if len(batch) > self.limits.max_queue:
+            raise Unprocessable(f"{len(batch)} images never fit the queue of this server")
+        parts = [batch[i : i + self.max_batch] for i in range(0, len(batch), self.max_batch)]
+        served = await batcher.all(parts)
+        return Served(
+            np.concatenate([part.probabilities for part in served]),
+            max(part.queue_s for part in served),
+            sum(part.infer_s for part in served),
+            sum(part.defend_s for part in served),
+        )
+
+    def _count(self, served: Served, read_s: float, decode_s: float, encode_s: float) -> None:
+        stage = self.metrics.stage
+        stage["read"].observe(read_s)
+        stage["decode"].observe(decode_s)
+        stage["queue"].observe(served.queue_s)
+        stage["infer"].observe(served.infer_s)
+        stage["defend"].observe(served.defend_s)
+        stage["encode"].observe(encode_s)
+        self.count_images(len(served.probabilities))
 
     def _top_k(self, request: Request) -> int | None:
         text = request.query_params.get("top_k")

@@ -55,12 +55,13 @@ class LimitSettings(Section):
     """Checked before anything is decoded."""
 
     max_body_bytes: int = Field(default=5 * 2**20, ge=1, description="bytes of a request body")
-    max_images: int = Field(default=32, ge=1, le=1024, description="images per request")
+    max_images: int = Field(default=32, ge=1, le=1024, description="encoded images per request")
+    max_tensor_images: int = Field(default=1024, ge=1, description="images of a tensor request")
     max_pixels: int = Field(
         default=4_000_000, ge=1, description="width x height, from the image header"
     )
     max_queue: int = Field(
-        default=1024, ge=1, description="images waiting per worker; more get 503"
+        default=4096, ge=1, description="images waiting per worker; more get 503"
     )
 
 
@@ -95,6 +96,9 @@ class Settings(BaseSettings):
     )
     engine: Literal["auto", "openvino", "onnxruntime", "torch"] = Field(
         default="auto", description="auto takes the first that is installed"
+    )
+    tensor_input: bool = Field(
+        default=True, description="also take float tensors (FP32), not only 8-bit pixels"
     )
     defense: str = Field(default="none", description="name of the defense")
     defense_params: dict[str, Any] = Field(default={}, description="its parameters, a JSON object")

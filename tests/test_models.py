@@ -8,6 +8,7 @@ import pytest
 from app.bundle import Bundle, golden_inputs
 from app.engines import load
 from scumble.data import load as load_data
+from training.figures import tables
 from training.measure import answers, fitted, share_right
 from training.quantize import METHODS, PRESETS
 
@@ -85,3 +86,8 @@ def test_accuracy_on_a_sample(bundle, precision):
     right = share_right(answers(bundle.onnx(precision), data.images, precision), data)
     stated = bundle.card.accuracy[precision].value
     assert right == pytest.approx(stated, abs=4 * (stated * (1 - stated) / SAMPLE) ** 0.5)
+
+
+def test_docs_show_the_cards_figures():
+    shown = (ROOT / "docs" / "training.md").read_text()
+    assert tables(ROOT / "models") in shown, "run python -m training.figures"

@@ -280,7 +280,7 @@ def _plain_errors() -> Iterator[None]:
 
 def _typed(ctx: click.Context) -> str:
     """The command line, rebuilt from the parameters that were given."""
-    words = ["scumble", str(ctx.info_name)]
+    words = ["scumble", str(ctx.command.name)]
     for parameter in ctx.command.params:
         name = str(parameter.name)
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:

@@ -22,9 +22,10 @@ import onnx
 import orjson
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from pydantic import ValidationError
 from torch import nn
 
-from app.bundle import ONNX_FILE, Card, Golden, InputShape, golden_inputs, write_card
+from app.bundle import FORMAT, ONNX_FILE, Card, Golden, InputShape, golden_inputs, write_card
 from app.engines import EngineName, Precision, load, resolve
 from app.errors import ScumbleError
 from app.graph import TENSOR
@@ -153,10 +154,15 @@ def export_bundle(
     count, labels = classes_of(module, shape), card["labels"]
     if count != len(labels):
         raise ExportError(f"the network has {count} classes, but there are {len(labels)} labels")
+    card = {**card, "input": shape.model_dump()}
+    try:  # before a folder is made of a name that no card may have
+        Card.model_validate_json(orjson.dumps({**card, "format": FORMAT, "files": {}}))
+    except ValidationError as exc:
+        raise ExportError(f"no card can be made of this: {exc}") from exc
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "int8.onnx").unlink(missing_ok=True)
     (folder / "float32.onnx").write_bytes(to_onnx(module, shape).SerializeToString())
-    return finish(folder, {**card, "input": shape.model_dump()}, threads=threads)
+    return finish(folder, card, threads=threads)
 
 
 def finish(folder: Path, card: dict[str, Any], *, threads: int = 1) -> Card:

@@ -56,7 +56,7 @@ def small_cnn(channels: int, classes: int) -> nn.Sequential:
         conv(16, 32, pool=True),
         conv(32, 64, pool=True),
         conv(64, 80),
-        nn.AdaptiveAvgPool2d(1),
+        nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
         nn.Linear(80, classes),
     )

@@ -205,7 +205,7 @@ AUGMENTS: dict[str, Augment] = {
 }
 
 RECIPES: dict[str, Recipe] = {
-    "mnist": Recipe("small_cnn", epochs=12, lr=0.1, augment="digits", ema=0.99),
+    "mnist": Recipe("small_cnn", epochs=18, lr=0.2, augment="digits", ema=0.99),
     "cifar10": Recipe("resnet9", epochs=30, lr=0.3, augment="objects"),
     "gtsrb": Recipe("resnet9", epochs=60, lr=0.2, augment="signs", batch=128),
 }

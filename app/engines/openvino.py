@@ -37,7 +37,8 @@ class OpenVino:
             self._single.infer()
             probs: Probs = self._answer.copy()
             return probs
-        lent = np.ascontiguousarray(batch)  # the tensor does not keep its array alive
+        # The tensor does not keep its array alive, and does not borrow read-only memory.
+        lent = np.require(batch, requirements=["C", "W"])
         self._any.set_input_tensor(ov.Tensor(lent, shared_memory=True))
         self._any.infer()
         answer: Probs = self._any.get_output_tensor().data.copy()

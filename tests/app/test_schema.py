@@ -21,6 +21,14 @@ CHECKS = [
     response_schema_conformance,
 ]
 
+ROUTES = [
+    "POST /v1/predict",
+    "POST /v2/models/{model}/infer",
+    "GET /v1/model",
+    "GET /livez",
+    "GET /readyz",
+]
+
 
 @pytest.fixture(scope="module")
 def operations(models):
@@ -31,9 +39,7 @@ def operations(models):
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize(
-    "route", ["POST /v1/predict", "GET /v1/model", "GET /livez", "GET /readyz"]
-)
+@pytest.mark.parametrize("route", ROUTES)
 def test_every_answer_is_as_the_document_says(operations, route, mode):
     statuses = set()
 
@@ -58,4 +64,4 @@ def test_every_answer_is_as_the_document_says(operations, route, mode):
 
 
 def test_all_routes_are_driven(operations):
-    assert set(operations) == {"POST /v1/predict", "GET /v1/model", "GET /livez", "GET /readyz"}
+    assert set(operations) == set(ROUTES)

@@ -17,6 +17,7 @@ from training.nets import NETS, Normalize
 
 MODELS = Path(__file__).parents[3] / "models"
 SHAPE = InputShape(height=12, width=10, channels=3)
+BATCH_TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,10 @@ def test_a_row_does_not_depend_on_its_batch(name, source, tiny):
     run = load(name, model, threads=1, precision=precision)
     x = pictures(32, shape)
     rows = np.concatenate([run(x[i : i + 1]) for i in range(32)])
-    assert np.array_equal(rows, run(x))
-    assert np.array_equal(rows[:8], run(x[:8]))
-    assert np.array_equal(rows[::-1], run(x[::-1]))  # not contiguous in memory
+    # Bit-identical on some processors; on others kernels for one image and for many round apart.
+    assert run(x) == pytest.approx(rows, abs=BATCH_TOLERANCE)
+    assert run(x[:8]) == pytest.approx(rows[:8], abs=BATCH_TOLERANCE)
+    assert run(x[::-1]) == pytest.approx(rows[::-1], abs=BATCH_TOLERANCE)  # not contiguous
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -1,0 +1,52 @@
+"""The tables of docs/training.md, from the cards: `python -m training.figures [MODELS]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from app.bundle import Bundle, Card
+
+
+def tables(models: Path) -> str:
+    """Both tables, of all bundles in `models` that have an int8 file."""
+    cards = [Bundle(path.parent).card for path in sorted(models.glob("*/card.json"))]
+    cards = [card for card in cards if card.quantization]
+    return f"{_candidates(cards)}\n\n{_commands(cards)}"
+
+
+def _candidates(cards: list[Card]) -> str:
+    lines = [
+        "| bundle | file | held-out images | test images | L1 to float | bytes | of float |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card in cards:
+        found = card.quantization
+        whole = found["float32"]
+        lines.append(
+            f"| {card.name} | float32 | {whole['validation']:.2%} | {whole['test']:.2%} | "
+            f"| {whole['bytes']:,} | |"
+        )
+        for name, c in found["candidates"].items():
+            label = f"**{name}**" if name == f"{found['method']}-{found['preset']}" else name
+            lines.append(
+                f"| {card.name} | {label} | {c['validation']:.2%} | {c['test']:.2%} | "
+                f"{c['test_l1']:.4f} | {c['bytes']:,} | {c['bytes'] / whole['bytes']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def _commands(cards: list[Card]) -> str:
+    lines = ["| bundle | held out | test | commands |", "|---|---|---|---|"]
+    for card in cards:
+        found = card.quantization
+        lines.append(
+            f"| {card.name} | {found['validation_data']['images']:,} "
+            f"| {card.accuracy['int8'].images:,} "
+            f"| `{card.training['command']}`, `{found['command']}` |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(tables(Path(sys.argv[1] if len(sys.argv) > 1 else "models")) + "\n")
