@@ -53,7 +53,7 @@ class Client:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._http = httpx2.Client(base_url=_base(url), timeout=timeout, transport=transport)
-        self._retrying = tenacity.Retrying(sleep=sleep, **_policy(max_wait, retries))
+        self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(max_wait, retries))
 
     def predict(
         self,
@@ -126,7 +126,7 @@ class AsyncClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._http = httpx2.AsyncClient(base_url=_base(url), timeout=timeout, transport=transport)
-        self._retrying = tenacity.AsyncRetrying(sleep=sleep, **_policy(max_wait, retries))
+        self._retrying = tenacity.AsyncRetrying(sleep=sleep, **retry_policy(max_wait, retries))
 
     async def predict(
         self,
@@ -174,7 +174,7 @@ def _base(url: str) -> httpx2.URL:
     return base
 
 
-def _policy(max_wait: float, retries: int) -> dict[str, Any]:
+def retry_policy(max_wait: float, retries: int) -> dict[str, Any]:
     """When and after how long to try again, for tenacity's two loops."""
     if max_wait < 0 or retries < 0:
         raise ValueError(f"max_wait is {max_wait}, retries is {retries}; neither may be negative")

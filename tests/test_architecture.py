@@ -10,9 +10,9 @@ from importlinter.cli import lint_imports
 ROOT = Path(__file__).parent.parent
 
 
-def run(code: str) -> str:
+def run(code: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -45,3 +45,38 @@ except Unprocessable:
     print("EPS" in Image.OPEN)
 """
     assert run(code) == "False"
+
+
+def test_the_base_install_serves(models):
+    """Everything that only extras bring is made unimportable; the service answers all the same."""
+    code = """
+import sys
+for name in ("torch", "torchvision", "pyarrow", "tqdm", "onnxscript", "sklearn", "pytest"):
+    sys.modules[name] = None
+from pathlib import Path
+from starlette.testclient import TestClient
+import scumble.cli, scumble.client, scumble.commands
+from app.main import create_app
+from app.settings import Settings
+from app.supervisor import serve
+from tests.pictures import PNG
+app = create_app(Settings(model_dir=Path(sys.argv[1]), model="tiny", precision="int8"))
+with TestClient(app) as client:
+    kind = {"Content-Type": "image/png"}
+    print(client.post("/v1/predict", content=PNG, headers=kind).status_code)
+"""
+    assert run(code, str(models)) == "200"
+
+
+def test_the_torch_engine_without_torch_names_the_extra():
+    code = """
+import sys
+sys.modules["torch"] = None
+from app.engines import resolve
+from app.errors import ConfigError
+try:
+    resolve("torch")
+except ConfigError as exc:
+    print(exc)
+"""
+    assert "scumble[torch]" in run(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,16 @@ from training.nets import Normalize
 # As they are typed after --mean and --std.
 IMAGENET_MEAN = "0.485,0.456,0.406"
 IMAGENET_STD = "0.229,0.224,0.225"
+# What torch.export.load raises, depending on where in a file that is none of its own it stumbles.
+UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    OSError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 def torchvision_model(name: str, classes: int) -> nn.Module:
@@ -64,7 +75,7 @@ def pt2_module(path: Path) -> nn.Module:
     """
     try:
         program = torch.export.load(path)
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, pickle.UnpicklingError) as exc:
+    except UNREADABLE as exc:
         raise ExportError(f"{str(path)!r} is not a torch.export file: {exc}") from exc
     return Exported(program.module())
 

@@ -1,0 +1,301 @@
+"""The one seam of every attack: images in, probabilities out, and a budget that holds.
+
+One query is one image; repeats count. Images are sent in requests of up to `batch`, several at a
+time. What the service refused (429, 503) was not answered and costs nothing. A request that was
+sent and got no answer may have been: its images are `lost`, and count as spent.
+
+Answers are kept in a journal, in the order asked. A run that starts again with the same seed asks
+the same questions, and gets from the journal what it had got before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import httpx2
+import numpy as np
+import tenacity
+from tqdm import tqdm
+
+from attacker.errors import BudgetExhausted, OracleRefused, OracleUnavailable, ResumeMismatch
+from attacker.transports import TRANSPORTS, Images, Message, Probs, Transport
+from scumble.client import BUSY, UNSENT, retry_policy
+
+SPARE = 4096  # bytes of a request that are not pixels
+
+
+class Oracle(Protocol):
+    """What an attack asks.
+
+    Attributes:
+        labels: number of classes K.
+        shape: of an image, (C, H, W).
+        step: smallest change of a value in [0, 1] that the oracle sees for sure; 0 for any.
+        remaining: images that may still be asked.
+    """
+
+    labels: int
+    shape: tuple[int, int, int]
+    step: float
+
+    @property
+    def remaining(self) -> int:
+        """Images that may still be asked."""
+        ...
+
+    def __call__(self, images: Images) -> Probs:
+        """Probabilities (N, K) of float32 (N, C, H, W) in [0, 1].
+
+        Raises:
+            BudgetExhausted: N is more than `remaining`; nothing was asked.
+        """
+        ...
+
+
+@dataclass
+class Ledger:
+    """What was spent, in images.
+
+    Attributes:
+        answered: got probabilities.
+        lost: were sent and got no answer; the service may have counted them.
+        replayed: of the answered, came from the journal of an earlier start.
+        refused: requests (not images) that were told to come back later.
+        sent_bytes: bodies of all requests.
+        received_bytes: bodies of all answers.
+    """
+
+    answered: int = 0
+    lost: int = 0
+    replayed: int = 0
+    refused: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    @property
+    def spent(self) -> int:
+        """What counts against the budget."""
+        return self.answered + self.lost
+
+
+class HttpOracle:
+    """The service at a URL.
+
+    Args:
+        url: of the service.
+        budget: images that may be asked in all.
+        transport: key of `TRANSPORTS`.
+        batch: images of one request; fewer where the service's limits say so.
+        connections: requests at a time.
+        journal: file that keeps the answers; None keeps none.
+        retries: how often a request that was refused for now, or not sent, is tried again.
+        client: what carries the requests; made for `url` if None.
+        sleep: what waits; tests pass their own.
+        progress: show a bar with images per second.
+
+    Raises:
+        OracleUnavailable: nobody answers at `url`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        budget: int,
+        transport: str = "png",
+        batch: int = 256,
+        connections: int = 4,
+        journal: Path | None = None,
+        retries: int = 8,
+        client: httpx2.Client | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+        progress: bool = False,
+    ) -> None:
+        self.ledger = Ledger()
+        self.budget = budget
+        self.transport: Transport = TRANSPORTS[transport]
+        self.step = self.transport.step
+        self._http = client or httpx2.Client(base_url=url, timeout=60)
+        self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(30.0, retries))
+        self.model = self._model(url)
+        size = self.model["input"]
+        self.shape = (size["channels"], size["height"], size["width"])
+        self.labels = len(self.model["labels"])
+        self._size = min(batch, self._largest())
+        self._journal = Journal(journal or Path(":memory:"))
+        self._asked = 0  # requests so far: what the journal counts by
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="oracle")
+        self._bar = tqdm(total=budget, desc="queries", unit="img", disable=not progress)
+
+    @property
+    def remaining(self) -> int:
+        """Images that may still be asked."""
+        return self.budget - self.ledger.spent
+
+    def __call__(self, images: Images) -> Probs:
+        """Probabilities (N, K) of float32 (N, C, H, W) in [0, 1].
+
+        Raises:
+            BudgetExhausted: N is more than `remaining`; nothing was sent.
+            OracleUnavailable: no answer, to the last attempt or until the budget was lost.
+            OracleRefused: the service will not answer this.
+            ResumeMismatch: the journal has the answer to another question here.
+        """
+        if len(images) > self.remaining:
+            raise BudgetExhausted(
+                f"{len(images)} images asked for; {self.remaining} of {self.budget} are left"
+            )
+        parts = [images[i : i + self._size] for i in range(0, len(images), self._size)]
+        found: list[Probs | Future[Probs]] = []
+        for number, part in enumerate(parts, self._asked):
+            self.ledger.answered += len(part)  # reserved now, so that no path can exceed it
+            known = self._recall(number, part)
+            found.append(self._pool.submit(self._ask, part) if known is None else known)
+        answers = [self._settle(self._asked + i, part, found[i]) for i, part in enumerate(parts)]
+        self._asked += len(parts)
+        empty = np.empty((0, self.labels), np.float32)
+        return np.concatenate(answers) if answers else empty
+
+    def close(self) -> None:
+        """End the connections and close the journal."""
+        self._pool.shutdown(cancel_futures=True)
+        self._http.close()
+        self._journal.close()
+        self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _recall(self, number: int, part: Images) -> Probs | None:
+        digest = hashlib.sha256(part.tobytes()).digest()
+        row = self._journal.find(number)
+        if row is None:
+            self._journal.ask(number, digest)
+            return None
+        if row.digest != digest:
+            raise ResumeMismatch(
+                f"request {number} differs from the one in the journal: other attack, data or seed"
+            )
+        if row.answer is None:  # it was on its way when the run ended
+            self._lose(len(part))
+            return None
+        self.ledger.replayed += len(part)
+        return np.frombuffer(row.answer, np.float32).reshape(len(part), self.labels)
+
+    def _settle(self, number: int, part: Images, found: Probs | Future[Probs]) -> Probs:
+        while isinstance(found, Future):
+            try:
+                answer = found.result()
+            except httpx2.RequestError as exc:
+                if isinstance(exc, UNSENT):
+                    raise OracleUnavailable(f"cannot connect: {exc}") from exc
+                self._lose(len(part))
+                if self.remaining < 0:
+                    raise OracleUnavailable(f"answers are lost until the budget is: {exc}") from exc
+                found = self._pool.submit(self._ask, part)
+                continue
+            self._journal.answer(number, answer.tobytes())
+            found = answer
+        self._bar.update(len(part))
+        return found
+
+    def _lose(self, images: int) -> None:
+        self.ledger.lost += images
+
+    def _ask(self, part: Images) -> Probs:
+        message = self.transport.pack(self.model["name"], part)
+        response = self._retrying.copy()(self._post, message)
+        if response.status_code in BUSY:
+            raise OracleUnavailable(f"{response.url} stays busy: {response.status_code}")
+        if response.status_code != 200:
+            raise OracleRefused(f"{response.url} answered {response.status_code}: {response.text}")
+        answer = self.transport.unpack(response.headers, response.content, self.labels)
+        if answer.shape != (len(part), self.labels):
+            raise OracleRefused(f"{len(part)} images got {answer.shape} probabilities")
+        return answer
+
+    def _post(self, message: Message) -> httpx2.Response:
+        response = self._http.post(message.path, content=message.content, headers=message.headers)
+        with self._lock:
+            self.ledger.sent_bytes += len(message.content)
+            self.ledger.received_bytes += len(response.content)
+            self.ledger.refused += response.status_code in BUSY
+        return response
+
+    def _model(self, url: str) -> dict[str, Any]:
+        try:
+            response: httpx2.Response = self._retrying.copy()(self._http.get, "/v1/model")
+        except httpx2.RequestError as exc:
+            raise OracleUnavailable(f"nobody answers at {url}: {exc}") from exc
+        if response.status_code != 200:
+            raise OracleRefused(f"{url}/v1/model answered {response.status_code}")
+        document: dict[str, Any] = response.json()
+        return document
+
+    def _largest(self) -> int:
+        limits = self.model["limits"]
+        pixels = int(np.prod(self.shape)) * (4 if self.step == 0 else 1)
+        # A PNG of noise is a little larger than its pixels.
+        room = (limits["max_body_bytes"] - SPARE) // (pixels + pixels // 50 + 512)
+        return max(1, min(int(room), self.transport.largest(limits)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request in the journal; `answer` is None while it is on its way."""
+
+    digest: bytes
+    answer: bytes | None
+
+
+class Journal:
+    """Requests and answers in an SQLite file, each written before the next step is taken."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS requests"
+            " (number INTEGER PRIMARY KEY, digest BLOB, answer BLOB)"
+        )
+
+    def find(self, number: int) -> Row | None:
+        """The request `number`, if it was ever sent."""
+        query = "SELECT digest, answer FROM requests WHERE number = ?"
+        row = self._db.execute(query, (number,)).fetchone()
+        return None if row is None else Row(*row)
+
+    def ask(self, number: int, digest: bytes) -> None:
+        """Note that it is about to be sent."""
+        self._db.execute("INSERT INTO requests VALUES (?, ?, NULL)", (number, digest))
+
+    def answer(self, number: int, answer: bytes) -> None:
+        """Note its answer."""
+        self._db.execute("UPDATE requests SET answer = ? WHERE number = ?", (answer, number))
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = self._db.execute("SELECT digest, answer FROM requests ORDER BY number")
+        return (Row(*row) for row in rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
