@@ -178,8 +178,8 @@ class Supervisor:
         mark_process_dead(child.process.pid, self._metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
         if self._stopping.is_set():
             return
-        if not child.ready:
-            # It never was: starting it again would fail in the same way.
+        if not self._said_ready and not child.ready:
+            # None ever was: the settings are at fault, and starting it again would fail as well.
             self._exit_code = 1
             self._stopping.set()
             return

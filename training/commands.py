@@ -17,7 +17,7 @@ from app.bundle import Bundle, InputShape, open_bundle
 from app.errors import ScumbleError
 from scumble.data import DatasetError, load
 from training.export import ExportError, classes_of, export_bundle, finish
-from training.measure import THREADS, answers, card_accuracy, fitted, share_right
+from training.measure import answers, card_accuracy, fitted, share_right, threads
 from training.qat import Tuning
 from training.quantize import METHODS, PRESETS, Candidate, Judge, candidates, ship
 from training.sources import (
@@ -87,7 +87,6 @@ def train(
         images = load(name, "train", root=data)
         test = load(name, "test", root=data)
         rest, held_out = images.split(recipe.holdout, recipe.seed)
-        torch.set_num_threads(THREADS)
         network = fit(recipe, rest)
         height, width, channels = images.images.shape[1:]
         card: dict[str, Any] = {
@@ -100,19 +99,19 @@ def train(
                 "recipe": asdict(recipe),
                 "images": len(rest),
                 "held_out": len(held_out),
-                "threads": THREADS,
+                "threads": threads(),
                 "torch": torch.__version__,
             },
         }
         folder = models / name
         shape = InputShape(height=height, width=width, channels=channels)
-        export_bundle(network, folder, shape, card, threads=THREADS)
+        export_bundle(network, folder, shape, card, threads=threads())
         card["input"] = shape.model_dump()
         model = Bundle(folder).onnx("float32")
         found = card_accuracy(answers(model, test.images, "float32"), test)
         validation = share_right(answers(model, held_out.images, "float32"), held_out)
         card["training"]["validation"] = round(validation, 6)
-        finish(folder, {**card, "accuracy": {"float32": found.model_dump()}}, threads=THREADS)
+        finish(folder, {**card, "accuracy": {"float32": found.model_dump()}}, threads=threads())
     click.echo(
         f"{folder}: right are {found.value:.2%} of {len(test):,} test images "
         f"and {validation:.2%} of {len(held_out):,} held-out images"
@@ -156,7 +155,6 @@ def quantize(
         rest, held_out = fitted(rest, bundle.card), fitted(held_out, bundle.card)
         augment = augment or recipe.get("augment", "none")
         tuning = Tuning(epochs=epochs, lr=lr, augment=augment, seed=seed)
-        torch.set_num_threads(THREADS)
         judge = Judge(bundle.read("float32.onnx"), held_out, test)
         found = []
         for candidate in candidates(
@@ -265,7 +263,7 @@ def export(
             "training": {"command": _typed(ctx), "torch": torch.__version__},
             "data_licence": licence,
         }
-        export_bundle(network, models / name, shape, card, threads=THREADS)
+        export_bundle(network, models / name, shape, card, threads=threads())
     click.echo(f"{models / name}: {count} classes, {size}x{size} pixels, {channels} channels")
 
 

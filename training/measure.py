@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from app.bundle import Accuracy, Card
@@ -14,7 +14,11 @@ from app.engines import Engine, EngineName, Precision, Probs, load, resolve
 from scumble.data import Dataset, DatasetError
 
 BATCH = 250
-THREADS = os.cpu_count() or 1
+
+
+def threads() -> int:
+    """How many to compute with: OMP_NUM_THREADS where that is set, else all cores."""
+    return torch.get_num_threads()
 
 
 def fitted(data: Dataset, card: Card) -> Dataset:
@@ -61,7 +65,7 @@ def answers(
     engine: EngineName | None = None,
 ) -> Probs:
     """Probabilities (N, K) of uint8 images (N, H, W, C), by default from the best engine."""
-    run: Engine = load(engine or resolve("auto"), model, threads=THREADS, precision=precision)
+    run: Engine = load(engine or resolve("auto"), model, threads=threads(), precision=precision)
     return np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
 
 

@@ -85,7 +85,7 @@ def train(recipe: Recipe, data: Dataset, *, progress: bool = True) -> nn.Module:
         optimizer.step()
         schedule.step()
         # The average of the first steps would be of random weights: let its memory grow with time.
-        _follow(average, net, min(recipe.ema, (1 + step) / (10 + step)))
+        follow(average, net, min(recipe.ema, (1 + step) / (10 + step)))
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     bar.close()
@@ -114,7 +114,8 @@ def batches(n: int, size: int, epochs: int, rng: torch.Generator) -> Iterator[Te
         yield from torch.randperm(n, generator=rng).split(size)
 
 
-def _follow(average: nn.Module, net: nn.Module, decay: float) -> None:
+def follow(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """Let the moving average of a network's weights take a step towards `net`."""
     with torch.no_grad():
         for weight, fast in zip(average.parameters(), net.parameters(), strict=True):
             weight.lerp_(fast, 1 - decay)

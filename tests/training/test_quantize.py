@@ -1,5 +1,7 @@
 """Quantized files: form, parity of the engines, and what training on adds."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from app.graph import parse, tensor_input
 from scumble.data import Dataset
 from training.export import export_bundle, to_onnx
 from training.nets import NETS, Normalize
-from training.qat import Student, Tuning
+from training.qat import Student, Tuning, tune
 from training.quantize import METHODS, PRESETS, Judge, calibration_sample, candidates, ptq, ship
 from training.train import Recipe, train
 
@@ -139,10 +141,14 @@ def test_an_untrained_student_is_the_ptq_file(bundle, sets, preset):
     assert probs == pytest.approx(load("torch", start, threads=2, precision="int8")(x), abs=0.02)
 
 
-def test_training_on_moves_weights_and_activation_scales(found):
+def test_training_on_moves_weights_and_activation_scales(bundle, sets):
+    original = bundle.read("float32.onnx")
+    start = ptq(original, calibration_sample(sets[0], 0), "server")
+    later = itertools.count()
+    tuned = tune(start, original, sets[0], TUNING, lambda _: (next(later), 0.0), progress=False)
     before, after = (
-        {i.name: numpy_helper.to_array(i) for i in parse(found[1][n].file).graph.initializer}
-        for n in ("ptq-server", "qat-server")
+        {i.name: numpy_helper.to_array(i) for i in parse(file).graph.initializer}
+        for file in (start, tuned)
     )
     moved = {name for name in before if not np.array_equal(before[name], after[name])}
     kinds = {before[name].dtype.name for name in moved}
@@ -150,6 +156,13 @@ def test_training_on_moves_weights_and_activation_scales(found):
     activations = {n for n in moved if n.endswith("_scale") and before[n].size == 1}
     assert len(activations) >= 5
     assert not any(name.endswith("zero_point") for name in moved)
+
+
+def test_where_no_epoch_is_better_the_start_is_kept(bundle, sets):
+    original = bundle.read("float32.onnx")
+    start = ptq(original, calibration_sample(sets[0], 0), "server")
+    worse = itertools.count(0, -1)
+    assert tune(start, original, sets[0], TUNING, lambda _: (next(worse), 0.0)) == start
 
 
 def test_ship(bundle, found):
