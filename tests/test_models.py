@@ -9,6 +9,7 @@ from app.bundle import Bundle
 from app.engines import load, resolve
 from app.pipeline import self_test
 from scumble.data import load as load_data
+from training.figures import tables
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -92,3 +93,9 @@ def test_cards_hold_no_path_of_a_machine():
     for name in LEAST:
         card = bundle(name).card
         assert " /" not in card.training["command"] + card.quantization["command"]
+
+
+def test_the_figures_in_the_docs_are_the_cards():
+    text = (ROOT / "docs" / "training.md").read_text()
+    shown = text.partition("<!-- figures -->\n")[2].partition("\n<!-- end of figures -->")[0]
+    assert shown == tables(ROOT / "models"), "run python -m training.figures"
