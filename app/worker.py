@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import logging
 import signal
 import socket
@@ -91,4 +93,13 @@ def run(settings: Settings, listener: socket.socket, pipe: Connection) -> None:
     except ConfigError as exc:
         log.error("%s", exc)  # a sentence for a person, not a traceback
         sys.exit(1)
+    _give_back()
     WorkerServer(config_for(app, settings), app, settings, pipe).run([listener])
+
+
+def _give_back() -> None:
+    """Return to the system what compiling the model needed and nobody uses any more."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc has it, musl does not
+        libc.malloc_trim(0)

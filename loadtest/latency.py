@@ -1,8 +1,9 @@
 """Latency of one request at a time, defense on against off, in one run.
 
 Servers with and without defense run side by side; rounds alternate between them, so that whatever
-else the machine does hits both. A round's figure is the median over its requests, the result the
-median over the rounds. The client is a bare socket on a kept-alive connection.
+else the machine does hits both, and several pairs of servers are started, as two processes of the
+same program differ by a few percent. A round's figure is the median over its requests, the result
+the median over all rounds. The client is a bare socket on a kept-alive connection.
 
     python loadtest/latency.py            writes loadtest/latency.json
 """
@@ -64,21 +65,26 @@ class Connection:
         return float(np.median(seconds)) * 1e3, float(np.quantile(seconds, 0.99)) * 1e3
 
 
-def compare(model: str, precision: str, rounds: int, requests: int) -> dict[str, object]:
+def compare(
+    model: str, precision: str, pairs: int, rounds: int, requests: int
+) -> dict[str, object]:
     """One case: p50 and p99 with and without the defense, and their ratio."""
     card = open_bundle(default_model_dir(), model).card
     image, _ = encode(golden_inputs(card.input)[1])
     common = {"model": model, "precision": precision, "workers": 1}
-    with serving(**common) as off, serving(**common, **DCP) as on:
-        clients = {"off": Connection(off.url, image), "on": Connection(on.url, image)}
-        for client in clients.values():
-            client.quantiles(requests)  # warm-up
-        found: dict[str, list[tuple[float, float]]] = {"off": [], "on": []}
-        for number in range(rounds):
-            for name in ("off", "on") if number % 2 else ("on", "off"):
-                found[name].append(clients[name].quantiles(requests))
-        memory = {"off": resident_mb(off), "on": resident_mb(on)}
-        ready = {"off": round(off.ready_s, 2), "on": round(on.ready_s, 2)}
+    found: dict[str, list[tuple[float, float]]] = {"off": [], "on": []}
+    memory: list[float] = []
+    ready: list[float] = []
+    for _ in range(pairs):
+        with serving(**common) as off, serving(**common, **DCP) as on:
+            clients = {"off": Connection(off.url, image), "on": Connection(on.url, image)}
+            for client in clients.values():
+                client.quantiles(requests)  # warm-up
+            for number in range(rounds):
+                for name in ("off", "on") if number % 2 else ("on", "off"):
+                    found[name].append(clients[name].quantiles(requests))
+            memory.append(resident_mb(on))
+            ready.append(on.ready_s)
     p50 = {name: [q[0] for q in quantiles] for name, quantiles in found.items()}
     p99 = {name: [q[1] for q in quantiles] for name, quantiles in found.items()}
     ratios = [on / off for on, off in zip(p50["on"], p50["off"], strict=True)]
@@ -89,8 +95,8 @@ def compare(model: str, precision: str, rounds: int, requests: int) -> dict[str,
         "p99_ms": {name: round(statistics.median(v), 3) for name, v in p99.items()},
         "dcp_over_none_p50": round(statistics.median(ratios), 4),
         "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
-        "worker_resident_mb": memory,
-        "process_start_to_ready_s": ready,
+        "worker_resident_mb": max(memory),
+        "process_start_to_ready_s": round(statistics.median(ready), 2),
     }
 
 
@@ -103,18 +109,20 @@ def resident_mb(server: Server) -> float:
 
 
 @click.command()
-@click.option("--rounds", default=31, show_default=True)
+@click.option("--pairs", default=5, show_default=True, help="Of servers, one after the other.")
+@click.option("--rounds", default=10, show_default=True, help="With each pair.")
 @click.option("--requests", default=300, show_default=True, help="In each round.")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
-def main(rounds: int, requests: int, out: Path) -> None:
+def main(pairs: int, rounds: int, requests: int, out: Path) -> None:
     """Measure, print, and write JSON."""
     cases = []
     for model, precision in CASES:
-        cases.append(compare(model, precision, rounds, requests))
+        cases.append(compare(model, precision, pairs, rounds, requests))
         click.echo(json.dumps(cases[-1]))
     packages = ("openvino", "onnxruntime", "fastapi", "uvicorn", "numpy")
     document = {
-        "command": f"python loadtest/latency.py --rounds {rounds} --requests {requests}",
+        "command": "python loadtest/latency.py "
+        f"--pairs {pairs} --rounds {rounds} --requests {requests}",
         "defense": DCP,
         "cores": len(os.sched_getaffinity(0)),
         "processor": processor(),
