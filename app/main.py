@@ -21,7 +21,7 @@ from app.service import Service
 from app.settings import Settings, load_settings
 
 # A batch that takes longer than this leaves the event loop to other requests, on a thread.
-INLINE_S = 0.005
+INLINE_S = 0.010
 log = logging.getLogger("scumble")
 
 
