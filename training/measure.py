@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from app.bundle import Accuracy, Card
+from app.decode import to_pixels
 from app.engines import Engine, EngineName, Precision, Probs, load, resolve
 from scumble.data import Dataset, DatasetError
 
@@ -41,21 +42,9 @@ def fitted(data: Dataset, card: Card) -> Dataset:
 
 
 def _fit(image: npt.NDArray[np.uint8], card: Card) -> npt.NDArray[np.uint8]:
-    """One picture, stretched or cropped as the card's preprocessing says."""
-    want = card.input
-    height, width = image.shape[:2]
-    box = (0.0, 0.0, float(width), float(height))
-    if card.preprocessing.fit == "crop":
-        # The largest part of the picture that has the input's shape, and of it the central share.
-        scale = card.preprocessing.ratio * min(height / want.height, width / want.width)
-        h, w = scale * want.height, scale * want.width
-        box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+    """One picture, brought to size as the service does it."""
     picture = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
-    picture = picture.convert("RGB" if want.channels == 3 else "L")
-    size = (want.width, want.height)
-    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR, box)).reshape(
-        want.height, want.width, want.channels
-    )
+    return to_pixels(picture, card.input, card.preprocessing)
 
 
 def answers(
