@@ -46,6 +46,11 @@ async def read_images(
     return images
 
 
+def small_number(text: str) -> int | None:
+    """A whole number of up to 15 digits, else None; Python raises on thousands of them."""
+    return int(text) if len(text) <= 15 and text.isascii() and text.isdecimal() else None
+
+
 def refuse_encoding(headers: Headers) -> None:
     """Compressed bodies could unpack to anything.
 
@@ -64,8 +69,8 @@ async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes
         TooLarge: more than `max_bytes`, declared or sent.
         BadFraming: the client went away in the middle.
     """
-    declared = headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > max_bytes:
+    declared = small_number(headers.get("content-length", "0"))
+    if declared is not None and declared > max_bytes:
         raise TooLarge(f"the body has {declared} bytes; allowed: {max_bytes}")
     chunks: list[bytes] = []
     size = 0

@@ -34,12 +34,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or load_settings()
     bundle = open_bundle(settings.model_dir, settings.model)
     engine_name = engines.resolve(settings.engine)
-    engine = engines.load(
-        engine_name,
-        bundle.onnx(settings.precision),
-        threads=settings.threads,
-        precision=settings.precision,
+    load = partial(
+        engines.load, engine_name, threads=settings.threads, precision=settings.precision
     )
+    model = bundle.onnx(settings.precision)
+    engine = load(model)
     defense = make_defense(settings, bundle)
     self_test(bundle, engine, settings.precision)
     pictures = golden_inputs(bundle.card.input)
@@ -64,11 +63,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     tensors = None
     if settings.tensor_input:
-        cut = tensor_input(bundle.onnx(settings.precision))
-        from_tensors = Pipeline(
-            engines.load(engine_name, cut, threads=settings.threads, precision=settings.precision),
-            defense,
-        )
+        from_tensors = Pipeline(load(tensor_input(model)), defense)
         planar = pictures.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
         warm_up(from_tensors, planar, settings.batch.max_size)
         tensors = batcher(from_tensors)

@@ -54,7 +54,7 @@ class Pipeline:
 def sizes(largest: int) -> list[int]:
     """The batch sizes that the engine ever sees, up to the one that holds `largest` images.
 
-    Engines prepare each size on first use (10 to 60 ms); with few sizes all are prepared at start.
+    Engines prepare each size on first use; with few sizes all are prepared at start.
     """
     found: list[int] = []
     while not found or found[-1] < largest:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.batching import Batcher, Served
-from app.bodies import read_body, read_images, refuse_encoding
+from app.bodies import read_body, read_images, refuse_encoding, small_number
 from app.bundle import Card
 from app.decode import FORMATS, decode
 from app.engines import Batch, Probs
@@ -171,9 +171,10 @@ class Service:
         if text is None:
             return None
         classes = len(self.card.labels)
-        if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= classes):
+        top_k = small_number(text)
+        if top_k is None or not 1 <= top_k <= classes:
             raise Unprocessable(f"top_k is {text[:20]!r}; allowed: 1 to {classes}")
-        return int(text)
+        return top_k
 
     def _encode(self, request_id: str, probabilities: Probs, top_k: int | None) -> bytes:
         labels = self.card.labels

@@ -19,6 +19,7 @@ import numpy as np
 import orjson
 from starlette.datastructures import Headers
 
+from app.bodies import small_number
 from app.bundle import Card
 from app.engines import Batch, Probs
 from app.errors import BadFraming, TooLarge, Unprocessable
@@ -87,11 +88,8 @@ def write_infer(
 
 def _split(headers: Headers, body: bytes) -> tuple[dict[str, Any], memoryview]:
     text = headers.get(LENGTH)
-    if text is None:
-        length = len(body)
-    elif text.isascii() and text.isdecimal() and 0 < int(text[:12]) <= len(body):
-        length = int(text)
-    else:
+    length = len(body) if text is None else small_number(text) or 0
+    if text is not None and not 0 < length <= len(body):
         raise BadFraming(f"{LENGTH} is {text[:20]!r}; allowed: 1 to the body's {len(body)} bytes")
     view = memoryview(body)
     try:

@@ -156,13 +156,13 @@ class HttpOracle:
                 f"{len(images)} images asked for; {self.remaining} of {self.budget} are left"
             )
         parts = [images[i : i + self._size] for i in range(0, len(images), self._size)]
+        first, self._asked = self._asked, self._asked + len(parts)
         found: list[Probs | Future[Probs]] = []
-        for number, part in enumerate(parts, self._asked):
+        for number, part in enumerate(parts, first):
             self.ledger.answered += len(part)  # reserved now, so that no path can exceed it
             known = self._recall(number, part)
             found.append(self._pool.submit(self._ask, part) if known is None else known)
-        answers = [self._settle(self._asked + i, part, found[i]) for i, part in enumerate(parts)]
-        self._asked += len(parts)
+        answers = [self._settle(first + i, part, found[i]) for i, part in enumerate(parts)]
         empty = np.empty((0, self.labels), np.float32)
         return np.concatenate(answers) if answers else empty
 

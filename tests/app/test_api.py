@@ -104,6 +104,12 @@ REFUSALS = {
         {"content": PNG, "headers": HEADERS},
         422,
     ),
+    "top_k that begins well": (
+        "POST",
+        f"/v1/predict?top_k=000000003{'9' * 5000}",
+        {"content": PNG, "headers": HEADERS},
+        422,
+    ),
     "top_k in other digits": (
         "POST",
         "/v1/predict?top_k=%D9%A2",

@@ -140,6 +140,7 @@ REFUSED = {
     "bytes too many": (binary(PIXELS, tail=PIXELS.tobytes() + b"x"), 400),
     "length beyond body": (binary(PIXELS, length=10_000_000), 400),
     "length 0": (binary(PIXELS, length=0), 400),
+    "length that begins well": (binary(PIXELS, length=f"000000000005{'9' * 5000}"), 400),
     "length text": (binary(PIXELS, length="many"), 400),
     "wrong size": (binary(PIXELS, parameters={"binary_data_size": 5}), 400),
     "other output": (

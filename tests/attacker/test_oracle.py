@@ -133,6 +133,13 @@ def test_a_refusal_for_good_is_an_error():
         oracle(images(1))
 
 
+def test_after_a_refusal_other_images_can_be_asked():
+    with Service(["no"]).oracle() as oracle:
+        with pytest.raises(OracleRefused):
+            oracle(images(2))
+        assert oracle(images(3, 7)).shape == (3, 2)
+
+
 def test_nobody_there():
     def refuse(request):
         raise httpx2.ConnectError("refused")
