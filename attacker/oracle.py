@@ -5,7 +5,9 @@ time. What the service refused (429, 503) was not answered and costs nothing. A 
 sent and got no answer may have been: its images are `lost`, and count as spent.
 
 Answers are kept in a journal, in the order asked. A run that starts again with the same seed asks
-the same questions, and gets from the journal what it had got before.
+the same questions, and gets from the journal what it had got before. A request is noted there just
+before it is sent: one without an answer was on its way when the run ended, and counts as lost, as
+the service may have counted it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import hashlib
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +28,13 @@ import numpy as np
 import tenacity
 from tqdm import tqdm
 
-from attacker.errors import BudgetExhausted, OracleRefused, OracleUnavailable, ResumeMismatch
+from attacker.errors import (
+    AttackError,
+    BudgetExhausted,
+    OracleRefused,
+    OracleUnavailable,
+    ResumeMismatch,
+)
 from attacker.transports import TRANSPORTS, Images, Message, Probs, Transport
 from scumble.client import BUSY, UNSENT, retry_policy
 
@@ -54,6 +62,8 @@ class Oracle(Protocol):
 
     def __call__(self, images: Images) -> Probs:
         """Probabilities (N, K) of float32 (N, C, H, W) in [0, 1].
+
+        A row of NaN is an answer that an adaptive attacker throws away; losses leave it out.
 
         Raises:
             BudgetExhausted: N is more than `remaining`; nothing was asked.
@@ -93,7 +103,9 @@ class HttpOracle:
     Args:
         url: of the service.
         budget: images that may be asked in all.
-        transport: key of `TRANSPORTS`.
+        transport: key of `TRANSPORTS`, or one of your own.
+        model: name, labels, input and limits as `/v1/model` gives them; asked there if None.
+        headers: sent with every request.
         batch: images of one request; fewer where the service's limits say so.
         connections: requests at a time.
         journal: file that keeps the answers; None keeps none.
@@ -111,7 +123,9 @@ class HttpOracle:
         url: str,
         *,
         budget: int,
-        transport: str = "png",
+        transport: str | Transport = "png",
+        model: dict[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
         batch: int = 256,
         connections: int = 4,
         journal: Path | None = None,
@@ -122,11 +136,12 @@ class HttpOracle:
     ) -> None:
         self.ledger = Ledger()
         self.budget = budget
-        self.transport: Transport = TRANSPORTS[transport]
+        self.transport = TRANSPORTS[transport] if isinstance(transport, str) else transport
         self.step = self.transport.step
         self._http = client or httpx2.Client(base_url=url, timeout=60)
+        self._http.headers.update(headers or {})
         self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(30.0, retries))
-        self.model = self._model(url)
+        self.model = model or self._model(url)
         size = self.model["input"]
         self.shape = (size["channels"], size["height"], size["width"])
         self.labels = len(self.model["labels"])
@@ -157,14 +172,30 @@ class HttpOracle:
             )
         parts = [images[i : i + self._size] for i in range(0, len(images), self._size)]
         first, self._asked = self._asked, self._asked + len(parts)
-        found: list[Probs | Future[Probs]] = []
-        for number, part in enumerate(parts, first):
-            self.ledger.answered += len(part)  # reserved now, so that no path can exceed it
-            known = self._recall(number, part)
-            found.append(self._pool.submit(self._ask, part) if known is None else known)
-        answers = [self._settle(first + i, part, found[i]) for i, part in enumerate(parts)]
-        empty = np.empty((0, self.labels), np.float32)
-        return np.concatenate(answers) if answers else empty
+        numbers = range(first, self._asked)
+        known = [self._recall(n, part) for n, part in zip(numbers, parts, strict=True)]
+        if len(images) > self.remaining:
+            raise BudgetExhausted(
+                f"answers were lost when the run before this ended: {self.remaining} are left"
+            )
+        self.ledger.answered += len(images)  # reserved now, so that no path can exceed it
+        found = [
+            self._pool.submit(self._ask, n, part) if answer is None else answer
+            for n, part, answer in zip(numbers, parts, known, strict=True)
+        ]
+        answers, failure = [], None
+        for n, part, answer in zip(numbers, parts, found, strict=True):
+            try:
+                answers.append(self._settle(n, part, answer))
+            except (AttackError, CancelledError) as exc:
+                self.ledger.answered -= len(part)
+                failure = failure or exc
+                for later in found:  # not yet sent; those on their way are waited for
+                    if isinstance(later, Future):
+                        later.cancel()
+        if failure:
+            raise failure
+        return np.concatenate([np.empty((0, self.labels), np.float32), *answers])
 
     def close(self) -> None:
         """End the connections and close the journal."""
@@ -185,17 +216,17 @@ class HttpOracle:
         self.close()
 
     def _recall(self, number: int, part: Images) -> Probs | None:
-        digest = hashlib.sha256(part.tobytes()).digest()
+        """The answer that the journal has; what was lost on the way to it is counted."""
         row = self._journal.find(number)
         if row is None:
-            self._journal.ask(number, digest)
+            self._journal.add(number, _digest(part))
             return None
-        if row.digest != digest:
+        if row.digest != _digest(part):
             raise ResumeMismatch(
                 f"request {number} differs from the one in the journal: other attack, data or seed"
             )
-        if row.answer is None:  # it was on its way when the run ended
-            self._lose(len(part))
+        self.ledger.lost += len(part) * (row.sent - (row.answer is not None))
+        if row.answer is None:
             return None
         self.ledger.replayed += len(part)
         return np.frombuffer(row.answer, np.float32).reshape(len(part), self.labels)
@@ -203,26 +234,20 @@ class HttpOracle:
     def _settle(self, number: int, part: Images, found: Probs | Future[Probs]) -> Probs:
         while isinstance(found, Future):
             try:
-                answer = found.result()
+                found = found.result()
             except httpx2.RequestError as exc:
                 if isinstance(exc, UNSENT):
                     raise OracleUnavailable(f"cannot connect: {exc}") from exc
-                self._lose(len(part))
+                self.ledger.lost += len(part)
                 if self.remaining < 0:
                     raise OracleUnavailable(f"answers are lost until the budget is: {exc}") from exc
-                found = self._pool.submit(self._ask, part)
-                continue
-            self._journal.answer(number, answer.tobytes())
-            found = answer
+                found = self._pool.submit(self._ask, number, part)
         self._bar.update(len(part))
         return found
 
-    def _lose(self, images: int) -> None:
-        self.ledger.lost += images
-
-    def _ask(self, part: Images) -> Probs:
+    def _ask(self, number: int, part: Images) -> Probs:
         message = self.transport.pack(self.model["name"], part)
-        response = self._retrying.copy()(self._post, message)
+        response = self._retrying.copy()(self._post, number, message)
         if response.status_code in BUSY:
             raise OracleUnavailable(f"{response.url} stays busy: {response.status_code}")
         if response.status_code != 200:
@@ -230,10 +255,20 @@ class HttpOracle:
         answer = self.transport.unpack(response.headers, response.content, self.labels)
         if answer.shape != (len(part), self.labels):
             raise OracleRefused(f"{len(part)} images got {answer.shape} probabilities")
+        self._journal.answer(number, answer.tobytes())
         return answer
 
-    def _post(self, message: Message) -> httpx2.Response:
-        response = self._http.post(message.path, content=message.content, headers=message.headers)
+    def _post(self, number: int, message: Message) -> httpx2.Response:
+        self._journal.send(number, 1)
+        try:
+            response = self._http.post(
+                message.path, content=message.content, headers=message.headers
+            )
+        except UNSENT:
+            self._journal.send(number, -1)
+            raise
+        if response.status_code != 200:
+            self._journal.send(number, -1)
         with self._lock:
             self.ledger.sent_bytes += len(message.content)
             self.ledger.received_bytes += len(response.content)
@@ -260,9 +295,16 @@ class HttpOracle:
 
 @dataclass(frozen=True)
 class Row:
-    """One request in the journal; `answer` is None while it is on its way."""
+    """One request in the journal.
+
+    Attributes:
+        digest: of the images.
+        sent: how often it was sent and not refused.
+        answer: its probabilities, once they are there.
+    """
 
     digest: bytes
+    sent: int
     answer: bytes | None
 
 
@@ -270,32 +312,41 @@ class Journal:
     """Requests and answers in an SQLite file, each written before the next step is taken."""
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute(
+        # Written from the threads that send, so that what was not sent is not in it.
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._lock = threading.Lock()
+        self._do("PRAGMA journal_mode=WAL")
+        self._do("PRAGMA synchronous=NORMAL")
+        self._do(
             "CREATE TABLE IF NOT EXISTS requests"
-            " (number INTEGER PRIMARY KEY, digest BLOB, answer BLOB)"
+            " (number INTEGER PRIMARY KEY, digest BLOB, sent INTEGER, answer BLOB)"
         )
 
     def find(self, number: int) -> Row | None:
-        """The request `number`, if it was ever sent."""
-        query = "SELECT digest, answer FROM requests WHERE number = ?"
-        row = self._db.execute(query, (number,)).fetchone()
-        return None if row is None else Row(*row)
+        """The request `number`, if it was ever made."""
+        rows = self._do("SELECT digest, sent, answer FROM requests WHERE number = ?", number)
+        return Row(*rows[0]) if rows else None
 
-    def ask(self, number: int, digest: bytes) -> None:
-        """Note that it is about to be sent."""
-        self._db.execute("INSERT INTO requests VALUES (?, ?, NULL)", (number, digest))
+    def add(self, number: int, digest: bytes) -> None:
+        """Note a request that is to be sent."""
+        self._do("INSERT INTO requests VALUES (?, ?, 0, NULL)", number, digest)
+
+    def send(self, number: int, times: int) -> None:
+        """Note that it is about to be sent (1), or was not sent or refused after all (-1)."""
+        self._do("UPDATE requests SET sent = sent + ? WHERE number = ?", times, number)
 
     def answer(self, number: int, answer: bytes) -> None:
         """Note its answer."""
-        self._db.execute("UPDATE requests SET answer = ? WHERE number = ?", (answer, number))
-
-    def __iter__(self) -> Iterator[Row]:
-        rows = self._db.execute("SELECT digest, answer FROM requests ORDER BY number")
-        return (Row(*row) for row in rows)
+        self._do("UPDATE requests SET answer = ? WHERE number = ?", answer, number)
 
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+    def _do(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(statement, values).fetchall()
+
+
+def _digest(part: Images) -> bytes:
+    return hashlib.sha256(part.tobytes()).digest()

@@ -30,7 +30,8 @@ class Service:
     """A stand-in for the service over `pixels`, with a plan of what to do with each request.
 
     Plan: "ok" answers, "busy" refuses for now, "unsent" refuses the connection, "lost" counts the
-    images and loses the answer, "no" refuses for good. After the plan everything is "ok".
+    images and loses the answer, "no" refuses for good, "crash" ends the run. After the plan
+    everything is "ok".
     """
 
     def __init__(self, plan=()):
@@ -52,6 +53,8 @@ class Service:
             return httpx2.Response(422, text="no")
         if step == "unsent":
             raise httpx2.ConnectError("refused")
+        if step == "crash":
+            raise KeyboardInterrupt
         self.served += len(pixels)
         self.sizes.append(len(pixels))
         if step == "lost":
@@ -134,10 +137,12 @@ def test_a_refusal_for_good_is_an_error():
 
 
 def test_after_a_refusal_other_images_can_be_asked():
-    with Service(["no"]).oracle() as oracle:
+    service = Service(["ok", "no"])
+    with service.oracle() as oracle:
         with pytest.raises(OracleRefused):
-            oracle(images(2))
+            oracle(images(24))
         assert oracle(images(3, 7)).shape == (3, 2)
+    assert oracle.ledger.spent == service.served
 
 
 def test_nobody_there():
@@ -185,9 +190,32 @@ def test_resume_asks_only_what_is_missing_and_gives_the_same(tmp_path):
         again = oracle(images(10, 50))
     np.testing.assert_array_equal(first, expected[0])
     np.testing.assert_array_equal(again, expected[1])
-    # Part two of the second call was on its way when the run ended: it may have been served.
-    assert oracle.ledger.lost == 2
-    assert service.served == 20 <= oracle.ledger.spent == 22
+    assert service.served == oracle.ledger.spent == 20
+
+
+@pytest.mark.parametrize("crashes", [1, 3])
+def test_what_was_on_its_way_at_a_crash_counts_as_lost(crashes, tmp_path):
+    journal = tmp_path / "journal.sqlite"
+    for _ in range(crashes):
+        with Service(["crash"]).oracle(journal=journal) as oracle, pytest.raises(KeyboardInterrupt):
+            oracle(images(8))
+    service = Service()
+    with service.oracle(journal=journal) as oracle:
+        answer = oracle(images(8))
+    np.testing.assert_allclose(answer[:, 0], np.arange(8) / 255, atol=1e-6)
+    assert (service.served, oracle.ledger.spent) == (8, 8 + 8 * crashes)
+
+
+def test_losses_of_the_run_before_count_against_the_budget(tmp_path):
+    journal = tmp_path / "journal.sqlite"
+    crashing = Service(["crash"]).oracle(budget=9, journal=journal)
+    with crashing as oracle, pytest.raises(KeyboardInterrupt):
+        oracle(images(8))
+    service = Service()
+    with service.oracle(budget=9, journal=journal) as oracle:
+        with pytest.raises(BudgetExhausted, match="1 are left"):
+            oracle(images(8))
+        assert (service.served, oracle.remaining) == (0, 1)
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path):
