@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help serve test install check lint format bench clean
+.PHONY: help serve test install check lint format demo bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,6 +27,9 @@ lint: .venv/.dev ## ruff, mypy, import contracts
 format: .venv/.dev ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+demo: .venv/.dev ## steal a model, undefended and defended, and compare; a few minutes
+	$(BIN)/python -m evaluation.demo
 
 bench: .venv/.dev ## request latency, defense on against off
 	$(BIN)/python loadtest/latency.py

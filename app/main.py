@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from functools import partial
 
@@ -51,7 +52,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     metrics = Metrics(CollectorRegistry())
     metrics.model_info.labels(
-        bundle.card.name, bundle.card.version, settings.precision, engine_name, settings.defense
+        model=bundle.card.name,
+        version=bundle.card.version,
+        precision=settings.precision,
+        engine=engine_name,
+        defense=settings.defense,
+        sha256=hashlib.sha256(model).hexdigest(),
     ).set(1)
     batcher = partial(
         Batcher,

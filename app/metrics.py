@@ -93,7 +93,7 @@ class Metrics:
         self.model_info = Gauge(
             "scumble_model_info",
             "1 for what is served.",
-            ["model", "version", "precision", "engine", "defense"],
+            ["model", "version", "precision", "engine", "defense", "sha256"],
             multiprocess_mode="livemax",
             registry=registry,
         )

@@ -28,6 +28,7 @@ import numpy as np
 import tenacity
 from tqdm import tqdm
 
+from attacker import consent
 from attacker.errors import (
     AttackError,
     BudgetExhausted,
@@ -82,6 +83,7 @@ class Ledger:
         refused: requests (not images) that were told to come back later.
         sent_bytes: bodies of all requests.
         received_bytes: bodies of all answers.
+        seconds: spent waiting for answers.
     """
 
     answered: int = 0
@@ -90,6 +92,7 @@ class Ledger:
     refused: int = 0
     sent_bytes: int = 0
     received_bytes: int = 0
+    seconds: float = 0.0
 
     @property
     def spent(self) -> int:
@@ -138,7 +141,10 @@ class HttpOracle:
         self.budget = budget
         self.transport = TRANSPORTS[transport] if isinstance(transport, str) else transport
         self.step = self.transport.step
-        self._http = client or httpx2.Client(base_url=url, timeout=60)
+        # A proxy that the environment names has a localhost of its own.
+        self._http = client or httpx2.Client(
+            base_url=url, timeout=60, trust_env=not consent.loopback(url)
+        )
         self._http.headers.update(headers or {})
         self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(30.0, retries))
         self.model = model or self._model(url)
@@ -166,6 +172,13 @@ class HttpOracle:
             OracleRefused: the service will not answer this.
             ResumeMismatch: the journal has the answer to another question here.
         """
+        start = time.perf_counter()
+        try:
+            return self._answers(images)
+        finally:
+            self.ledger.seconds += time.perf_counter() - start
+
+    def _answers(self, images: Images) -> Probs:
         if len(images) > self.remaining:
             raise BudgetExhausted(
                 f"{len(images)} images asked for; {self.remaining} of {self.budget} are left"
@@ -225,7 +238,8 @@ class HttpOracle:
             raise ResumeMismatch(
                 f"request {number} differs from the one in the journal: other attack, data or seed"
             )
-        self.ledger.lost += len(part) * (row.sent - (row.answer is not None))
+        with self._lock:
+            self.ledger.lost += len(part) * (row.sent - (row.answer is not None))
         if row.answer is None:
             return None
         self.ledger.replayed += len(part)
@@ -238,11 +252,14 @@ class HttpOracle:
             except httpx2.RequestError as exc:
                 if isinstance(exc, UNSENT):
                     raise OracleUnavailable(f"cannot connect: {exc}") from exc
-                self.ledger.lost += len(part)
+                with self._lock:
+                    self.ledger.lost += len(part)
                 if self.remaining < 0:
                     raise OracleUnavailable(f"answers are lost until the budget is: {exc}") from exc
                 found = self._pool.submit(self._ask, number, part)
         self._bar.update(len(part))
+        if self._bar.n >= self.budget:
+            self._bar.close()  # so that its rate is not mixed with what comes after
         return found
 
     def _ask(self, number: int, part: Images) -> Probs:
@@ -252,17 +269,22 @@ class HttpOracle:
             raise OracleUnavailable(f"{response.url} stays busy: {response.status_code}")
         if response.status_code != 200:
             raise OracleRefused(f"{response.url} answered {response.status_code}: {response.text}")
-        answer = self.transport.unpack(response.headers, response.content, self.labels)
-        if answer.shape != (len(part), self.labels):
-            raise OracleRefused(f"{len(part)} images got {answer.shape} probabilities")
+        try:
+            answer = self.transport.unpack(response.headers, response.content, self.labels)
+            if answer.shape != (len(part), self.labels):
+                raise OracleRefused(f"{len(part)} images got {answer.shape} probabilities")
+        except (OracleRefused, ValueError, LookupError, TypeError) as exc:
+            with self._lock:  # it was counted, whatever it is
+                self.ledger.lost += len(part)
+            raise OracleRefused(f"{response.url} gave no probabilities: {exc}") from exc
         self._journal.answer(number, answer.tobytes())
         return answer
 
     def _post(self, number: int, message: Message) -> httpx2.Response:
         self._journal.send(number, 1)
         try:
-            response = self._http.post(
-                message.path, content=message.content, headers=message.headers
+            response = self._http.request(
+                message.method, message.path, content=message.content, headers=message.headers
             )
         except UNSENT:
             self._journal.send(number, -1)
@@ -276,8 +298,10 @@ class HttpOracle:
         return response
 
     def _model(self, url: str) -> dict[str, Any]:
+        # Somebody who mistyped the URL should not wait for long to hear it.
+        patient = self._retrying.copy(stop=tenacity.stop_after_attempt(4))
         try:
-            response: httpx2.Response = self._retrying.copy()(self._http.get, "/v1/model")
+            response: httpx2.Response = patient(self._http.get, "/v1/model")
         except httpx2.RequestError as exc:
             raise OracleUnavailable(f"nobody answers at {url}: {exc}") from exc
         if response.status_code != 200:

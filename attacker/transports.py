@@ -26,11 +26,12 @@ HEADER = "Inference-Header-Content-Length"
 
 @dataclass(frozen=True)
 class Message:
-    """What is posted: path, body, headers."""
+    """What is sent: path, body, headers."""
 
     path: str
     content: bytes
     headers: dict[str, str]
+    method: str = "POST"
 
 
 class Transport(Protocol):

@@ -103,6 +103,7 @@ COMMANDS = {
     "serve": Row("app.commands:serve", "Serve a model over HTTP."),
     "check": Row("app.commands:check", "Show the settings a server would start with."),
     "predict": Row("scumble.commands:predict", "Classify image files with a running server."),
+    "attack": Row("attacker.commands:attack", "Steal a served model, to know its worth.", "attack"),
     "train": Row("training.commands:train", "Train a victim.", "train"),
     "quantize": Row("training.commands:quantize", "Make a trained victim's int8 form.", "train"),
     "export": Row("training.commands:export", "Make a model bundle from any network.", "train"),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 SPLITS = ("train", "test")
+DIGITS = "digits"  # comes with scikit-learn: no download
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".bmp")
 
 
@@ -86,7 +87,8 @@ def load(source: str, split: str = "train", *, root: Path | None = None) -> Data
         source: a `.parquet` file, a folder with one sub-folder per class, or the name of a set.
         split: `train` or `test`; used when `source` is a name.
         root: for a name: a folder that may hold `<name>_<split>.parquet`. Where it does not, the
-            set is taken from `torchvision.datasets`, downloaded into `root` on first use.
+            set is taken from `torchvision.datasets`, downloaded into `root` on first use; `digits`
+            is always there.
 
     Raises:
         DatasetError: nothing of that name, or the file is not an image set.
@@ -100,11 +102,13 @@ def load(source: str, split: str = "train", *, root: Path | None = None) -> Data
         return _folder(path)
     if root is not None and (packed := root / f"{source}_{split}.parquet").is_file():
         return _parquet(packed)
+    if source == DIGITS:
+        return _digits(split)
     if source in TORCHVISION:
         return _torchvision(source, split, root or Path.home() / ".cache" / "scumble")
     raise DatasetError(
         f"no data set {source!r}: give a .parquet file, a folder of class folders, "
-        f"or one of {', '.join(sorted(TORCHVISION))}"
+        f"or one of {', '.join(sorted([DIGITS, *TORCHVISION]))}"
     )
 
 
@@ -181,6 +185,14 @@ def _torchvision(name: str, split: str, root: Path) -> Dataset:
         tuple(map(str, classes)),
         tuple(_group(str(f)) for f in files),
     )
+
+
+def _digits(split: str) -> Dataset:
+    """Three quarters of scikit-learn's digits are `train`, the rest `test`."""
+    from scumble.digits import digits
+
+    train, test = digits().split(0.25, seed=0)
+    return train if split == "train" else test
 
 
 def _decode(content: bytes | None, where: str) -> Image.Image:

@@ -13,7 +13,14 @@ from app.defenses import available
 from app.errors import RequestError
 from app.metrics import STAGES, Metrics
 from app.settings import Settings, variables
+from attacker.adapt import MODIFIERS
+from attacker.attacks import ATTACKS
+from attacker.result import read
+from attacker.students import STUDENTS
+from attacker.transports import TRANSPORTS
+from evaluation.steal import CELLS, RESULTS
 from scumble.cli import COMMANDS
+from scumble.data import DIGITS, TORCHVISION
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -82,6 +89,16 @@ def test_every_defense_has_its_heading():
     assert set(available()) <= headings("defenses.md")
 
 
+def test_every_attack_and_modifier_has_its_heading_and_no_other_has():
+    assert headings("attacks.md") == {*ATTACKS, *MODIFIERS}
+
+
+def test_every_transport_student_and_data_set_is_named():
+    text = (DOCS / "attacks.md").read_text()
+    assert all(f"| `{name}` |" in text for name in TRANSPORTS)
+    assert all(f"`{name}`" in text for name in (*STUDENTS, *TORCHVISION, DIGITS))
+
+
 def test_every_command_is_in_the_readme():
     text = (ROOT / "README.md").read_text()
     assert all(f"scumble {name}" in text for name in COMMANDS)
@@ -145,6 +162,60 @@ def latency_table() -> str:
     return "\n".join(rows)
 
 
-@pytest.mark.parametrize("table", [models_table, latency_table], ids=["models", "latency"])
-def test_the_readme_shows_the_measured_figures(table):
-    assert table() in (ROOT / "README.md").read_text(), f"expected in README.md:\n{table()}"
+def steal_table() -> str:
+    """Every cell's result; cells without one are missing."""
+    rows = [
+        "| cell | queries | served | stolen | agreement | on the way |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in CELLS:
+        result = read(RESULTS / f"{name}.json")
+        way = "; ".join(f"{p.queries:,}: {p.accuracy:.1%}" for p in milestones(result.curve))
+        rows.append(
+            f"| `{name}` | {result.ledger.spent:,} | {result.scores.victim_accuracy:.1%} "
+            f"| {result.scores.accuracy:.1%} | {result.scores.agreement:.1%} | {way} |"
+        )
+    return "\n".join(rows)
+
+
+def milestones(curve):
+    """At most three points before the last."""
+    before = curve[:-1]
+    step = max(1, len(before) // 3)
+    return before[step - 1 :: step][:3]
+
+
+def demo_table() -> str:
+    document = json.loads((ROOT / "evaluation" / "results" / "demo.json").read_text())
+    servers = document["servers"]
+    rows = [
+        "| attack | copy, mnist | served, mnist | copy, digits | served, digits | agreement "
+        "| L1, mnist | p50 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in document["attacks"]:
+        side = servers[line["server"]]
+        figures = [
+            f"{value:.1%}"
+            for test in ("mnist", "digits")
+            for value in (line["stolen"][test], side["accuracy"][test])
+        ]
+        rows.append(
+            f"| {line['name']} | {' | '.join(figures)} | {line['agreement']:.1%} "
+            f"| {side['l1']['mnist']:.2f} | {side['latency_ms']:.2f} ms |"
+        )
+    return "\n".join(rows)
+
+
+TABLES = {
+    "models": (models_table, "README.md"),
+    "latency": (latency_table, "README.md"),
+    "demo": (demo_table, "README.md"),
+    "steal": (steal_table, "docs/attacks.md"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_docs_show_the_measured_figures(name):
+    table, page = TABLES[name]
+    assert table() in (ROOT / page).read_text(), f"expected in {page}:\n{table()}"

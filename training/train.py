@@ -200,6 +200,7 @@ def chain(*steps: Augment) -> Augment:
 
 AUGMENTS: dict[str, Augment] = {
     "none": lambda x, _: x,
+    "flips": chain(crop(4), flip),
     "digits": affine(degrees=12, shift=0.08, scale=0.12),
     "objects": chain(crop(4), flip, cutout(8)),
     "signs": chain(affine(degrees=10, shift=0.08, scale=0.15, shear=0.1), light(0.5), cutout(6)),

@@ -34,7 +34,8 @@ class Service:
     everything is "ok".
     """
 
-    def __init__(self, plan=()):
+    def __init__(self, plan=(), side=2):
+        self.model = {**MODEL, "input": {"height": side, "width": side, "channels": 1}}
         self.plan = list(plan)
         self.served = 0
         self.sizes = []
@@ -42,7 +43,7 @@ class Service:
 
     def __call__(self, request):
         if request.url.path == "/v1/model":
-            return httpx2.Response(200, json=MODEL)
+            return httpx2.Response(200, json=self.model)
         length = int(request.headers[HEADER])
         shape = json.loads(request.content[:length])["inputs"][0]["shape"]
         pixels = np.frombuffer(request.content[length:], np.uint8).reshape(shape)

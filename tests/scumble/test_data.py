@@ -301,3 +301,10 @@ def test_packed_sets(name, shape, classes):
     assert found.images.shape == shape
     assert len(found.classes) == classes
     assert set(found.labels.tolist()) == set(range(classes))
+
+
+def test_the_digits_are_there_without_a_download():
+    train, test = load("digits", "train"), load("digits", "test")
+    assert (len(train), len(test)) == (1348, 449)
+    assert train.images.shape[1:] == (28, 28, 1)
+    assert not set(train.groups) & set(test.groups)

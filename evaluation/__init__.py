@@ -1,0 +1,1 @@
+"""The referee: what a defense is worth, measured against real servers over HTTP."""

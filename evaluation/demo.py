@@ -1,0 +1,349 @@
+"""`make demo`: steal a digit reader twice, once undefended and once defended, and compare.
+
+Two servers on loopback, each stolen from with KnockoffNets over HTTP. The transfer set is
+scikit-learn's digits, turned, moved, scaled and bent at random; each such picture is a query. Other
+digits are the test set, and MNIST's test images where they are at hand. The defended server is
+attacked with the answers as they come, under both losses; with their labels alone, which a defense
+that keeps the label cannot touch; and by somebody who knows the defense and inverts it.
+
+    python -m evaluation.demo --out runs/demo
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from attacker import students
+from attacker.oracle import HttpOracle
+from attacker.pool import pool
+from attacker.result import Result
+from attacker.run import Job, run
+from scumble.client import Client
+from scumble.data import Dataset, load
+from scumble.digits import digits
+from scumble.local import Server, serving
+from training.train import affine, as_tensors, chain, light
+
+DCP: dict[str, object] = {"defense": "dcp", "defense_params": {"beta": 1.2, "gamma": 0.2}}
+HELD_OUT = 0.25  # of the digits, for the test
+DISTORT = chain(affine(degrees=15, shift=0.1, scale=0.25, shear=0.2), light(0.3))
+
+# name of the line, server, modifiers, what is changed
+ATTACKS: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
+    ("undefended", "undefended", (), ("fit.loss=centred",)),
+    ("undefended, soft loss", "undefended", (), ("fit.loss=soft", "fit.augment=digits")),
+    ("defended", "defended", (), ("fit.loss=centred",)),
+    ("defended, soft loss", "defended", (), ("fit.loss=soft", "fit.augment=digits")),
+    ("defended, labels only", "defended", ("argmax",), ("fit.loss=soft", "fit.augment=digits")),
+    (
+        "defended, inverted",
+        "defended",
+        ("invert",),
+        ("fit.loss=centred", "invert.beta=1.2", "invert.gamma=0.2"),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One attack's outcome.
+
+    Attributes:
+        name: of the line.
+        server: which was attacked.
+        command: that does it by hand.
+        stolen: accuracy of the copy by test set.
+        agreement: with the server's answers, on the digits.
+        queries: spent, by the attacker's count and by the server's.
+        seconds: of the attack.
+    """
+
+    name: str
+    server: str
+    command: str
+    stolen: dict[str, float]
+    agreement: float
+    queries: tuple[int, int | None]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """One server's side.
+
+    Attributes:
+        settings: other than the defaults.
+        accuracy: of its answers by test set.
+        l1: mean L1 distance of its answers from the undefended ones by test set.
+        latency_ms: median of single requests, taken by turns with the other server.
+    """
+
+    settings: dict[str, object]
+    accuracy: dict[str, float]
+    l1: dict[str, float]
+    latency_ms: float
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+)
+@click.option("--queries", type=click.IntRange(min=100), default=10_000, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=12, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("../shared/data"),
+    show_default=True,
+    help="Where MNIST may be.",
+)
+def main(out: Path, queries: int, epochs: int, seed: int, data: Path) -> None:
+    """Steal the digit reader from an undefended and from a defended server, and compare."""
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    transfer, tests = material(out, queries, seed, data)
+    with ExitStack() as stack:
+        servers = {
+            "undefended": stack.enter_context(serving(model="mnist", precision="int8")),
+            "defended": stack.enter_context(serving(model="mnist", precision="int8", **DCP)),
+        }
+        served = measure(servers, tests)
+        lines = list(steal(servers, transfer, out, tests, queries, epochs, seed))
+    seconds = round(time.perf_counter() - start, 1)
+    report = {
+        "command": shlex.join(
+            [
+                "python",
+                "-m",
+                "evaluation.demo",
+                "--queries",
+                str(queries),
+                "--epochs",
+                str(epochs),
+                "--seed",
+                str(seed),
+            ]
+        ),
+        "servers": {name: asdict(side) for name, side in served.items()},
+        "attacks": [asdict(line) for line in lines],
+        "seconds": seconds,
+    }
+    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(served, lines, out / "demo.png")
+    show(served, lines, out, seconds)
+
+
+def material(out: Path, queries: int, seed: int, data: Path) -> tuple[Path, dict[str, Dataset]]:
+    """The transfer set as a Parquet file, and the test sets."""
+    rest, held_out = digits().split(HELD_OUT, seed)
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(rest), queries)
+    images, _ = as_tensors(rest)
+    bent = DISTORT(images[rows], torch.Generator().manual_seed(seed))
+    pictures = np.rint(bent.numpy().transpose(0, 2, 3, 1) * 255).astype(np.uint8)
+    save(out / "queries.parquet", pictures, rest.labels[rows])
+    save(out / "test.parquet", held_out.images, held_out.labels)
+    tests = {"digits": held_out}
+    if (data / "mnist_test.parquet").is_file():
+        tests["mnist"] = load("mnist", "test", root=data)
+    return out / "queries.parquet", tests
+
+
+def save(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
+    """Grey pictures in the layout that `scumble attack` reads."""
+    files = []
+    for picture in images[..., 0]:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        files.append({"bytes": buffer.getvalue(), "path": None})
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(files, kind), "label": labels}), path)
+
+
+def measure(servers: dict[str, Server], tests: dict[str, Dataset]) -> dict[str, Served]:
+    """Accuracy, distortion and latency of both servers."""
+    answers = {
+        name: {test: ask(server, data) for test, data in tests.items()}
+        for name, server in servers.items()
+    }
+    latency = latencies(servers, tests["digits"])
+    return {
+        name: Served(
+            settings={} if name == "undefended" else DCP,
+            accuracy={
+                test: float((answers[name][test].argmax(1) == data.labels).mean())
+                for test, data in tests.items()
+            },
+            l1={
+                test: float(np.abs(answers[name][test] - answers["undefended"][test]).sum(1).mean())
+                for test in tests
+            },
+            latency_ms=latency[name],
+        )
+        for name in servers
+    }
+
+
+def ask(server: Server, data: Dataset) -> npt.NDArray[np.float32]:
+    """The server's answers about a data set."""
+    with HttpOracle(server.url, budget=len(data), transport="pixels") as oracle:
+        return oracle(pool(data, oracle.shape).images)
+
+
+def latencies(servers: dict[str, Server], data: Dataset, rounds: int = 200) -> dict[str, float]:
+    """Milliseconds of one request, by turns."""
+    found: dict[str, list[float]] = {name: [] for name in servers}
+    with ExitStack() as stack:
+        clients = {
+            name: stack.enter_context(Client(server.url)) for name, server in servers.items()
+        }
+        for i in range(rounds):
+            for name, client in clients.items():
+                start = time.perf_counter()
+                client.predict(data.images[i % len(data)])
+                found[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values[10:]) for name, values in found.items()}
+
+
+def steal(
+    servers: dict[str, Server],
+    transfer: Path,
+    out: Path,
+    tests: dict[str, Dataset],
+    queries: int,
+    epochs: int,
+    seed: int,
+) -> Iterator[Line]:
+    """Every line's attack, over HTTP, as `scumble attack` does it."""
+    for name, server, modifiers, changes in ATTACKS:
+        click.echo(f"{name} ...")
+        folder = out / name.replace(", ", "-").replace(" ", "-")
+        for file in folder.glob("*"):
+            file.unlink()
+        job = Job(
+            servers[server].url,
+            "knockoff",
+            queries,
+            test=str(out / "test.parquet"),
+            queries=str(transfer),
+            adapt=modifiers,
+            changes=(*changes, f"fit.epochs={epochs}", "attack.curve=[]"),
+            admin=servers[server].admin,
+            seed=seed,
+        )
+        command = shlex.join(
+            ["scumble", "attack", "URL", "--attack", "knockoff", "--budget", str(queries),
+             "--queries", str(transfer), "--test", job.test, "--seed", str(seed)]
+            + [word for change in job.changes for word in ("--set", change)]
+            + (["--adapt", ",".join(modifiers)] if modifiers else [])
+        )  # fmt: skip
+        result = run(job, folder, command=command, progress=True)
+        yield Line(
+            name=name,
+            server=server,
+            command=command,
+            stolen={test: accuracy(result, folder, data) for test, data in tests.items()},
+            agreement=result.scores.agreement,
+            queries=(result.ledger.spent, result.ledger.server),
+            seconds=round(result.timing.wall_s, 1),
+        )
+
+
+def accuracy(result: Result, folder: Path, data: Dataset) -> float:
+    """Of a finished run's copy."""
+    shape, labels = result.victim.shape, result.victim.labels
+    copy = students.make("auto", shape, labels, seed=0, weights=folder / result.student.file)
+    test = pool(data, shape)
+    return float((students.predict(copy, test.images).argmax(1) == test.labels).mean())
+
+
+def show(served: dict[str, Served], lines: list[Line], out: Path, seconds: float) -> None:
+    """The table."""
+    tests = list(next(iter(served.values())).accuracy)
+    table = Table(title="A digit reader, stolen over HTTP", title_justify="left")
+    table.add_column("attack")
+    for test in tests:
+        table.add_column(f"served\n{test}", justify="right")
+        table.add_column(f"stolen\n{test}", justify="right", style="bold")
+    table.add_column("agreement", justify="right")
+    table.add_column("L1", justify="right")
+    table.add_column("latency", justify="right")
+    for line in lines:
+        side = served[line.server]
+        cells = []
+        for test in tests:
+            cells += [f"{side.accuracy[test]:.1%}", f"{line.stolen[test]:.1%}"]
+        table.add_row(
+            line.name, *cells, f"{line.agreement:.1%}", f"{side.l1[tests[-1]]:.2f}",
+            f"{side.latency_ms:.2f} ms",
+        )  # fmt: skip
+    console = Console(highlight=False)
+    console.print(table)
+    added = served["defended"].latency_ms / served["undefended"].latency_ms - 1
+    console.print(
+        f"{lines[0].queries[0]:,} queries each, counted by the servers as "
+        f"{', '.join(f'{line.queries[1]:,}' for line in lines)}. "
+        f"The defense changes a request's median latency by {added:+.1%}.\n"
+        f"{seconds:.0f} s; written: {out / 'demo.json'}, {out / 'demo.png'}"
+    )
+
+
+def plot(served: dict[str, Served], lines: list[Line], path: Path) -> None:
+    """Stolen accuracy per attack; the served model's as lines."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tests = list(lines[0].stolen)
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    high = 0.8 / len(tests)
+    colours = ["#1f4e79", "#e08e45"]
+    for i, test in enumerate(tests):
+        places = [-j - i * high for j in range(len(lines))]
+        values = [100 * line.stolen[test] for line in lines]
+        axis.barh(places, values, high * 0.92, color=colours[i], label=f"copy, on {test}")
+        for place, value in zip(places, values, strict=True):
+            axis.text(value - 1, place, f"{value:.1f}", va="center", ha="right", color="white")
+        axis.axvline(
+            100 * served["undefended"].accuracy[test],
+            color=colours[i],
+            linestyle=":",
+            linewidth=1.2,
+            label=f"served model, on {test}",
+        )
+    axis.set_yticks(
+        [-j - high * (len(tests) - 1) / 2 for j in range(len(lines))], [line.name for line in lines]
+    )
+    axis.set_xlim(0, 100)
+    axis.set_xlabel(f"accuracy, % ({lines[0].queries[0]:,} queries)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
