@@ -81,7 +81,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     show_default=True,
     help="Images of one request, at most.",
 )
-@click.option("--connections", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--connections", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option(
     "--admin", metavar="URL", help="Admin port of your own server: compares both ledgers."
 )

@@ -130,7 +130,7 @@ class HttpOracle:
         model: dict[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         batch: int = 256,
-        connections: int = 4,
+        connections: int = 8,
         journal: Path | None = None,
         retries: int = 8,
         client: httpx2.Client | None = None,

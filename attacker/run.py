@@ -88,7 +88,7 @@ class Job:
     root: Path | None = None
     test_images: int = 0
     batch: int = 256
-    connections: int = 4
+    connections: int = 8
     admin: str | None = None
 
 

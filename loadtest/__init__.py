@@ -1,0 +1,1 @@
+"""Benchmarks: scripts, each with the JSON it wrote. None is a test."""

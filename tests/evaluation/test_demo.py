@@ -1,0 +1,67 @@
+"""The demo and the figures' cells, small, against real servers."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from attacker.result import read
+from evaluation import demo, steal
+from scumble.data import load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.server
+def test_the_demo_steals_from_both_servers(tmp_path):
+    words = ["--out", str(tmp_path), "--queries", "300", "--epochs", "2", "--data", "nowhere"]
+    done = CliRunner().invoke(demo.main, words)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert [line["name"] for line in report["attacks"]] == [name for name, *_ in demo.ATTACKS]
+    for line in report["attacks"]:
+        assert line["queries"] == [300, 300]
+        assert 0 <= line["stolen"]["digits"] <= 1
+        assert line["name"] in done.output
+    undefended, defended = report["servers"]["undefended"], report["servers"]["defended"]
+    assert undefended["accuracy"]["digits"] > 0.9
+    assert undefended["l1"]["digits"] == 0
+    assert defended["l1"]["digits"] > 0.5
+    assert min(undefended["latency_ms"], defended["latency_ms"]) > 0
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.size[0] > 600
+    # Nobody's digit is in both sets.
+    asked, test = (load(str(tmp_path / f"{name}.parquet")) for name in ("queries", "test"))
+    assert len(asked) == 300
+    assert not {p.tobytes() for p in asked.images} & {p.tobytes() for p in test.images}
+    # A second run in the same folder begins anew.
+    again = CliRunner().invoke(demo.main, words)
+    assert again.exit_code == 0, again.output
+    stolen = [line["stolen"] for line in report["attacks"]]
+    assert stolen == [
+        line["stolen"] for line in json.loads((tmp_path / "demo.json").read_text())["attacks"]
+    ]
+
+
+@pytest.mark.server
+@pytest.mark.data
+def test_a_cell_leaves_a_checked_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(steal, "RESULTS", tmp_path)
+    monkeypatch.setattr(steal, "RUNS", tmp_path / "runs")
+    changes = ("attack.batch=8", "attack.width=8", "attack.views=2")
+    monkeypatch.setitem(steal.CELLS, "small", steal.Cell("mnist", "dfme", 200, changes=changes))
+    done = CliRunner().invoke(steal.main, ["small", "--data", str(ROOT.parent / "shared" / "data")])
+    assert done.exit_code == 0, done.output
+    result = read(tmp_path / "small.json")
+    assert result.command == "python -m evaluation.steal small"
+    assert (result.ledger.spent, result.ledger.difference) == (168, 0)
+    assert len(result.curve) == 2
+    assert CliRunner().invoke(steal.main, ["small"]).output == ""  # nothing is left to do
+
+
+def test_cells_name_what_is_there():
+    for cell in steal.CELLS.values():
+        assert (ROOT / "models" / cell.victim / "card.json").is_file()
+        assert cell.budget <= 2_000_000
