@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help serve test install check lint format demo bench clean
+.PHONY: help serve test install check lint format demo results-ci bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 serve: .venv/.base ## serve the default model on port 8000, metrics on port 9000
 	$(BIN)/scumble serve
@@ -30,6 +30,10 @@ format: .venv/.dev ## let ruff put the code in order
 
 demo: .venv/.dev ## steal a model, undefended and defended, and compare; a few minutes
 	$(BIN)/python -m evaluation.demo
+
+results-ci: .venv/.dev ## a small comparison of defenses, made again and compared with the committed one
+	$(BIN)/scumble evaluate --plan ci --out runs/results-ci
+	$(BIN)/python -m evaluation.reproduce runs/results-ci evaluation/results/ci
 
 bench: .venv/.dev ## request latency, defense on against off
 	$(BIN)/python loadtest/latency.py

@@ -4,6 +4,7 @@
     float32.onnx    uint8 pixels (N, H, W, C) -> probabilities float32 (N, K)
     int8.onnx       the same, quantized in QDQ form
     golden.json     outputs for a few made-up inputs, checked at every load
+    surrogate.onnx, misinformation.onnx    optional, for some defenses; see `app.auxiliary`
 
 Each file is read once, hashed, and handed on as bytes, so that what was checked is what runs.
 """
@@ -30,6 +31,8 @@ ONNX_FILE: dict[Precision, str] = {
     "bf16": "float32.onnx",
     "int8": "int8.onnx",
 }
+# Optional files that `python -m training.auxiliary` makes, with the same input as the others.
+AUXILIARY_FILES = ("surrogate.onnx", "misinformation.onnx")
 
 
 class Frozen(BaseModel):
@@ -78,6 +81,7 @@ class Card(Frozen):
     accuracy: dict[str, Accuracy] = {}
     quantization: dict[str, Any] = {}
     training: dict[str, Any] = {}
+    auxiliary: dict[str, Any] = {}
     data_licence: str = ""
 
 

@@ -1,7 +1,8 @@
-"""Cut an ONNX file open at `tensor`, for clients that send float tensors instead of pixels.
+"""Parts of an ONNX file: what lies behind `tensor`, what one of several outputs needs.
 
 A bundle's graph starts with uint8 pixels; the float32 (N, C, H, W) in [0, 1] that it makes of them
-is named `tensor` (see `training/export.py`). With that as the input, the nodes before it go.
+is named `tensor` (see `training/export.py`). With that as the input, for clients that send float
+tensors instead of pixels, the nodes before it go.
 """
 
 from __future__ import annotations
@@ -60,6 +61,35 @@ def tensor_input(model: bytes) -> bytes:
         kept,
         graph.name,
         [onnx.helper.make_tensor_value_info(TENSOR, onnx.TensorProto.FLOAT, [n, c, h, w])],
+        graph.output,
+        [i for i in graph.initializer if i.name in needed],
+    )
+    proto.graph.CopyFrom(cut)
+    return proto.SerializeToString()
+
+
+def single_output(model: bytes, name: str) -> bytes:
+    """The same network with the one output `name`, without what only the others need.
+
+    Raises:
+        ConfigError: not an ONNX model, or it has no such output.
+    """
+    import onnx
+
+    proto = parse(model)
+    graph = proto.graph
+    outputs = {output.name: output for output in graph.output}
+    if list(outputs) == [name]:
+        return model
+    if name not in outputs:
+        raise ConfigError(f"the graph has no output {name!r}; there: {', '.join(outputs)}")
+    graph.ClearField("output")
+    graph.output.append(outputs[name])
+    kept, needed = behind(graph, "")
+    cut = onnx.helper.make_graph(
+        kept,
+        graph.name,
+        graph.input,
         graph.output,
         [i for i in graph.initializer if i.name in needed],
     )

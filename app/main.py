@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from app import defenses, engines
 from app.api import build
+from app.auxiliary import Auxiliaries
 from app.batching import Batcher
 from app.bundle import Bundle, golden_inputs, open_bundle
 from app.errors import ConfigError
@@ -101,12 +102,16 @@ def make_defense(settings: Settings, bundle: Bundle) -> defenses.Defense:
     """The defense that the settings name.
 
     Raises:
-        ConfigError: no such defense, or parameters that it does not allow.
+        ConfigError: no such defense, parameters that it does not allow, or an auxiliary file that
+            the bundle lacks.
     """
     secret = settings.secret.get_secret_value().encode()
     try:
         return defenses.configure(
-            settings.defense, settings.defense_params, bundle=bundle, secret=secret
+            settings.defense,
+            settings.defense_params,
+            bundle=Auxiliaries(bundle, settings.engine),
+            secret=secret,
         )
     except defenses.DefenseError as exc:
         raise ConfigError(f"defense {settings.defense!r}: {exc}") from exc

@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from torch import nn
 from attacker import adapt, attacks, consent, settings, students, template
 from attacker.attacks import Attack
 from attacker.errors import AttackError, OracleUnavailable, ResumeMismatch
-from attacker.oracle import HttpOracle
+from attacker.oracle import HttpOracle, Oracle
 from attacker.pool import Pool, pool
 from attacker.result import (
     Chosen,
@@ -99,6 +99,7 @@ def run(
     command: str,
     headers: Mapping[str, str] | None = None,
     progress: bool = False,
+    wrap: Callable[[Oracle], Oracle] = lambda oracle: oracle,
 ) -> Result:
     """Do a job.
 
@@ -108,6 +109,7 @@ def run(
         command: that started it, for the result.
         headers: sent with every request, as `consent.check` gives them.
         progress: show a bar with queries per second.
+        wrap: puts something between the service and the modifiers, as a referee who takes notes.
 
     Raises:
         AttackError: what was wrong, with which value, and what is allowed.
@@ -147,7 +149,7 @@ def run(
             # Asked before the server's count is read: these do not belong to the budget.
             truth = Examination(test, examiner(test.images))
         before = first_count(job.admin, out)
-        attack(adapt.apply(modifiers, oracle, student), student, own, truth)
+        attack(adapt.apply(modifiers, wrap(oracle), student), student, own, truth)
         counted = None if before is None else count(job.admin) - before
         torch.save(student.state_dict(), out / "copy.pt")
         result = Result(

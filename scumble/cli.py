@@ -104,6 +104,8 @@ COMMANDS = {
     "check": Row("app.commands:check", "Show the settings a server would start with."),
     "predict": Row("scumble.commands:predict", "Classify image files with a running server."),
     "attack": Row("attacker.commands:attack", "Steal a served model, to know its worth.", "attack"),
+    "evaluate": Row("evaluation.commands:evaluate", "Judge defenses with attacks.", "evaluate"),
+    "bench": Row("evaluation.bench:bench", "Measure what defenses cost.", "evaluate"),
     "train": Row("training.commands:train", "Train a victim.", "train"),
     "quantize": Row("training.commands:quantize", "Make a trained victim's int8 form.", "train"),
     "export": Row("training.commands:export", "Make a model bundle from any network.", "train"),

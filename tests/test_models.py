@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.bundle import Bundle
+from app.auxiliary import Auxiliaries
+from app.bundle import AUXILIARY_FILES, Bundle, golden_inputs
+from app.defenses import make
 from app.engines import load, resolve
 from app.pipeline import self_test
 from scumble.data import load as load_data
@@ -14,6 +16,7 @@ from training.figures import tables
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 LEAST = {"mnist": 0.99, "cifar10": 0.91, "gtsrb": 0.98}
+AGREEMENT = {"mnist": 0.85, "cifar10": 0.65, "gtsrb": 0.4}  # of surrogate and victim
 MOST_BYTES = 10_000_000
 
 each_model = pytest.mark.parametrize("name", LEAST)
@@ -77,6 +80,53 @@ def test_the_self_test_passes(name, precision):
     self_test(found, engine, precision)
 
 
+@each_model
+def test_auxiliary_models_are_small_and_answer(name):
+    found = bundle(name)
+    for file in AUXILIARY_FILES:
+        assert len(found.read(file)) < 350_000
+    pixels = golden_inputs(found.card.input)
+    planar = pixels.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
+    clean = np.random.default_rng(0).dirichlet(np.ones(len(found.card.labels)), len(pixels))
+    for defense, params in (
+        ("adaptive_misinformation", {"tau": 2}),
+        ("mad", {"epsilon": 1}),
+        ("grad2", {"epsilon": 1}),
+    ):
+        both = [
+            make(defense, bundle=Auxiliaries(found, engine), **params)(clean, inputs)
+            for engine in ("openvino", "onnxruntime")
+            for inputs in (pixels, planar)
+        ]
+        assert (abs(both[0] - clean).sum(1) > 0.3).all()
+        for other in both[1:]:
+            np.testing.assert_allclose(other, both[0], atol=1e-4)
+
+
+@each_model
+def test_auxiliary_models_learned_what_they_should(name):
+    made = bundle(name).card.auxiliary
+    assert made["command"].startswith(f"python -m training.auxiliary {name} ")
+    assert made["surrogate"]["agreement"] > AGREEMENT[name]
+    assert made["misinformation"]["test"] < 0.02
+
+
+@pytest.mark.torch
+@each_model
+def test_shipped_scores_are_the_derivatives(name):
+    import torch
+
+    from evaluation.reference import grad2_scores
+    from training.auxiliary import surrogate_of
+
+    found = bundle(name)
+    pixels = golden_inputs(found.card.input)
+    scores = Auxiliaries(found).auxiliary("surrogate.onnx", "scores")(pixels)
+    x = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float64) / 255)
+    expected = grad2_scores(surrogate_of(found).double(), x).numpy()
+    np.testing.assert_allclose(scores, expected, atol=1e-4 * abs(expected).max())
+
+
 @pytest.mark.data
 @each_model
 @pytest.mark.parametrize("precision", ["float32", "int8"])
@@ -92,7 +142,8 @@ def test_accuracy_on_real_images(name, precision):
 def test_cards_hold_no_path_of_a_machine():
     for name in LEAST:
         card = bundle(name).card
-        assert " /" not in card.training["command"] + card.quantization["command"]
+        commands = (card.training, card.quantization, card.auxiliary)
+        assert not any(" /" in made["command"] for made in commands)
 
 
 def test_the_figures_in_the_docs_are_the_cards():

@@ -25,8 +25,10 @@ SHAPE = InputShape(height=8, width=8, channels=3)
 LABELS = ["red", "green", "blue", "grey"]
 
 
-def make_bundle(folder: Path, *, name: str = "tiny", labels: list[str] = LABELS) -> Path:
-    """Write the bundle `folder`/`name`; gives its folder."""
+def make_bundle(
+    folder: Path, *, name: str = "tiny", labels: list[str] = LABELS, auxiliary: bool = False
+) -> Path:
+    """Write the bundle `folder`/`name`, with auxiliary networks if asked; gives its folder."""
     target = folder / name
     target.mkdir(parents=True)
     onnx.save(network(len(labels)), target / "float32.onnx")
@@ -41,6 +43,9 @@ def make_bundle(folder: Path, *, name: str = "tiny", labels: list[str] = LABELS)
         "tolerance": {"float32": 1e-4, "bf16": 0.05, "int8": 0.05},
     }
     (target / "golden.json").write_bytes(orjson.dumps(golden))
+    if auxiliary:
+        onnx.save(network(len(labels), seed=8, scores=True), target / "surrogate.onnx")
+        onnx.save(network(len(labels), seed=9), target / "misinformation.onnx")
     write_card(
         target,
         {"name": name, "version": "1", "labels": labels, "input": SHAPE.model_dump()},
@@ -48,9 +53,12 @@ def make_bundle(folder: Path, *, name: str = "tiny", labels: list[str] = LABELS)
     return target
 
 
-def network(classes: int) -> onnx.ModelProto:
-    """pixels -> tensor -> convolution -> ReLU -> mean -> linear -> softmax."""
-    rng = np.random.default_rng(7)
+def network(classes: int, *, seed: int = 7, scores: bool = False) -> onnx.ModelProto:
+    """pixels -> tensor -> convolution -> ReLU -> mean -> linear -> softmax.
+
+    With `scores` a second output beside the probabilities, made up as well: another linear layer.
+    """
+    rng = np.random.default_rng(seed)
     weights = {
         "scale": np.array(1 / 255, np.float32),
         "w1": rng.normal(0, 0.5, (6, 3, 3, 3)).astype(np.float32),
@@ -69,11 +77,16 @@ def network(classes: int) -> onnx.ModelProto:
         helper.make_node("Gemm", ["f", "w2", "b2"], ["logits"], "linear"),
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
     ]
+    outputs = ["probabilities"]
+    if scores:
+        weights["w3"] = rng.normal(0, 40, (6, classes)).astype(np.float32)
+        nodes.append(helper.make_node("MatMul", ["f", "w3"], ["scores"]))
+        outputs.append("scores")
     graph = helper.make_graph(
         nodes,
         "tiny",
         [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 8, 8, 3])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", classes])],
+        [helper.make_tensor_value_info(o, TensorProto.FLOAT, ["N", classes]) for o in outputs],
         [numpy_helper.from_array(value, key) for key, value in weights.items()],
     )
     return helper.make_model(

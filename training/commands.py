@@ -83,7 +83,7 @@ def train(
         epochs=recipe.epochs if epochs is None else epochs,
         seed=recipe.seed if seed is None else seed,
     )
-    with _plain_errors():
+    with plain_errors():
         images = load(name, "train", root=data)
         test = load(name, "test", root=data)
         rest, held_out = images.split(recipe.holdout, recipe.seed)
@@ -95,7 +95,7 @@ def train(
             "labels": list(images.classes),
             "data_licence": DATA_LICENCE.get(name, ""),
             "training": {
-                "command": _typed(ctx),
+                "command": typed(ctx),
                 "recipe": asdict(recipe),
                 "images": len(rest),
                 "held_out": len(held_out),
@@ -146,7 +146,7 @@ def quantize(
     models: Path,
 ) -> None:
     """Give the bundle NAME an int8 file: the best of the candidates on held-out images."""
-    with _plain_errors():
+    with plain_errors():
         bundle = open_bundle(models, name)
         recipe = bundle.card.training.get("recipe", {})
         images = load(train_source or name, "train", root=data)
@@ -167,7 +167,7 @@ def quantize(
         ):
             found.append(candidate)
             click.echo(_line(candidate))
-        card = ship(bundle, found, judge, tuning, _typed(ctx))
+        card = ship(bundle, found, judge, tuning, typed(ctx))
     chosen = card.quantization
     click.echo(
         f"{bundle.folder}: {chosen['method']}-{chosen['preset']} shipped, "
@@ -239,7 +239,7 @@ def export(
     if sum(source is not None for source in (torchvision, module, pt2)) != 1:
         raise click.UsageError("give one of --torchvision, --module and --pt2")
     names = labels.read_text().splitlines() if labels else []
-    with _plain_errors():
+    with plain_errors():
         if torchvision:
             network = torchvision_model(torchvision, classes or len(names) or 1000)
             mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
@@ -260,7 +260,7 @@ def export(
             "version": version,
             "labels": names,
             "preprocessing": {"fit": fit_to or "stretch", "ratio": ratio or 1.0},
-            "training": {"command": _typed(ctx), "torch": torch.__version__},
+            "training": {"command": typed(ctx), "torch": torch.__version__},
             "data_licence": licence,
         }
         export_bundle(network, models / name, shape, card, threads=threads())
@@ -268,7 +268,7 @@ def export(
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """What a person can act on, in one line."""
     try:
         yield
@@ -276,9 +276,14 @@ def _plain_errors() -> Iterator[None]:
         raise click.ClickException(" ".join(str(exc).split())) from exc
 
 
-def _typed(ctx: click.Context) -> str:
-    """The command line, rebuilt from the parameters that were given."""
-    words = ["scumble", str(ctx.command.name)]
+def typed(ctx: click.Context, program: str = "") -> str:
+    """The command line, rebuilt from the parameters that were given.
+
+    Args:
+        ctx: of the command.
+        program: how it is started, if not as a command of `scumble`.
+    """
+    words = (program or f"scumble {ctx.command.name}").split()
     for parameter in ctx.command.params:
         name = str(parameter.name)
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:

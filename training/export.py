@@ -13,7 +13,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,16 @@ from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 from torch import nn
 
-from app.bundle import FORMAT, ONNX_FILE, Card, Golden, InputShape, golden_inputs, write_card
+from app.bundle import (
+    AUXILIARY_FILES,
+    FORMAT,
+    ONNX_FILE,
+    Card,
+    Golden,
+    InputShape,
+    golden_inputs,
+    write_card,
+)
 from app.engines import EngineName, Precision, load, resolve
 from app.errors import ScumbleError
 from app.graph import TENSOR
@@ -66,12 +75,14 @@ def classes_of(module: nn.Module, shape: InputShape) -> int:
     return classes
 
 
-def to_onnx(module: nn.Module, shape: InputShape) -> onnx.ModelProto:
+def to_onnx(module: nn.Module, shape: InputShape, more: Sequence[str] = ()) -> onnx.ModelProto:
     """The served graph of `module`.
 
     Args:
-        module: float32 (N, C, H, W) in [0, 1] -> logits (N, K), normalisation included.
+        module: float32 (N, C, H, W) in [0, 1] -> logits (N, K), normalisation included; a tuple
+            that starts with them if it has more outputs.
         shape: of the pixels.
+        more: names of the other outputs, each (N, K).
 
     Raises:
         ExportError: torch cannot express the module in ONNX with a batch of any size.
@@ -85,7 +96,7 @@ def to_onnx(module: nn.Module, shape: InputShape) -> onnx.ModelProto:
                 module,
                 (example,),
                 input_names=[TENSOR],
-                output_names=[LOGITS],
+                output_names=[LOGITS, *more],
                 opset_version=OPSET,
                 dynamic_shapes=({0: torch.export.Dim("N")},),
                 dynamo=True,
@@ -116,7 +127,10 @@ def _with_ends(network: onnx.ModelProto, shape: InputShape) -> onnx.ModelProto:
         [*before, *graph.node, after],
         "classifier",
         [helper.make_tensor_value_info("pixels", TensorProto.UINT8, sizes)],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", classes])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", classes])
+            for name in ("probabilities", *(output.name for output in graph.output[1:]))
+        ],
         [white, *graph.initializer],
     )
     # Traces of the exporter (file names, line numbers) have no place in a published file.
@@ -143,7 +157,8 @@ def export_bundle(
 
     Args:
         module: as for `to_onnx`.
-        folder: made if missing; an int8 file of an earlier network in it is removed.
+        folder: made if missing; what was made of an earlier network in it (int8 file, auxiliary
+            models) is removed.
         shape: of the pixels.
         card: name, version, labels and whatever else is known; input and files are filled in.
         threads: of the engines that make the golden outputs.
@@ -160,7 +175,8 @@ def export_bundle(
     except ValidationError as exc:
         raise ExportError(f"no card can be made of this: {exc}") from exc
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "int8.onnx").unlink(missing_ok=True)
+    for derived in (ONNX_FILE["int8"], *AUXILIARY_FILES):
+        (folder / derived).unlink(missing_ok=True)
     (folder / "float32.onnx").write_bytes(to_onnx(module, shape).SerializeToString())
     return finish(folder, card, threads=threads)
 

@@ -9,10 +9,10 @@ from app.bundle import Bundle, Card
 
 
 def tables(models: Path) -> str:
-    """Both tables, of all bundles in `models` that have an int8 file."""
+    """Three tables, of all bundles in `models` that have an int8 file."""
     cards = [Bundle(path.parent).card for path in sorted(models.glob("*/card.json"))]
     cards = [card for card in cards if card.quantization]
-    return f"{_candidates(cards)}\n\n{_commands(cards)}"
+    return f"{_candidates(cards)}\n\n{_commands(cards)}\n\n{_auxiliary(cards)}"
 
 
 def _candidates(cards: list[Card]) -> str:
@@ -45,6 +45,24 @@ def _commands(cards: list[Card]) -> str:
             f"| {card.accuracy['int8'].images:,} "
             f"| `{card.training['command']}`, `{found['command']}` |"
         )
+    return "\n".join(lines)
+
+
+def _auxiliary(cards: list[Card]) -> str:
+    lines = [
+        "| bundle | auxiliary file | images | agrees with the victim | right | L1 to the victim "
+        "| bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card in cards:
+        for part in ("surrogate", "misinformation") if card.auxiliary else ():
+            found = card.auxiliary[part]
+            source = found["data"].partition(" ")[0]
+            lines.append(
+                f"| {card.name} | {part} | {found['images']:,} of `{source}` "
+                f"| {found['agreement']:.2%} | {found['test']:.2%} | {found['test_l1']:.2f} "
+                f"| {found['bytes']:,} |"
+            )
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from scumble.data import Dataset
 from training.nets import NETS, Normalize
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,22 @@ class Recipe:
     seed: int = 0
 
 
-def train(recipe: Recipe, data: Dataset, *, progress: bool = True) -> nn.Module:
+def train(
+    recipe: Recipe,
+    data: Dataset,
+    *,
+    targets: Tensor | None = None,
+    loss: Loss = F.cross_entropy,
+    progress: bool = True,
+) -> nn.Module:
     """Fit a network to `data`.
+
+    Args:
+        recipe: how.
+        data: images and labels.
+        targets: what to learn instead of the labels, such as probabilities (N, K).
+        loss: of (logits (N, K), targets), a scalar.
+        progress: whether a bar is shown.
 
     Returns:
         The averaged network in eval mode: (N, C, H, W) float32 in [0, 1] -> logits (N, K).
@@ -59,6 +74,7 @@ def train(recipe: Recipe, data: Dataset, *, progress: bool = True) -> nn.Module:
     torch.manual_seed(recipe.seed)
     rng = torch.Generator().manual_seed(recipe.seed)
     images, labels = as_tensors(data)
+    targets = labels if targets is None else targets
     mean = images.mean((0, 2, 3)).tolist()
     std = images.std((0, 2, 3)).tolist()
     net = nn.Sequential(
@@ -79,15 +95,15 @@ def train(recipe: Recipe, data: Dataset, *, progress: bool = True) -> nn.Module:
         x = augment(images[rows], rng).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(x)
-        loss = F.cross_entropy(logits.float(), labels[rows])
+        value = loss(logits.float(), targets[rows])
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
         schedule.step()
         # The average of the first steps would be of random weights: let its memory grow with time.
         follow(average, net, min(recipe.ema, (1 + step) / (10 + step)))
         bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
     bar.close()
     return average.eval()
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
+from app.defenses.adaptive_misinformation import AdaptiveMisinformation
 from app.defenses.base import Defense, DefenseError, Inputs, Probs
 from app.defenses.chain import Chain
 from app.defenses.dcp import DCP
+from app.defenses.grad2 import Grad2
 from app.defenses.keep_top1 import KeepTop1
 from app.defenses.label import Label
+from app.defenses.mad import MAD
 from app.defenses.none import NoDefense
 from app.defenses.random import Random
 from app.defenses.reverse_sigmoid import ReverseSigmoid
@@ -21,7 +27,10 @@ TABLE: dict[str, type[Defense]] = {
     "none": NoDefense,
     "dcp": DCP,
     "reverse_sigmoid": ReverseSigmoid,
+    "adaptive_misinformation": AdaptiveMisinformation,
     "random": Random,
+    "mad": MAD,
+    "grad2": Grad2,
     "round": Round,
     "top_k": TopK,
     "label": Label,
@@ -57,17 +66,16 @@ def configure(
     """A defense by its name and a parsed JSON object of parameters.
 
     Args:
-        name: one of `available()`.
+        name: one of `available()`, or `FILE.py:Class` for a defense of one's own.
         params: the defense's own parameters, and `keep_top1: true` to put the guard around it.
-        bundle: the model bundle, for defenses with auxiliary models.
+        bundle: where auxiliary networks come from: an `app.auxiliary.Auxiliaries`, or whatever has
+            its method.
         secret: the server's key, for defenses that draw.
 
     Raises:
         DefenseError: unknown defense or parameter, one missing, or a value that is not allowed.
     """
-    if not isinstance(name, str) or name not in TABLE:
-        raise DefenseError(f"unknown defense {name!r}; allowed: {', '.join(TABLE)}")
-    kind = TABLE[name]
+    kind = TABLE.get(name) or from_file(name)
     own = kind.parameters()
     for given in params:
         if given not in (*own, "keep_top1"):
@@ -84,3 +92,33 @@ def configure(
         values["secret"] = secret
     defense = kind.build(bundle, **values)
     return KeepTop1(defense) if guarded else defense
+
+
+def from_file(name: str) -> type[Defense]:
+    """The class of `FILE.py:Class`, a defense of one's own.
+
+    Raises:
+        DefenseError: the name has another form, or there is no such file or defense.
+    """
+    file, _, attribute = str(name).rpartition(":")
+    if not file.endswith(".py"):
+        raise DefenseError(
+            f"unknown defense {name!r}; allowed: {', '.join(TABLE)}, or FILE.py:Class"
+        )
+    # Under its own path, so that each file is one module however often it is asked for.
+    module = f"scumble_defense_{abs(hash(str(Path(file).resolve())))}"
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, file)
+        assert spec is not None  # noqa: S101  # its name ends in .py
+        assert spec.loader is not None  # noqa: S101  # same
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[module] = loaded  # dataclasses look their module up while it is made
+        try:
+            spec.loader.exec_module(loaded)
+        except Exception as exc:
+            del sys.modules[module]
+            raise DefenseError(f"{file} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+    kind = getattr(sys.modules[module], attribute, None)
+    if not (isinstance(kind, type) and issubclass(kind, Defense)):
+        raise DefenseError(f"{file} has no defense {attribute!r}: a subclass of Defense is needed")
+    return kind

@@ -1,11 +1,11 @@
-"""Cutting a graph open at `tensor`."""
+"""Cutting a graph open at `tensor`, and down to one of its outputs."""
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from app.errors import ConfigError
-from app.graph import parse, tensor_input
+from app.graph import parse, single_output, tensor_input
 
 
 def graph_of(*nodes, output="out", sizes=("N", 4, 5, 3)) -> bytes:
@@ -63,3 +63,32 @@ def test_pixels_used_behind_tensor():
 def test_not_a_model(junk):
     with pytest.raises(ConfigError, match="not an ONNX model"):
         tensor_input(junk)
+
+
+def two_outputs() -> bytes:
+    proto = parse(graph_of(TRANSPOSE, CAST, DIV, MUL))
+    proto.graph.node.append(helper.make_node("Add", ["tensor", "three"], ["sum"]))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(3, np.float32), "three"))
+    proto.graph.output.append(helper.make_tensor_value_info("sum", TensorProto.FLOAT, None))
+    return proto.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("name", "operator", "constant"), [("out", "Mul", "two"), ("sum", "Add", "three")]
+)
+def test_one_output_keeps_what_it_needs(name, operator, constant):
+    graph = parse(single_output(two_outputs(), name)).graph
+    assert [o.name for o in graph.output] == [name]
+    assert [n.op_type for n in graph.node] == ["Transpose", "Cast", "Div", operator]
+    assert {i.name for i in graph.initializer} == {"white", constant}
+    assert [i.name for i in graph.input] == ["pixels"]
+
+
+def test_a_single_output_is_left_alone():
+    model = graph_of(TRANSPOSE, CAST, DIV, MUL)
+    assert single_output(model, "out") is model
+
+
+def test_no_such_output():
+    with pytest.raises(ConfigError, match="no output 'scores'; there: out, sum"):
+        single_output(two_outputs(), "scores")

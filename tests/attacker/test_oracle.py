@@ -1,6 +1,8 @@
 """The oracle: exact counts, a budget that holds on every path, retry, resume."""
 
 import json
+import time
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -12,6 +14,7 @@ from attacker.errors import BudgetExhausted, OracleRefused, OracleUnavailable, R
 from attacker.oracle import HttpOracle
 from attacker.transports import HEADER, TRANSPORTS, levels
 
+ROOT = Path(__file__).parents[2]
 MODEL = {
     "name": "m",
     "version": "1",
@@ -245,3 +248,15 @@ def test_every_transport_asks_the_real_service(name, serve):
     counted = server.metrics()['scumble_images_total{model="tiny",precision="float32"}']
     assert counted == 140
     assert oracle.ledger.spent == oracle.ledger.answered == 70
+
+
+def test_a_server_that_refuses_for_now_counts_the_same(serve):
+    """300 images through a queue of 60: many are sent back and come again."""
+    server = serve(model_dir=ROOT / "models", model="cifar10", workers=1, limits__max_queue=60)
+    options = {"transport": "pixels", "batch": 50, "connections": 8, "retries": 1000}
+    with HttpOracle(server.url, budget=300, **options, sleep=lambda _: time.sleep(0.02)) as oracle:
+        answers = oracle(np.random.default_rng(0).random((300, 3, 32, 32), np.float32))
+    assert answers.shape == (300, 10)
+    assert oracle.ledger.refused > 0
+    counted = server.metrics()['scumble_images_total{model="cifar10",precision="float32"}']
+    assert counted == oracle.ledger.spent == 300

@@ -28,6 +28,7 @@ from attacker.result import Result, read
 from attacker.run import Job, claim, configure, data
 from attacker.settings import parse
 from attacker.settings import replace as change
+from evaluation.steal import CELLS
 from scumble.cli import main
 from scumble.data import Dataset, load
 
@@ -264,6 +265,9 @@ def test_committed_results_are_whole(path):
     assert result.ledger.difference == 0
     assert result.ledger.spent <= result.ledger.budget
     assert result.victim.sha256
+    cell = CELLS[path.stem]
+    assert (result.victim.name, result.attack.name) == (cell.victim, cell.attack)
+    assert (result.ledger.budget, result.transport) == (cell.budget, cell.transport)
 
 
 def pictures(images):

@@ -14,6 +14,24 @@ from app.defenses import TABLE, Defense, DefenseError, KeepTop1, available, conf
 from tests.strategies import images, probs
 
 
+class Pictured:
+    """Auxiliary networks that find a row in each picture: its channels are the classes."""
+
+    def auxiliary(self, file, output):
+        sharpness = 2.0 + len(file)  # so that they differ
+
+        def row(inputs):
+            channels = (1, 2) if inputs.dtype == np.uint8 else (2, 3)
+            level = inputs.mean(axis=channels, dtype=np.float64)
+            level = level / 255 if inputs.dtype == np.uint8 else level
+            if output == "scores":
+                return np.cos(1e4 * level).astype(np.float32)
+            odds = np.exp(sharpness * np.sin(1e4 * level))
+            return (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
+
+        return row
+
+
 class Row(NamedTuple):
     """One defense at one setting."""
 
@@ -21,9 +39,10 @@ class Row(NamedTuple):
     params: dict[str, Any]
     zero: dict[str, Any] | None  # the parameters at which nothing happens; None: there are none
     keeps_top1: bool  # the clean arg-max stays a maximum of the answer
+    needs_images: bool = False
 
     def make(self, **more):
-        return make(self.name, secret=b"test", **self.params, **more)
+        return make(self.name, secret=b"test", bundle=Pictured(), **self.params, **more)
 
 
 ROWS = [
@@ -35,8 +54,15 @@ ROWS = [
     Row("reverse_sigmoid", {"beta": 0.64}, {"beta": 0}, False),
     Row("reverse_sigmoid", {"beta": 1.28, "odds": "lee2018"}, {"beta": 0}, False),
     Row("reverse_sigmoid", {"beta": 10, "gamma": 10, "odds": "lee2018"}, None, False),
+    Row("adaptive_misinformation", {"tau": 0.6}, {"tau": 0, "nu": 1e6}, False, True),
+    Row("adaptive_misinformation", {"tau": 2, "nu": 1}, None, False, True),
     Row("random", {"epsilon": 0.5}, {"epsilon": 0}, False),
     Row("random", {"epsilon": 2}, None, False),
+    Row("mad", {"epsilon": 0.5}, {"epsilon": 0}, False, True),
+    Row("mad", {"epsilon": 2}, None, False, True),
+    Row("mad", {"epsilon": 1, "keep": "argmax"}, {"epsilon": 0, "keep": "argmax"}, True, True),
+    Row("grad2", {"epsilon": 0.5}, {"epsilon": 0}, False, True),
+    Row("grad2", {"epsilon": 2}, None, False, True),
     Row("round", {"decimals": 2}, None, False),
     Row("round", {"decimals": 8}, None, False),
     Row("top_k", {"k": 3}, {"k": 200}, True),
@@ -53,10 +79,21 @@ ROWS = [
         {"steps": [["dcp", {"beta": 0}], ["random", {"epsilon": 0}], ["none", {}]]},
         False,
     ),
+    Row(
+        "chain",
+        {"steps": [["grad2", {"epsilon": 0.2}], ["mad", {"epsilon": 0.3, "keep_top1": True}]]},
+        {"steps": [["grad2", {"epsilon": 0}], ["mad", {"epsilon": 0}]]},
+        False,
+        True,
+    ),
 ]
-DEFENSES = [row.make() for row in ROWS] + [row.make(keep_top1=True) for row in ROWS]
+DEFENSES = [
+    (row.make(**more), row.needs_images) for more in ({}, {"keep_top1": True}) for row in ROWS
+]
 
-every_defense = pytest.mark.parametrize("defense", DEFENSES, ids=repr)
+every_defense = pytest.mark.parametrize(
+    ("defense", "needs_images"), DEFENSES, ids=[repr(defense) for defense, _ in DEFENSES]
+)
 examples = settings(max_examples=40)
 
 
@@ -70,6 +107,19 @@ def eps(p):
     return np.finfo(p.dtype).eps
 
 
+def some_images(p, seed=0):
+    """uint8 (N, 3, 2, K), as many channels as classes; see `Pictured`."""
+    return np.random.default_rng(seed).integers(0, 256, (len(p), 3, 2, p.shape[1]), np.uint8)
+
+
+def draw_images(data, p, needed):
+    if not needed:
+        return data.draw(images(len(p)))
+    pixels = some_images(p, data.draw(st.integers(0, 2**32 - 1)))
+    planar = pixels.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
+    return data.draw(st.sampled_from([pixels, planar]))
+
+
 def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
@@ -81,15 +131,15 @@ def test_table_has_a_row_for_every_defense():
 def test_every_file_is_in_the_table():
     folder = Path(app.defenses.__file__).parent
     files = {path.stem for path in folder.glob("*.py")}
-    assert files - {"__init__", "base", "keep_top1"} == set(available())
+    assert files - {"__init__", "assisted", "base", "keep_top1"} == set(available())
 
 
 @every_defense
 @examples
 @given(data=st.data())
-def test_answer_is_a_distribution_and_inputs_stay(defense, data):
+def test_answer_is_a_distribution_and_inputs_stay(defense, needs_images, data):
     p = data.draw(probs())
-    x = data.draw(images(len(p)))
+    x = draw_images(data, p, needs_images)
     p_before, x_before = p.copy(), None if x is None else x.copy()
 
     y = defense(p, x)
@@ -106,10 +156,10 @@ def test_answer_is_a_distribution_and_inputs_stay(defense, data):
 @every_defense
 @examples
 @given(data=st.data())
-def test_row_depends_on_itself_alone(defense, data):
+def test_row_depends_on_itself_alone(defense, needs_images, data):
     p = data.draw(probs())
     n = len(p)
-    x = data.draw(images(n))
+    x = draw_images(data, p, needs_images)
     y = defense(p, x)
 
     def answer(at):
@@ -127,7 +177,7 @@ def test_row_depends_on_itself_alone(defense, data):
 @examples
 @given(p=probs())
 def test_zero_strength_is_the_identity(row, p):
-    y = make(row.name, **row.zero)(p, None)
+    y = make(row.name, bundle=Pictured(), **row.zero)(p, some_images(p))
     np.testing.assert_allclose(y, p, rtol=32 * eps(p), atol=0)
 
 
@@ -135,7 +185,7 @@ def test_zero_strength_is_the_identity(row, p):
 @examples
 @given(p=probs())
 def test_top1_stays_a_maximum(row, p):
-    y = row.make()(p, None)
+    y = row.make()(p, some_images(p))
     at = np.arange(len(p)), p.argmax(axis=1)
     assert (y[at] == y.max(axis=1)).all()
 
@@ -144,7 +194,7 @@ def test_top1_stays_a_maximum(row, p):
 @settings(max_examples=100)
 @given(p=probs())
 def test_guard_keeps_the_argmax(row, p):
-    y = row.make(keep_top1=True)(p, None)
+    y = row.make(keep_top1=True)(p, some_images(p))
     assert (y.argmax(axis=1) == p.argmax(axis=1)).all()
 
 
@@ -152,7 +202,8 @@ def test_guard_keeps_the_argmax(row, p):
 @examples
 @given(p=probs(min_k=2, dtypes=(np.float64,)))
 def test_guard_gives_up_no_more_than_it_must(row, p):
-    free, guarded = row.make()(p, None), row.make(keep_top1=True)(p, None)
+    x = some_images(p)
+    free, guarded = row.make()(p, x), row.make(keep_top1=True)(p, x)
     top = p.argmax(axis=1)
     at = np.arange(len(p)), top
     kept = free.argmax(axis=1) == top
@@ -165,14 +216,16 @@ def test_guard_gives_up_no_more_than_it_must(row, p):
 
 
 @every_defense
-def test_no_rows_give_no_rows(defense):
-    y = defense(np.empty((0, 4), np.float32), None)
+def test_no_rows_give_no_rows(defense, needs_images):
+    p = np.empty((0, 4), np.float32)
+    y = defense(p, some_images(p) if needs_images else None)
     assert y.shape == (0, 4)
     assert y.dtype == np.float32
 
 
 @every_defense
-def test_prints_as_its_constructor_call(defense):
+def test_prints_as_its_constructor_call(defense, needs_images):
+    del needs_images
     names = {kind.__name__: kind for kind in TABLE.values()} | {"KeepTop1": KeepTop1}
     again = eval(repr(defense), {"__builtins__": {}}, names)  # noqa: S307 # our own repr
     assert repr(again) == repr(defense)
@@ -207,6 +260,14 @@ def test_whole_numbers_pass_for_floats():
         ("dcp", {"beta": 1, "mode": ["lee"]}, ["mode", "['lee']"]),
         ("dcp", {"beta": 1, "keep_top1": 1}, ["keep_top1", "1", "true or false"]),
         ("reverse_sigmoid", {"beta": 1, "odds": 3}, ["odds", "3", "'clamped', 'lee2018'"]),
+        ("adaptive_misinformation", {}, ["adaptive_misinformation", "'tau'"]),
+        ("adaptive_misinformation", {"tau": -1}, ["tau", "-1", "from 0 to 2"]),
+        ("adaptive_misinformation", {"tau": 1, "nu": 0}, ["nu", "from 1 to 1e+06"]),
+        ("mad", {"epsilon": 1}, ["MAD", "surrogate.onnx", "Auxiliaries"]),
+        ("mad", {"epsilon": 1, "keep": "top"}, ["keep", "'top'", "'none', 'argmax'"]),
+        ("mad", {"epsilon": 1, "network": 1}, ["'network'", "epsilon, keep, keep_top1"]),
+        ("grad2", {"epsilon": 2.5}, ["epsilon", "2.5", "from 0 to 2"]),
+        ("chain", {"steps": [["grad2", {"epsilon": 1}]]}, ["step 1", "surrogate.onnx"]),
         ("random", {"epsilon": 2.5}, ["epsilon", "2.5", "from 0 to 2"]),
         ("random", {"epsilon": 1, "secret": "a"}, ["'secret'", "epsilon, keep_top1"]),
         ("round", {"decimals": 0}, ["decimals", "0", "from 1 to 8"]),
