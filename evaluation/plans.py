@@ -65,7 +65,7 @@ def ci() -> Iterator[Cell]:
     """A small table that anybody can make again."""
     small = Cell(
         "mnist",
-        budget=3000,
+        budget=1300,
         queries="digits",
         test="digits:test",
         precision="int8",

@@ -44,7 +44,6 @@ class Cell:
 
 
 OBJECTS = ("fit.epochs=12", "fit.augment=flips")
-SOFT = (*OBJECTS, "fit.loss=soft")
 CELLS: dict[str, Cell] = {
     "knockoff-mnist": Cell("mnist", "knockoff", 20_000, "fashion_mnist"),
     "knockoff-mnist-soft": Cell(
@@ -54,19 +53,16 @@ CELLS: dict[str, Cell] = {
         "mnist", "knockoff", 20_000, "fashion_mnist", changes=("attack.strategy=adaptive",)
     ),
     "knockoff-cifar10": Cell("cifar10", "knockoff", 20_000, "cifar100", changes=OBJECTS),
-    "knockoff-cifar10-soft": Cell(
-        "cifar10", "knockoff", 20_000, "cifar100", changes=(*SOFT, "attack.curve=[]")
-    ),
     "knockoff-gtsrb": Cell(
         "gtsrb", "knockoff", 20_000, "cifar10", changes=("fit.epochs=12", "attack.curve=[]")
     ),
     "jbda-mnist": Cell("mnist", "jbda", 8_000, "fashion_mnist"),
     "dfme-mnist-tensor": Cell("mnist", "dfme", 500_000, transport="tensor"),
     "dfme-mnist-pixels": Cell("mnist", "dfme", 300_000),
-    "dfme-mnist-pixels-papers-step": Cell("mnist", "dfme", 200_000, changes=("attack.step=1e-3",)),
+    "dfme-mnist-pixels-papers-step": Cell("mnist", "dfme", 300_000, changes=("attack.step=1e-3",)),
     "maze-mnist-tensor": Cell("mnist", "maze", 900_000, transport="tensor"),
-    "maze-mnist-pixels": Cell("mnist", "maze", 200_000),
-    "maze-mnist-pixels-papers-step": Cell("mnist", "maze", 200_000, changes=("attack.step=1e-3",)),
+    "maze-mnist-pixels": Cell("mnist", "maze", 150_000),
+    "maze-mnist-pixels-papers-step": Cell("mnist", "maze", 150_000, changes=("attack.step=1e-3",)),
 }  # fmt: skip
 
 

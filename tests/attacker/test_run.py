@@ -290,3 +290,38 @@ def test_a_pool_has_the_victims_shape(shape, channels):
 def test_names_choose_the_part_of_a_data_set(folder, tmp_path):
     assert len(data(str(folder), "test", None)) == 120
     assert len(data(str(folder), "test", None, limit=7)) == 7
+
+
+TEMPLATE = """
+[model]
+name = "theirs"
+labels = ["red", "green", "blue", "grey"]
+shape = [3, 8, 8]
+
+[request]
+path = "/v1/predict"
+encoding = "base64"
+body = '{"instances": [{"b64": "$image"}]}'
+
+[response]
+path = "predictions.0.probabilities"
+form = "list"
+scale = "probabilities"
+"""
+
+
+@pytest.mark.server
+def test_an_api_is_attacked_by_its_description(serve, folder, tmp_path):
+    server = serve()
+    (tmp_path / "theirs.toml").write_text(TEMPLATE)
+    options = ["--template", str(tmp_path / "theirs.toml"), "--admin", server.admin]
+    done = attack(server.url, folder, tmp_path / "out", "knockoff", *options)
+    assert done.exit_code == 0, done.output
+    result = read(tmp_path / "out" / "result.json")
+    assert (result.victim.name, result.transport) == ("theirs", "template:theirs")
+    assert result.ledger.spent == result.ledger.server == 90
+    (tmp_path / "bad.toml").write_text(TEMPLATE.replace("base64", "smoke"))
+    options = ["--template", str(tmp_path / "bad.toml")]
+    done = attack(server.url, folder, tmp_path / "other", "knockoff", *options)
+    assert done.exit_code == 1
+    assert "smoke" in done.output
