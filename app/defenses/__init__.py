@@ -75,7 +75,7 @@ def configure(
     Raises:
         DefenseError: unknown defense or parameter, one missing, or a value that is not allowed.
     """
-    kind = TABLE.get(name) or from_file(name)
+    kind = TABLE[name] if isinstance(name, str) and name in TABLE else from_file(name)
     own = kind.parameters()
     for given in params:
         if given not in (*own, "keep_top1"):
