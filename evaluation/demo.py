@@ -301,6 +301,11 @@ def show(served: dict[str, Served], lines: list[Line], out: Path, seconds: float
         )  # fmt: skip
     console = Console(highlight=False)
     console.print(table)
+    if len(tests) == 1:
+        console.print(
+            "MNIST's test images are not at hand (--data): the copies are measured only on the "
+            "kind of digits that was asked about, where they learn most."
+        )
     added = served["defended"].latency_ms / served["undefended"].latency_ms - 1
     console.print(
         f"{lines[0].queries[0]:,} queries each, counted by the servers as "
