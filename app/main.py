@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from functools import partial
 
@@ -14,7 +13,7 @@ from app import defenses, engines
 from app.api import build
 from app.auxiliary import Auxiliaries
 from app.batching import Batcher
-from app.bundle import Bundle, golden_inputs, open_bundle
+from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
 from app.errors import ConfigError
 from app.graph import tensor_input
 from app.metrics import Metrics
@@ -58,7 +57,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         precision=settings.precision,
         engine=engine_name,
         defense=settings.defense,
-        sha256=hashlib.sha256(model).hexdigest(),
+        sha256=bundle.card.files[ONNX_FILE[settings.precision]],
     ).set(1)
     batcher = partial(
         Batcher,

@@ -7,9 +7,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# victim -> what the attacker asks about, as in the paper of the defense
-TRANSFER = {"mnist": "fashion_mnist", "cifar10": "cifar100", "gtsrb": "cifar10"}
-
 
 @dataclass(frozen=True)
 class Defended:

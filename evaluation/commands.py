@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -18,11 +19,12 @@ from rich.table import Table
 
 from attacker import consent
 from attacker.errors import AttackError
-from evaluation.cells import TRANSFER, Cell, Defended
+from evaluation.cells import Cell, Defended
 from evaluation.plans import PLANS
 from evaluation.record import BadRecord, Record, read
 from evaluation.referee import judge
 from scumble.data import DatasetError
+from training.auxiliary import TRANSFER
 
 RESULTS = Path("evaluation/results/cells")
 RUNS = Path("runs/evaluate")
@@ -147,8 +149,6 @@ def single(*, defense: str, params: str, url: str | None, adapt: str, **options:
     Raises:
         ValueError: `params` is not a JSON object.
     """
-    import json
-
     given = json.loads(params)
     if not isinstance(given, dict):
         raise ValueError(f"params is {params!r}; needed: a JSON object")

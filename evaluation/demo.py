@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,13 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from attacker import students
-from attacker.oracle import HttpOracle
 from attacker.pool import pool
 from attacker.result import Result
 from attacker.run import Job, run
-from scumble.client import Client
+from evaluation import scores
+from evaluation.referee import REQUESTS, ask, latencies
 from scumble.data import Dataset, load
-from scumble.digits import digits
+from scumble.digits import SIDE, digits
 from scumble.local import Server, serving
 from training.train import affine, as_tensors, chain, light
 
@@ -184,47 +183,29 @@ def save(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64
 
 def measure(servers: dict[str, Server], tests: dict[str, Dataset]) -> dict[str, Served]:
     """Accuracy, distortion and latency of both servers."""
+    shape = (1, SIDE, SIDE)
+    images = {test: pool(data, shape).images for test, data in tests.items()}
     answers = {
-        name: {test: ask(server, data) for test, data in tests.items()}
+        name: {test: ask(server.url, images[test], None) for test in tests}
         for name, server in servers.items()
     }
-    latency = latencies(servers, tests["digits"])
+    urls = {name: server.url for name, server in servers.items()}
+    latency = latencies(urls, tests["digits"], REQUESTS)
     return {
         name: Served(
             settings={} if name == "undefended" else DCP,
             accuracy={
-                test: float((answers[name][test].argmax(1) == data.labels).mean())
+                test: scores.accuracy(answers[name][test], data.labels)
                 for test, data in tests.items()
             },
             l1={
-                test: float(np.abs(answers[name][test] - answers["undefended"][test]).sum(1).mean())
+                test: float(scores.l1(answers[name][test], answers["undefended"][test]).mean())
                 for test in tests
             },
-            latency_ms=latency[name],
+            latency_ms=latency[name]["p50"],
         )
         for name in servers
     }
-
-
-def ask(server: Server, data: Dataset) -> npt.NDArray[np.float32]:
-    """The server's answers about a data set."""
-    with HttpOracle(server.url, budget=len(data), transport="pixels") as oracle:
-        return oracle(pool(data, oracle.shape).images)
-
-
-def latencies(servers: dict[str, Server], data: Dataset, rounds: int = 200) -> dict[str, float]:
-    """Milliseconds of one request, by turns."""
-    found: dict[str, list[float]] = {name: [] for name in servers}
-    with ExitStack() as stack:
-        clients = {
-            name: stack.enter_context(Client(server.url)) for name, server in servers.items()
-        }
-        for i in range(rounds):
-            for name, client in clients.items():
-                start = time.perf_counter()
-                client.predict(data.images[i % len(data)])
-                found[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(values[10:]) for name, values in found.items()}
 
 
 def steal(
@@ -276,7 +257,7 @@ def accuracy(result: Result, folder: Path, data: Dataset) -> float:
     shape, labels = result.victim.shape, result.victim.labels
     copy = students.make("auto", shape, labels, seed=0, weights=folder / result.student.file)
     test = pool(data, shape)
-    return float((students.predict(copy, test.images).argmax(1) == test.labels).mean())
+    return scores.accuracy(students.predict(copy, test.images), test.labels)
 
 
 def show(served: dict[str, Served], lines: list[Line], out: Path, seconds: float) -> None:

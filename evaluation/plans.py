@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from evaluation.cells import TRANSFER, Cell, Defended
+from evaluation.cells import Cell, Defended
+from training.auxiliary import TRANSFER
 
 NONE = Defended()
 GAMMA = 0.2
