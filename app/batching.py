@@ -19,7 +19,7 @@ import numpy as np
 from app.engines import Batch, Probs
 from app.errors import Unavailable
 from app.metrics import Metrics
-from app.pipeline import Answers, Pipeline
+from app.pipeline import Answers, Compute
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Batcher:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Compute,
         metrics: Metrics,
         *,
         max_size: int,

@@ -90,7 +90,7 @@ def network(classes: int, *, seed: int = 7, scores: bool = False) -> onnx.ModelP
         [numpy_helper.from_array(value, key) for key, value in weights.items()],
     )
     return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="tests"
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8, producer_name="tests"
     )
 
 

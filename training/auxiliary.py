@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from app.bundle import Bundle, Card, open_bundle, write_card
 from app.graph import parse, single_output
 from scumble.data import Dataset, load
-from training.commands import data_option, models_option, plain_errors, typed
+from training.cli import models_option, plain_errors, typed
+from training.commands import data_option
 from training.dual import WithScores, fused
 from training.export import to_onnx
 from training.measure import answers, describe, fitted, gap, share_right, threads

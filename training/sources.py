@@ -114,3 +114,15 @@ def load_weights(net: nn.Module, path: Path) -> None:
 def normalized(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
     """`net` behind (x - mean) / std."""
     return nn.Sequential(Normalize(mean, std), net)
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers of a list such as `0.5,0.5,0.5`.
+
+    Raises:
+        ExportError: it is none.
+    """
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as exc:
+        raise ExportError(f"{text!r} is not a list of numbers such as 0.5,0.5,0.5") from exc

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from app.defenses.base import Defense, DefenseError, Inputs, Probs
+from app.defenses.base import Defense, DefenseError, Inputs, Nodes, Probs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,14 @@ class Chain(Defense):
         for step in self.steps:
             probs = step(probs, inputs)
         return probs
+
+    def nodes(self, op: Nodes, probs: str) -> str | None:
+        """The rows after the last step; None if a step cannot be written as nodes."""
+        rows: str | None = probs
+        for step in self.steps:
+            if rows is not None:
+                rows = step.nodes(op, rows)
+        return rows
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from app.defenses.base import Defense, Inputs, Probs
-from app.defenses.reverse_sigmoid import Odds, perturb
+from app.defenses.base import Defense, Inputs, Nodes, Probs
+from app.defenses.reverse_sigmoid import Odds, perturb, perturb_nodes
 
 Mode = Literal["reference", "lee2018"]
 
@@ -63,3 +63,14 @@ class DCP(Defense):
         ]
         half = np.array(gates, dtype=probs.dtype)[:, None]
         return perturb(probs, half, self.gamma, _ODDS[self.mode])
+
+    def nodes(self, op: Nodes, probs: str) -> str:
+        """The gated rows, in float32."""
+        top = op("ReduceMax", probs, np.array([1]), keepdims=1)
+        # m - beta first, and then its rounding, so that nu magnifies no error. The clip never cuts:
+        # it keeps optimisers from folding the subtraction into the product, which would.
+        near = float(np.float32(self.beta))
+        over = op("Clip", op("Sub", top, near), -16.0, 16.0)
+        gate = op("Tanh", op("Mul", op("Sub", over, self.beta - near), self.nu / 2))
+        half = op("Mul", op("Sub", 1.0, gate), self.beta / 4)
+        return perturb_nodes(op, probs, half, self.gamma, _ODDS[self.mode])

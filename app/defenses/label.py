@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.defenses.base import Defense, Inputs, Probs
+from app.defenses.base import Defense, Inputs, Nodes, Probs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,3 +19,8 @@ class Label(Defense):
         y = np.zeros_like(probs)
         y[np.arange(len(probs)), probs.argmax(axis=1)] = 1
         return y
+
+    def nodes(self, op: Nodes, probs: str) -> str:
+        """One-hot rows."""
+        top = op("ArgMax", probs, axis=1, keepdims=1)
+        return op("Cast", op("Equal", top, np.arange(op.classes)), to=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.defenses.base import Defense, Inputs, Probs
+from app.defenses.base import Defense, Inputs, Nodes, Probs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,4 +14,9 @@ class NoDefense(Defense):
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
         """The clean rows (N, K), as they came."""
         del inputs
+        return probs
+
+    def nodes(self, op: Nodes, probs: str) -> str:
+        """The clean rows, and no node."""
+        del op
         return probs

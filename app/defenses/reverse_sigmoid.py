@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from app.defenses.base import Defense, Inputs, Probs
+from app.defenses.base import Defense, Inputs, Nodes, Probs
 
 Odds = Literal["clamped", "lee2018"]
 
@@ -51,6 +51,10 @@ class ReverseSigmoid(Defense):
         del inputs
         return perturb(probs, self.beta / 2, self.gamma, self.odds)
 
+    def nodes(self, op: Nodes, probs: str) -> str:
+        """The perturbed rows, in float32."""
+        return perturb_nodes(op, probs, self.beta / 2, self.gamma, self.odds)
+
 
 def perturb(probs: Probs, half: float | Probs, gamma: float, odds: Odds) -> Probs:
     """Rows p - 2 half (s(gamma ln o) - 1/2), renormalised.
@@ -87,3 +91,29 @@ def perturb(probs: Probs, half: float | Probs, gamma: float, odds: Odds) -> Prob
         np.maximum(y, 0, out=y)
     y /= np.add.reduce(y, axis=1, keepdims=True)
     return y
+
+
+def perturb_nodes(op: Nodes, probs: str, half: float | str, gamma: float, odds: Odds) -> str:
+    """`perturb` as nodes of a graph.
+
+    Args:
+        op: appends a node.
+        probs: float32 (N, K).
+        half: half the strength; a number, or float32 (N, 1).
+        gamma: slope.
+        odds: as in `ReverseSigmoid`.
+    """
+    if op.classes == 1:
+        return op("Clip", probs, 1.0, 1.0)
+    if odds == "clamped":
+        p = op("Clip", probs, FLOOR, 0.5)
+        rest = op("Sub", 1.0, p)
+    else:
+        # Clipping p to [f, 1-f] clips 1-p to the same, which float32 cannot say of p near 1.
+        p = op("Clip", probs, LEE_FLOOR, 1.0)
+        rest = op("Clip", op("Sub", 1.0, probs), LEE_FLOOR, 1.0)
+    turned = op("Tanh", op("Mul", op("Log", op("Div", p, rest)), gamma / 2))
+    y = op("Sub", probs, op("Mul", turned, half))
+    if odds == "lee2018":
+        y = op("Relu", y)
+    return op("Div", y, op("ReduceSum", y, np.array([1]), keepdims=1))

@@ -63,6 +63,35 @@ def test_execution_can_be_chosen(make_client, execution):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"defense": "none"}, "numpy"),
+        ({"defense": "dcp", "defense_params": {"beta": 1.2}}, "graph"),
+        ({"defense": "label", "engine": "onnxruntime", "precision": "int8"}, "graph"),
+        ({"defense": "round", "defense_params": {"decimals": 2}}, "numpy"),
+        ({"defense": "dcp", "defense_params": {"beta": 1.2, "keep_top1": True}}, "numpy"),
+        ({"defense": "label", "precision": "bf16"}, "numpy"),
+        ({"defense": "label", "engine": "torch"}, "numpy"),
+    ],
+)
+def test_the_log_says_where_the_defense_runs(make_client, caplog, options, where):
+    with caplog.at_level("INFO", logger="scumble"):
+        make_client(**options)
+    (loaded,) = [record for record in caplog.records if record.message == "loaded"]
+    assert loaded.defends == where
+
+
+def test_a_graph_that_is_off_is_not_served(make_client, caplog, monkeypatch):
+    from app.defenses import DCP
+
+    monkeypatch.setattr(DCP, "nodes", lambda self, op, probs: op("Mul", probs, 0.5))
+    params = {"defense": "dcp", "defense_params": {"beta": 1.2}}
+    served = ask(make_client(**params))
+    assert "the defense runs behind the engine: its graph is off by" in caplog.text
+    assert served.sum() == pytest.approx(1)
+
+
 def settings(models, **overrides) -> Settings:
     return Settings(**{"model_dir": models, "model": "tiny", **overrides})
 

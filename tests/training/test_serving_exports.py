@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from app.main import create_app
 from app.settings import Settings
 from tests.pictures import encoded, picture
-from training.commands import export
+from training.exporting import export
 
 pytestmark = pytest.mark.torch
 
