@@ -90,7 +90,8 @@ class Service:
         Raises:
             RequestError: the request is refused; nothing is counted as answered.
         """
-        name = request.path_params["model"]
+        # A hot route has no parameters: its path is the served model's.
+        name = request.path_params.get("model", self.card.name)
         if name != self.card.name:
             raise NotFound(f"no model {name[:64]!r} here; there is {self.card.name!r}")
         start = self.clock()

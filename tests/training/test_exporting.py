@@ -1,6 +1,8 @@
 """A bundle's network with its defense inside: for devices that run the file without the server."""
 
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -86,3 +88,17 @@ def test_what_cannot_be_written_is_said(words, message, tmp_path, monkeypatch):
     assert done.exit_code == 1
     assert message in done.output
     assert not list(tmp_path.iterdir())
+
+
+def test_it_needs_no_torch(tmp_path):
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'pyarrow', 'onnxscript']))\n"
+        "from scumble.cli import main\n"
+        f"main(['export', 'mnist', '--models', {str(MODELS)!r}, '--defense', 'label'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mnist-float32-label.onnx").exists()
