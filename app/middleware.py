@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 
+from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.metrics import Metrics
@@ -38,8 +39,9 @@ class Observe:
         self._clock = clock
         self._routes = routes
         self._seconds = {
-            route: metrics.request_seconds.labels(route) for route in (*routes.values(), "other")
+            route: metrics.request_seconds(route) for route in {*routes.values(), "other"}
         }
+        self._requests: dict[tuple[str, int], Counter] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI call."""
@@ -67,7 +69,8 @@ class Observe:
             seconds = self._clock() - start
             route = self._routes.get(scope["path"], "other")
             self._seconds[route].observe(seconds)
-            self._metrics.requests.labels(route, str(status)).inc()
+            self._count(route, status)
+            self._metrics.flush_soon()
             if self._access_log:
                 log.info(
                     "request",
@@ -79,6 +82,13 @@ class Observe:
                         "ms": round(seconds * 1000, 3),
                     },
                 )
+
+    def _count(self, route: str, status: int) -> None:
+        counter = self._requests.get((route, status))
+        if counter is None:
+            counter = self._metrics.requests.labels(route, str(status))
+            self._requests[route, status] = counter
+        counter.inc()
 
 
 def _request_id(scope: Scope) -> str:

@@ -110,10 +110,11 @@ class Service:
         return Response(answer, headers=headers)
 
     def close(self) -> None:
-        """Let running batches finish and end the engines' threads."""
+        """Let running batches finish, end the engines' threads, hand the last metrics over."""
         for batcher in (self.pixels, self.tensors):
             if batcher is not None:
                 batcher.close()
+        self.metrics.flush()
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/model`: what a client must know, nothing about the defense."""

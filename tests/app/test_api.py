@@ -159,6 +159,7 @@ def test_a_full_queue_is_503_with_retry_after(make_client):
 
 
 def samples(client) -> dict[str, float]:
+    client.app.state.service.metrics.flush()
     registry = client.app.state.service.metrics.registry
     return {
         sample.name + json.dumps(sample.labels, sort_keys=True): sample.value

@@ -11,6 +11,7 @@ import time
 import httpx2
 import pytest
 
+from app.metrics import FLUSH_S
 from scumble.local import start, variables
 from tests.pictures import PNG
 
@@ -35,6 +36,7 @@ def test_metrics_rise_by_exactly_the_requests_sent(serve, workers):
     for _ in range(40):
         assert post(server).status_code == 200
     assert post(server, content=b"x").status_code == 422
+    time.sleep(4 * FLUSH_S)
     found = server.metrics()
     assert found['scumble_stage_seconds_bucket{le="+Inf",stage="defend"}'] == 40
     for stage in ("read", "decode", "queue", "infer", "defend", "encode"):

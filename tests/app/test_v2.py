@@ -84,6 +84,7 @@ def test_a_large_request_runs_in_parts_and_in_order(make_client):
 
 def test_images_are_counted_one_by_one(client):
     client.post(URL, **binary(PIXELS))
+    client.app.state.service.metrics.flush()
     registry = client.app.state.service.metrics.registry
     labels = {"model": "tiny", "precision": "float32"}
     assert registry.get_sample_value("scumble_images_total", labels) == 3
