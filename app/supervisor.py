@@ -23,6 +23,7 @@ import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 
 from app import logs, worker
+from app.dealer import Dealer
 from app.errors import ConfigError
 from app.settings import Settings
 
@@ -86,6 +87,7 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._public = public
+        self._dealer = Dealer(public, settings.worker_count)
         self._admin = admin
         self._metrics_dir = metrics_dir
         self._workers: dict[int, _Worker] = {}
@@ -139,11 +141,13 @@ class Supervisor:
             return
         context = get_context("spawn")
         ours, theirs = context.Pipe()
+        hand = self._dealer.hand(number)
         process = context.Process(
-            target=worker.run, args=(self._settings, self._public, theirs), name=f"worker-{number}"
+            target=worker.run, args=(self._settings, hand, theirs), name=f"worker-{number}"
         )
         process.start()
         theirs.close()
+        hand.channel.close()
         self._workers[number] = _Worker(process, ours)
         loop = asyncio.get_running_loop()
         loop.add_reader(ours.fileno(), self._heard, number)
@@ -152,11 +156,16 @@ class Supervisor:
     def _heard(self, number: int) -> None:
         child = self._workers[number]
         try:
-            child.pipe.recv()
+            said = child.pipe.recv()
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(child.pipe.fileno())
             return
+        if said == "draining":
+            if not self._stopping.is_set():  # somebody wants this one to end
+                self._dealer.leave(number)
+            return
         child.ready = True
+        self._dealer.seat(number)
         if self.ready() and not self._said_ready:
             self._said_ready = True
             log.info(
@@ -170,6 +179,7 @@ class Supervisor:
 
     def _ended(self, number: int) -> None:
         child = self._workers.pop(number)
+        self._dealer.leave(number)
         loop = asyncio.get_running_loop()
         loop.remove_reader(child.process.sentinel)
         loop.remove_reader(child.pipe.fileno())
@@ -191,12 +201,11 @@ class Supervisor:
 
     async def _stop(self) -> None:
         log.info("draining", extra={"workers": len(self._workers)})
-        # While our copy is open, the kernel goes on accepting connections that nobody will answer.
-        self._public.close()
         for child in self._workers.values():
             child.process.terminate()
-        patience = self._settings.drain_delay_s + self._settings.shutdown_timeout_s + 5
-        deadline = asyncio.get_running_loop().time() + patience
+        await asyncio.sleep(self._settings.drain_delay_s)
+        self._dealer.close()
+        deadline = asyncio.get_running_loop().time() + self._settings.shutdown_timeout_s + 5
         while self._workers and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110  # _ended empties it
             await asyncio.sleep(0.02)
         for number, child in self._workers.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import logging
@@ -12,11 +13,14 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from app import logs
+from app.dealer import Hand
 from app.errors import ConfigError
 from app.settings import Settings
 
@@ -27,24 +31,26 @@ log = logging.getLogger("scumble")
 
 
 class WorkerServer(uvicorn.Server):
-    """Says when it is ready, and drains in order: not ready, pause, stop listening, finish.
+    """Takes its connections from the supervisor; says when it is ready and when it wants no more.
 
-    It drains on SIGTERM, and when the supervisor is gone, which closes the other end of the pipe.
+    On SIGTERM it is no longer ready and says so; it goes on answering. When the supervisor sends no
+    more connections, or is gone, it finishes its requests and ends.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings, pipe: Connection):
+    def __init__(self, config: uvicorn.Config, app: FastAPI, hand: Hand, pipe: Connection):
         super().__init__(config)
         self._app = app
-        self._delay_s = settings.drain_delay_s
+        self._hand = hand
         self._pipe = pipe
-        self._draining: asyncio.Task[None] | None = None
+        self._opening: set[asyncio.Task[Any]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then tell the supervisor."""
+        """Start the application, then tell the supervisor."""
         await super().startup(sockets)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._drain)
-        loop.add_reader(self._pipe.fileno(), self._supervisor_gone)
+        self._hand.channel.setblocking(False)
+        loop.add_reader(self._hand.channel.fileno(), self._take)
         self._pipe.send("ready")
 
     @contextmanager
@@ -53,18 +59,47 @@ class WorkerServer(uvicorn.Server):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         yield
 
-    def _supervisor_gone(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-        self._drain()
+    def _take(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while (arrived := self._hand.take()) is not None:
+                for connection in arrived:
+                    opening = loop.connect_accepted_socket(self._protocol, connection)
+                    task = loop.create_task(opening)
+                    self._opening.add(task)  # or nobody would hold it
+                    task.add_done_callback(self._opening.discard)
+        except BlockingIOError:
+            return
+        loop.remove_reader(self._hand.channel.fileno())
+        self._app.state.service.state.draining = True
+        self.should_exit = True
+
+    def _protocol(self) -> Counted:
+        return Counted(self._hand, self.config, self.server_state, self.lifespan.state)
 
     def _drain(self) -> None:
-        async def drain() -> None:
-            self._app.state.service.state.draining = True
-            await asyncio.sleep(self._delay_s)
-            self.should_exit = True
+        self._app.state.service.state.draining = True
+        with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
+            self._pipe.send("draining")
 
-        if self._draining is None:
-            self._draining = asyncio.create_task(drain())
+
+class Counted(HttpToolsProtocol):
+    """HTTP on one connection, and a mark where it ends."""
+
+    def __init__(
+        self,
+        hand: Hand,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+    ) -> None:
+        super().__init__(config, server_state, app_state)
+        self._hand = hand
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection has ended."""
+        super().connection_lost(exc)
+        self._hand.count_closed()
 
 
 def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -82,7 +117,7 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def run(settings: Settings, listener: socket.socket, pipe: Connection) -> None:
+def run(settings: Settings, hand: Hand, pipe: Connection) -> None:
     """Entry point of the process; exits 0 after draining, 1 when the settings cannot be served."""
     logs.configure(settings.log_level)
     # Imported here: the supervisor imports this module too, and starts faster without the service.
@@ -94,7 +129,7 @@ def run(settings: Settings, listener: socket.socket, pipe: Connection) -> None:
         log.error("%s", exc)  # a sentence for a person, not a traceback
         sys.exit(1)
     _give_back()
-    WorkerServer(config_for(app, settings), app, settings, pipe).run([listener])
+    WorkerServer(config_for(app, settings), app, hand, pipe).run([])
 
 
 def _give_back() -> None:
