@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.batching import Batcher, Served
-from app.bodies import read_body, read_images, refuse_encoding, small_number
+from app.bodies import read_buffer, read_images, refuse_encoding, small_number
 from app.bundle import Card
 from app.decode import FORMATS, decode
 from app.engines import Batch, Probs
@@ -96,7 +96,7 @@ class Service:
             raise NotFound(f"no model {name[:64]!r} here; there is {self.card.name!r}")
         start = self.clock()
         refuse_encoding(request.headers)
-        body = await read_body(request.headers, request.receive, self.limits.max_body_bytes)
+        body = await read_buffer(request.headers, request.receive, self.limits.max_body_bytes)
         read = self.clock()
         asked = read_infer(request.headers, body, self.card, self.limits.max_tensor_images)
         batcher = self.pixels if asked.batch.dtype == np.uint8 else self.tensors

@@ -44,7 +44,9 @@ def shapes(card: Card) -> dict[str, tuple[int, int, int]]:
     return {"UINT8": (h, w, c), "FP32": (c, h, w)}
 
 
-def read_infer(headers: Headers, body: bytes, card: Card, max_images: int) -> InferRequest:
+def read_infer(
+    headers: Headers, body: bytes | bytearray, card: Card, max_images: int
+) -> InferRequest:
     """Parse and check an infer request.
 
     Raises:
@@ -86,7 +88,7 @@ def write_infer(
     }
 
 
-def _split(headers: Headers, body: bytes) -> tuple[dict[str, Any], memoryview]:
+def _split(headers: Headers, body: bytes | bytearray) -> tuple[dict[str, Any], memoryview]:
     text = headers.get(LENGTH)
     length = len(body) if text is None else small_number(text) or 0
     if text is not None and not 0 < length <= len(body):

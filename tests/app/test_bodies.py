@@ -1,10 +1,15 @@
 """Bodies and their framing, over the application: what is read, and how the rest is refused."""
 
+import asyncio
 import base64
 import json
 
+import numpy as np
 import pytest
+from starlette.datastructures import Headers
 
+from app.bodies import read_body, read_buffer
+from app.errors import BadFraming, TooLarge
 from tests.pictures import PNG, encoded, picture
 
 LIMITS = {"limits": {"max_body_bytes": 20_000, "max_images": 3, "max_pixels": 10_000}}
@@ -122,3 +127,60 @@ def test_chunked_body_is_stopped_at_the_limit(limited):
 
     answer = limited.post("/v1/predict", **raw(chunks()))
     assert answer.status_code == 413
+
+
+def arriving(*chunks: bytes):
+    """The ASGI side of a body that comes in pieces."""
+    waiting = [
+        {"type": "http.request", "body": chunk, "more_body": i + 1 < len(chunks)}
+        for i, chunk in enumerate(chunks)
+    ]
+
+    async def receive():
+        return waiting.pop(0) if waiting else {"type": "http.disconnect"}
+
+    return receive
+
+
+@pytest.mark.parametrize("reader", [read_body, read_buffer])
+@pytest.mark.parametrize("chunks", [[b"abcdef"], [b"ab", b"", b"cdef"], [b""], [b"abcdef", b""]])
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_in_pieces(reader, chunks, declared):
+    whole = b"".join(chunks)
+    headers = Headers({"content-length": str(len(whole))} if declared else {})
+    body = asyncio.run(reader(headers, arriving(*chunks), 6))
+    assert body == whole
+    if reader is read_buffer and declared and whole:
+        assert np.frombuffer(body, np.uint8).flags.writeable
+
+
+@pytest.mark.parametrize("reader", [read_body, read_buffer])
+@pytest.mark.parametrize(
+    ("declared", "chunks", "error"),
+    [
+        (None, [b"abcd", b"efg"], TooLarge),
+        (7, [b"abcdefg"], TooLarge),
+        (10**14, [b"a"], TooLarge),
+    ],
+)
+def test_too_much_is_refused(reader, declared, chunks, error):
+    headers = Headers({"content-length": str(declared)} if declared else {})
+    with pytest.raises(error, match="6"):
+        asyncio.run(reader(headers, arriving(*chunks), 6))
+
+
+def test_a_buffer_that_is_not_filled_is_refused():
+    headers = Headers({"content-length": "5"})
+    with pytest.raises(BadFraming, match="has 3 bytes; its headers say 5"):
+        asyncio.run(read_buffer(headers, arriving(b"abc"), 6))
+    with pytest.raises(TooLarge):
+        asyncio.run(read_buffer(headers, arriving(b"abcdef"), 6))
+
+
+def test_the_client_went_away():
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    for reader in (read_body, read_buffer):
+        with pytest.raises(BadFraming, match="after 0 bytes"):
+            asyncio.run(reader(Headers({"content-length": "5"}), gone, 6))
