@@ -2,7 +2,7 @@
 
 Nobody waits for company while the engine is idle: the first request starts a batch at the end of
 the event loop's current turn, together with whatever else arrived in that turn. While a batch runs,
-the next one gathers.
+the next one gathers. With a target for the time of answers, `app.pace` says how large it may get.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from app.engines import Batch, Probs
 from app.errors import Unavailable
 from app.metrics import Metrics
+from app.pace import Pace
 from app.pipeline import Answers, Compute
 
 
@@ -48,6 +49,7 @@ class Batcher:
         max_size: images in a batch; a larger request runs as a batch of its own.
         max_queue: images that may wait.
         max_wait_s: how long a batch that follows directly on another may wait to fill up.
+        target_s: batches get no larger than lets nearly all answers come within it; 0 for none.
         inline: run on the event loop. Saves the hand-over to a thread, blocks the loop meanwhile.
     """
 
@@ -59,6 +61,7 @@ class Batcher:
         max_size: int,
         max_queue: int,
         max_wait_s: float = 0.0,
+        target_s: float = 0.0,
         inline: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -67,6 +70,7 @@ class Batcher:
         self._max_size = max_size
         self._max_queue = max_queue
         self._max_wait_s = max_wait_s
+        self._pace = Pace(target_s, max_size)
         self._clock = clock
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
@@ -131,8 +135,8 @@ class Batcher:
 
     def _take(self) -> list[_Job]:
         jobs = [self._jobs.popleft()]
-        size = len(jobs[0].batch)
-        while self._jobs and size + len(self._jobs[0].batch) <= self._max_size:
+        size, allowed = len(jobs[0].batch), self._pace()
+        while self._jobs and size + len(self._jobs[0].batch) <= allowed:
             size += len(self._jobs[0].batch)
             jobs.append(self._jobs.popleft())
         self._count(-size)
@@ -159,6 +163,7 @@ class Batcher:
             loop.call_soon(self._start)
 
     def _deliver(self, jobs: list[_Job], started: float, answers: Answers) -> None:
+        self._pace.note(len(answers.l1), self._clock() - started)
         self._metrics.defended_rows.inc(int((answers.l1 > 1e-6).sum()))
         for distance in answers.l1.tolist():
             self._metrics.response_l1.observe(distance)

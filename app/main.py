@@ -68,6 +68,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         max_size=settings.batch.max_size,
         max_queue=settings.limits.max_queue,
         max_wait_s=settings.batch.max_wait_us / 1e6,
+        target_s=settings.batch.target_p99_ms / 1e3,
         inline=inline,
     )
     tensors = None

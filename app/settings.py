@@ -45,6 +45,12 @@ class BatchSettings(Section):
         le=1_000_000,
         description="how long a busy worker waits for more images, in us",
     )
+    target_p99_ms: float = Field(
+        default=0.0,
+        ge=0,
+        le=60_000,
+        description="batches stay small enough for this; 0: as large as they get",
+    )
     execution: Literal["auto", "inline", "thread"] = Field(
         default="auto",
         description="engine on the event loop or on a thread; auto decides at warm-up",

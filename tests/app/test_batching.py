@@ -12,6 +12,7 @@ from app.batching import Batcher
 from app.defenses import make
 from app.errors import Unavailable
 from app.metrics import Metrics
+from app.pace import Pace
 from app.pipeline import Pipeline, padded, size_for, sizes
 
 pytestmark = pytest.mark.anyio
@@ -173,3 +174,60 @@ def test_padding_repeats_the_last_image():
     assert padded(batch)[:, 0, 0, 0].tolist() == [*range(9), 8]
     assert padded(batch[:5]) is not None
     assert len(padded(batch[:5])) == 5
+
+
+@pytest.mark.parametrize(
+    ("target_s", "fixed", "each", "expected"),
+    [
+        (0.0, 0.001, 0.001, 64),  # no target
+        (0.1, 0.001, 0.001, 49),  # 0.001 + 0.001 n <= 0.05
+        (0.1, 0.0, 0.01, 5),
+        (1.0, 0.001, 0.001, 64),  # at most the largest
+        (0.001, 0.01, 0.001, 1),  # out of reach: one by one
+    ],
+)
+def test_the_pace_follows_the_times_of_batches(target_s, fixed, each, expected):
+    pace = Pace(target_s, 64)
+    assert pace() == 64  # nothing is known yet
+    for n in (1, 4, 16, 64, 2, 8, 32):
+        pace.note(n, fixed + each * n)
+    assert pace() == expected
+
+
+def test_the_pace_forgets():
+    pace = Pace(0.1, 64)
+    for n in [1, 32] * 10:
+        pace.note(n, 0.01 * n)
+    assert pace() == 5
+    for n in [1, 32] * 300:
+        pace.note(n, 0.001 * n)
+    assert 45 <= pace() <= 50
+
+
+def test_batches_of_one_size_tell_what_they_can():
+    pace = Pace(0.1, 64)
+    for _ in range(50):
+        pace.note(10, 0.1)
+    assert pace() == 5
+
+
+async def test_a_target_keeps_batches_small(inline):
+    engine = Echo(seconds=0.02)
+
+    def timed(batch):
+        time.sleep(0.005 * len(batch))
+        return engine(batch)
+
+    free = make_batcher(timed, inline=inline, max_size=16)
+    held = make_batcher(timed, inline=inline, max_size=16, target_s=0.1)
+    for batcher in (free, held):
+        for n in (1, 4, 8):  # what it learns from
+            await batcher(images(*range(n)))
+    engine.batches.clear()
+    await asyncio.gather(*(held(images(n)) for n in range(16)))
+    assert max(engine.batches) <= 6
+    engine.batches.clear()
+    await asyncio.gather(*(free(images(n)) for n in range(16)))
+    assert engine.batches == [16]
+    free.close()
+    held.close()
