@@ -11,7 +11,6 @@ Rounds take turns.
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
 import platform
 import statistics
@@ -24,10 +23,10 @@ import click
 import numpy as np
 
 from app import engines
-from app.bundle import open_bundle
 from app.settings import default_model_dir
 from attacker.oracle import HttpOracle
 from loadtest.latency import processor
+from loadtest.limits import Limits
 from scumble.local import serving
 
 OUT = Path(__file__).with_suffix(".json")
@@ -37,55 +36,7 @@ CASES: list[tuple[str, engines.Precision]] = [
     ("cifar10", "float32"),
 ]
 BATCH = 256
-
-
-def infer(model: str, precision: engines.Precision, orders: Any, answers: Any) -> None:
-    """A process with an engine: gets (images, batch), runs them, and says that it has."""
-    bundle = open_bundle(default_model_dir(), model)
-    onnx = bundle.onnx(precision)
-    engine = engines.load(engines.resolve("auto"), onnx, threads=1, precision=precision)
-    size = bundle.card.input
-    shape = (BATCH, size.height, size.width, size.channels)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    for batch in (32, BATCH):
-        engine(pixels[:batch])
-    answers.put(0)
-    for images, batch in iter(orders.get, None):
-        for _ in range(images // batch):
-            engine(pixels[:batch])
-        answers.put(images)
-
-
-class Engines:
-    """The engine alone, in `count` processes."""
-
-    def __init__(self, model: str, precision: engines.Precision, count: int) -> None:
-        context = mp.get_context("spawn")
-        self._orders = [context.Queue() for _ in range(count)]
-        self._answers = context.Queue()
-        self._processes = [
-            context.Process(target=infer, args=(model, precision, orders, self._answers))
-            for orders in self._orders
-        ]
-        for process in self._processes:
-            process.start()
-        for _ in self._processes:
-            self._answers.get()
-
-    def rate(self, images: int, batch: int) -> float:
-        """Images per second of all processes together."""
-        start = time.perf_counter()
-        for orders in self._orders:
-            orders.put((images // len(self._orders), batch))
-        done = sum(int(self._answers.get()) for _ in self._orders)
-        return done / (time.perf_counter() - start)
-
-    def close(self) -> None:
-        """End the processes."""
-        for orders in self._orders:
-            orders.put(None)
-        for process in self._processes:
-            process.join()
+SECONDS = 2.0  # of the engine alone, each time
 
 
 def compare(
@@ -94,7 +45,7 @@ def compare(
     """One case."""
     cores = len(os.sched_getaffinity(0))
     found: dict[str, list[float]] = {"32": [], "256": [], "oracle": []}
-    alone = Engines(model, precision, cores)
+    alone = Limits(default_model_dir(), model, precision, cores)
     with (
         serving(model=model, precision=precision, workers=cores) as server,
         HttpOracle(
@@ -109,7 +60,7 @@ def compare(
         oracle(pictures)  # warm-up
         for _ in range(rounds):
             for batch in (32, BATCH):
-                found[str(batch)].append(alone.rate(images, batch))
+                found[str(batch)].append(alone.model(batch, SECONDS))
             start = time.perf_counter()
             oracle(pictures)
             found["oracle"].append(images / (time.perf_counter() - start))

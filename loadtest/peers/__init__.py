@@ -1,0 +1,1 @@
+"""Scumble beside other model servers: same weights, images, cores and load."""
