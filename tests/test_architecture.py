@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,9 +21,9 @@ def run(code: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def test_import_contracts_hold(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert lint_imports(no_cache=True) == 0
+def test_import_contracts_hold():
+    # A process of its own: the linter sets up logging, and switches off what others log.
+    run("from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))")
 
 
 @pytest.mark.parametrize("heavy", ["torch", "torchvision", "sklearn", "pyarrow", "onnx"])
