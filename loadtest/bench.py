@@ -249,13 +249,14 @@ def soak(models: Path, model: str, precision: Precision, minutes: int) -> dict[s
         full = images(server, body, kind, 16, 5)
         # A connection that waits so long after each answer asks its share of the target.
         pause_ms = max(0.0, 16 / (SOAK_SHARE * full.rps) * 1000 - full.p50_ms)
-        found = []
+        found, memory = [], []
         for minute in range(minutes):
             done = load(
                 f"{server.url}/v1/predict", body=body, content_type=kind, connections=16,
                 seconds=60, warmup=0, pause_ms=pause_ms,
             )  # fmt: skip
             found.append(done)
+            memory.append(round(memory_mb(server)))
             click.echo(f"minute {minute + 1}: {done.rps:.0f}/s, p99 {done.p99_ms:.2f} ms")
         return {
             "model": model,
@@ -265,7 +266,7 @@ def soak(models: Path, model: str, precision: Precision, minutes: int) -> dict[s
             "errors": sum(done.errors for done in found),
             "p50_ms": [round(done.p50_ms, 3) for done in found],
             "p99_ms": [round(done.p99_ms, 3) for done in found],
-            "memory_mb": round(memory_mb(server)),
+            "memory_mb": memory,
         }
 
 

@@ -1,0 +1,324 @@
+"""`docs/performance.md` and its plot, made of the committed JSON: nothing is typed in.
+
+python -m loadtest.pages            writes both
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+MAIN = ("cifar10", "int8")  # what the targets are about
+STAGES = ("read", "decode", "queue", "infer", "defend", "encode")
+LIMIT_HEAD = (
+    "model",
+    "engine alone, batch 1 / 32 / 256",
+    "without HTTP",
+    "connections",
+    "undefended",
+    "`dcp`",
+    "p50 / p99, ms",
+    "`dcp` / batch 1",
+    "`dcp` / `none`",
+)
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the project sets itself.
+
+    Attributes:
+        words: what is measured.
+        value: gives it; KeyError where it was not measured.
+        least: it should be at least so much.
+        most: or at most so much.
+    """
+
+    words: str
+    value: Callable[[Document, Document], float]
+    least: float | None = None
+    most: float | None = None
+
+    def row(self, bench: Document, peers: Document) -> list[str]:
+        """Words, target, figure, and whether it is reached."""
+        wanted = f"≥ {self.least:g}" if self.least is not None else f"≤ {self.most:g}"
+        try:
+            value = self.value(bench, peers)
+        except (KeyError, IndexError, StopIteration, ValueError):
+            return [self.words, wanted, "not measured", ""]
+        reached = value >= self.least if self.least is not None else value <= (self.most or 0)
+        return [self.words, wanted, f"{value:.3g}", "yes" if reached else "**no**"]
+
+
+def case_of(bench: Document, model: str, precision: str) -> Document:
+    """The figures of one model."""
+    return next(
+        case
+        for case in bench["cases"]
+        if (case["model"], case["precision"]) == (model, precision)
+    )  # fmt: skip
+
+
+def ratio(name: str, model: tuple[str, str] = MAIN) -> Callable[[Document, Document], float]:
+    """A ratio of the bench."""
+    return lambda bench, peers: float(case_of(bench, *model)["ratios"][name])
+
+
+def p99(count: int) -> Callable[[Document, Document], float]:
+    """Of the defended service."""
+    return lambda bench, peers: float(
+        case_of(bench, *MAIN)["service"]["dcp"][str(count)]["p99_ms"]
+    )  # fmt: skip
+
+
+def server(peers: Document, name: str, setting: str) -> Document:
+    """A server's figures."""
+    return next(s for s in peers["servers"] if (s["server"], s["setting"]) == (name, setting))
+
+
+def others(peers: Document, setting: str | None = None) -> list[Document]:
+    """All peers that could be measured."""
+    return [
+        s
+        for s in peers["servers"]
+        if s["server"] != "scumble" and setting in (None, s["setting"]) and s.get("loads")
+    ]
+
+
+def at(entry: Document, count: int) -> Document:
+    """A server's figures at so many connections."""
+    return next(row for row in entry["loads"] if row["connections"] == count)
+
+
+def best_peer(setting: str, what: str) -> Callable[[Document, Document], float]:
+    """Scumble, defended, over the peer with the most answers per second at 32 connections."""
+
+    def value(bench: Document, peers: Document) -> float:
+        best = max(others(peers, setting), key=lambda entry: at(entry, 32)["rps"])
+        return float(at(best, 32)["scumble_over_it"]["defended"][what])
+
+    return value
+
+
+def least_of_peers(what: str) -> Callable[[Document, Document], float]:
+    """Scumble, defended, over the peer with the least of it."""
+    return lambda bench, peers: (
+        server(peers, "scumble", "defended")[what] / min(entry[what] for entry in others(peers))
+    )
+
+
+NET224 = ("mobilenet", "int8")
+TARGETS = [
+    Target("64 connections over the loop without HTTP", ratio("c64 over whole"), least=1.9),
+    Target(
+        "64 connections over model-only at batch 1",
+        ratio("c64 over model-only batch 1"),
+        least=0.9,
+    ),
+    Target("p99 at 8 connections, ms", p99(8), most=4),
+    Target("tensors of 256 over model-only", ratio("tensors over model-only"), least=0.8),
+    Target("dcp over none, answers per second at 32", ratio("c32 dcp over none rps"), least=0.98),
+    Target("dcp over none, p50 at 1 connection", ratio("c1 dcp over none p50"), most=1.02),
+    Target("2 workers over 1", ratio("all workers over one"), least=1.8),
+    Target(
+        "memory of one more worker, MB",
+        lambda bench, peers: float(case_of(bench, *MAIN)["memory_mb"]["each_more"]),
+        most=150,
+    ),
+    Target(
+        "mobilenet_v2 at 224x224, 32 connections over model-only at batch 1",
+        ratio("c32 over model-only batch 1", NET224),
+        least=0.95,
+    ),
+    Target(
+        "the same over model-only at batch 32",
+        ratio("c32 over model-only batch 32", NET224),
+        least=0.85,
+    ),
+    Target("best stock peer, answers per second", best_peer("stock", "rps"), least=6),
+    Target("best tuned peer, answers per second", best_peer("tuned", "rps"), least=2),
+    Target("best tuned peer, p99", best_peer("tuned", "p99_ms"), most=0.5),
+    Target("memory over the smallest peer", least_of_peers("memory_mb"), most=1),
+    Target("start to ready over the quickest peer", least_of_peers("ready_s"), most=1),
+    Target(
+        "errors in minutes of load", lambda bench, peers: float(bench["soak"]["errors"]), most=0
+    ),
+    Target(
+        "p99 of its last minute over its first",
+        lambda bench, peers: bench["soak"]["p99_ms"][-1] / bench["soak"]["p99_ms"][0],
+        most=1.25,
+    ),
+]  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def page(bench: Document, peers: Document) -> str:
+    """The whole page."""
+    parts = [
+        (HERE / "performance.head.md").read_text().rstrip(),
+        "## Targets",
+        "Measured on `cifar10` int8 with PNG files and `dcp` at beta 1.2, every row perturbed, "
+        "unless said; client and server share the cores.",
+        table(
+            ["target", "wanted", "figure", "reached"],
+            [target.row(bench, peers) for target in TARGETS],
+        ),
+        (HERE / "performance.limits.md").read_text().rstrip(),
+        "## Against the machine's limit",
+        f"`{bench['command']}`, [bench.json](../loadtest/bench.json): {bench['cores']} cores, "
+        f"{bench['processor']}. Images per second; a ratio is the median of the rounds' ratios.",
+        table(
+            LIMIT_HEAD,
+            limit_rows(bench),
+        ),
+        "## Where a request's time goes",
+        "Mean microseconds in each stage at 1 connection, undefended and under `dcp`; what is left "
+        "of p50 is HTTP, the event loop and the client. Under `dcp` the defense is part of the "
+        "graph, so of `infer`.",
+        table(["model", "defense", *STAGES, "sum", "p50"], stage_rows(bench)),
+        *soak_parts(bench),
+        *(peer_parts(peers) if peers else ()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def limit_rows(bench: Document) -> Iterator[list[str]]:
+    """Limits and service."""
+    for case in bench["cases"]:
+        alone, service = case["per_second"]["model_only"], case["service"]
+        for i, count in enumerate(service["none"]):
+            dcp = service["dcp"][count]
+            first = [
+                f"`{case['model']}` {case['precision']}",
+                " / ".join(f"{v:,}" for v in alone.values()),
+                f"{case['per_second']['whole_without_http']:,}",
+            ]
+            yield [
+                *(first if i == 0 else ["", "", ""]),
+                count,
+                f"{service['none'][count]['rps']:,}",
+                f"{dcp['rps']:,}",
+                f"{dcp['p50_ms']:.2f} / {dcp['p99_ms']:.2f}",
+                f"{case['ratios'][f'c{count} over model-only batch 1']:.2f}",
+                f"{case['ratios'][f'c{count} dcp over none rps']:.3f}",
+            ]
+
+
+def stage_rows(bench: Document) -> Iterator[list[str]]:
+    """Stages."""
+    for case in bench["cases"]:
+        for defense, stages in case["stage_us_c1"].items():
+            yield [
+                f"`{case['model']}` {case['precision']}",
+                f"`{defense}`",
+                *(f"{stages[stage]:.0f}" for stage in STAGES),
+                f"{sum(stages.values()):.0f}",
+                f"{1000 * case['service'][defense]['1']['p50_ms']:.0f}",
+            ]
+
+
+def soak_parts(bench: Document) -> Iterator[str]:
+    """Minutes of load."""
+    soak = bench.get("soak")
+    if soak:
+        yield "## Minutes of load"
+        p99s = ", ".join(f"{value:.1f}" for value in soak["p99_ms"])
+        yield (
+            f"`{soak['model']}` {soak['precision']} at {soak['share_of_capacity']:.0%} of what it "
+            f"can, {soak['minutes']} minutes: {soak['errors']} errors, p99 by minute {p99s} ms, "
+            f"memory {soak['memory_mb'][0]} MB after the first and {soak['memory_mb'][-1]} MB "
+            "after the last."
+        )
+
+
+def peer_parts(peers: Document) -> Iterator[str]:
+    """Peers side by side."""
+    yield "## Beside other servers"
+    yield (HERE / "performance.peers.md").read_text().rstrip()
+    yield (
+        f"`{peers['command']}`, [peers.json](../loadtest/peers.json): {peers['cores']} cores, "
+        f"{peers['processor']}; the engine alone does {peers['model_only_per_s']:,} images per "
+        "second at batch 1."
+    )
+    counts = [row["connections"] for row in others(peers)[0]["loads"]]
+    head = ["server", "setting", *(f"rps at {c}" for c in counts), "p99 at 32, ms", "memory, MB"]
+    yield table(
+        [*head, "ready, s", "errors", "Scumble over it, rps / p99"], peer_rows(peers, counts)
+    )
+    yield "![Answers per second of all servers](performance-peers.png)"
+
+
+def peer_rows(peers: Document, counts: list[int]) -> Iterator[list[str]]:
+    """One row per server and setting; those that did not run say why."""
+    for entry in peers["servers"]:
+        name = [entry["server"], entry["setting"]]
+        if not entry.get("loads"):
+            yield [*name, *("—" for _ in counts), "", "", "", "; ".join(entry["failures"])[:80], ""]
+            continue
+        over = at(entry, 32).get("scumble_over_it", {}).get("defended")
+        yield [
+            *name,
+            *(f"{at(entry, count)['rps']:,.0f}" for count in counts),
+            f"{at(entry, 32)['p99_ms']:.1f}",
+            f"{entry['memory_mb']:,.0f}",
+            f"{entry['ready_s']:.1f}",
+            str(sum(row["errors"] for row in entry["loads"])),
+            f"{over['rps']:.1f} × / {over['p99_ms']:.2f}" if over else "",
+        ]
+
+
+def plot(peers: Document, path: Path) -> None:
+    """Answers per second at 32 connections, one bar per server."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = sorted(
+        (entry for entry in peers["servers"] if entry.get("loads")),
+        key=lambda entry: float(at(entry, 32)["rps"]),
+    )
+    figure, axis = plt.subplots(figsize=(8, 0.34 * len(entries) + 1), layout="constrained")
+    names = [f"{entry['server']}, {entry['setting']}" for entry in entries]
+    values = [at(entry, 32)["rps"] for entry in entries]
+    colours = ["#c0392b" if e["server"] == "scumble" else "#8fa3b5" for e in entries]
+    bars = axis.barh(names, values, color=colours)
+    axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
+    axis.axvline(peers["model_only_per_s"], color="#444444", linestyle=":", linewidth=1.3)
+    axis.set_xlabel("answers per second at 32 connections; dotted: the engine alone, batch 1")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.12)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def read(name: str) -> Document:
+    """A committed document; empty where there is none."""
+    path = HERE / name
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+@click.command()
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=DOCS)
+def main(out: Path) -> None:
+    """Write performance.md and its plot into OUT."""
+    bench, peers = read("bench.json"), read("peers.json")
+    (out / "performance.md").write_text(page(bench, peers))
+    if peers:
+        plot(peers, out / "performance-peers.png")
+
+
+if __name__ == "__main__":
+    main()
