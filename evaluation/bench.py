@@ -1,10 +1,12 @@
 """`scumble bench defenses`: what each defense adds to an image, in one run.
 
-Engine and defenses take turns in the same process on one thread; a round's figure is the time of
-one call, the result the median over the rounds, per image. One strength each: what costs once per
-image is not divided by the number of strengths. `mad_reference` and `grad2_reference` are the
-published forms, by backpropagation; `mad` and `grad2` are the closed and the forward-mode forms
-that this service runs, on the same surrogate.
+Engine and defenses take turns in the same process on one thread, in another order each round; a
+round's figure is the time of one call, the result the median over the rounds, per image. One
+strength each: what costs once per image is not divided by the number of strengths.
+`mad_reference` and `grad2_reference` are the published forms, by backpropagation; `mad` and `grad2`
+are the closed and the forward-mode forms that this service runs, on the same surrogate.
+`dcp_in_graph` is what the service runs for `dcp`: its figure is what the defended network takes
+longer than the clean one, round by round.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from app.auxiliary import Auxiliaries
 from app.bundle import Bundle, open_bundle
 from app.defenses import configure
 from app.engines import Precision
+from app.graph import measured
 from app.settings import default_model_dir
 from evaluation.cells import Defended
 from evaluation.reference import Reference, grad2_reference, mad_reference
@@ -100,9 +105,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One model at one batch size: a line for inference and one for each defense."""
     name, size = bundle.card.name, bundle.card.input
-    engine = engines.load(
-        engines.resolve("auto"), bundle.onnx(precision), threads=1, precision=precision
-    )
+    load = partial(
+        engines.load, engines.resolve("auto"), threads=1, precision=precision
+    )  # fmt: skip
+    engine = load(bundle.onnx(precision))
     shape = (batch, size.height, size.width, size.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     clean = engine(images)
@@ -110,7 +116,13 @@ def measure(
     for compared in COMPARED:
         defense = configure(compared.name, compared.params, bundle=Auxiliaries(bundle))
         calls[compared.name] = lambda defense=defense: defense(clean, images)  # type: ignore[misc] # its default is the defense
-    found = timed(calls, rounds)
+    graph = measured(bundle.onnx(precision), configure(COMPARED[0].name, COMPARED[0].params))
+    assert graph is not None  # noqa: S101  # dcp can be written as nodes
+    defended = load(graph)
+    calls["dcp_in_graph"] = lambda: defended(images)
+    rounds_of = timed(calls, rounds)
+    longer = np.array(rounds_of["dcp_in_graph"]) - np.array(rounds_of["inference"])
+    rounds_of["dcp_in_graph"] = longer.tolist()
     surrogate = surrogate_of(bundle)
     x = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
     p = torch.from_numpy(clean)
@@ -118,7 +130,8 @@ def measure(
         reference: lambda form=form: form(surrogate, x, p, EPSILON)  # type: ignore[misc] # same
         for reference, form in REFERENCES.items()
     }
-    found |= timed(slow, slow_rounds)
+    rounds_of |= timed(slow, slow_rounds)
+    found = {defense: statistics.median(seconds) for defense, seconds in rounds_of.items()}
     return [
         {
             "model": name,
@@ -133,13 +146,19 @@ def measure(
     ]
 
 
-def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, taken by turns after a warm-up."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+def timed(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round, after a warm-up; each round has an order of its own.
+
+    What comes after the engine finds its caches cold, so nothing may always be what comes there.
+    """
+    rng = random.Random(0)  # noqa: S311  # an order, no secret
+    names = list(calls)
+    found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 3):
-        for name, call in calls.items():
+        rng.shuffle(names)
+        for name in names:
             start = time.perf_counter()
-            call()
+            calls[name]()
             if number >= 3:
                 found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return found

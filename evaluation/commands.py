@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -23,6 +24,8 @@ from evaluation.cells import Cell, Defended
 from evaluation.plans import PLANS
 from evaluation.record import BadRecord, Record, read
 from evaluation.referee import judge
+from evaluation.summary import summarise
+from evaluation.tables import ordered
 from scumble.data import DatasetError
 from training.auxiliary import TRANSFER
 
@@ -173,34 +176,19 @@ def done(path: Path) -> bool:
 
 
 def show(records: list[Record], console: Console) -> None:
-    """The records as a table."""
-    table = Table()
-    for name in (
-        "victim",
-        "defense",
-        "attack",
-        "seed",
-        "served",
-        "stolen",
-        "agreement",
-        "L1",
-        "added",
-    ):
-        table.add_column(
-            name, justify="left" if name in ("victim", "defense", "attack") else "right"
-        )
-    for record in records:
-        cell, attack = record.cell, record.attack
-        defense = Defended(**cell["defense"])
+    """The records as a table, one row for all seeds of a cell; fits a terminal of 80 columns."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("model", "defense", "attacker"):
+        table.add_column(name, overflow="fold")
+    for name in ("served", "stolen", "L1"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in ordered(summarise(records)):
         table.add_row(
-            f"{cell['victim']} {cell['precision']}",
-            defense.url or str(defense),
-            " + ".join([attack.attack.name, *(part.name for part in attack.adapt)]),
-            str(cell["seed"]),
-            f"{record.served.accuracy:.1%}",
-            f"{attack.scores.accuracy:.1%}",
-            f"{attack.scores.agreement:.1%}",
-            f"{record.served.l1_mean:.2f}",
-            f"{record.served.added_ms['p50']:+.2f} ms",
+            " ".join(line.model),
+            line.defense.url or str(line.defense),
+            line.attacker,
+            f"{line.served.mean:.1%}",
+            str(line.stolen),
+            f"{line.l1_test.mean:.2f}",
         )
     console.print(table)

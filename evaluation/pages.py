@@ -7,147 +7,95 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from evaluation.plots import AXES, frontier, save, svg
+from evaluation.claims import CLAIMS, Bench, Claim, advice, groups
+from evaluation.plots import PLOTS, save, svg
 from evaluation.record import Record
-from evaluation.scores import Spread
-from evaluation.summary import Line, best, load, summarise
+from evaluation.summary import Line, load, summarise
+from evaluation.tables import COLUMNS, VICTIMS, advised, compared, everything, latency, ordered
 
 HERE = Path(__file__).parent
 CELLS = HERE / "results" / "cells"
 BENCH = HERE / "results" / "bench.json"
 DOCS = HERE.parent / "docs"
-VICTIMS = ("mnist", "cifar10", "gtsrb")
-
-# what the reader sees and how it is said
-COLUMNS: dict[str, Callable[[Line], str]] = {
-    "victim": lambda line: f"`{line.victim}` {line.precision}",
-    "defense": lambda line: str(line.defense),
-    "attack": lambda line: line.attacker,
-    "queries": lambda line: f"{line.budget:,}",
-    "served": lambda line: str(line.served),
-    "stolen": lambda line: str(line.stolen),
-    "agreement": lambda line: str(line.agreement),
-    "agreement, queries": lambda line: str(line.agreement_transfer),
-    "L1, users": lambda line: _plain(line.l1_test),
-    "L1, attacker": lambda line: _plain(line.l1_transfer),
-    "labels changed": lambda line: f"{line.top1_changed.mean:.1%}",
-    "seeds": lambda line: str(len(line.seeds)),
-}
 
 
-def table(lines: Iterable[Line]) -> str:
-    """Lines as a Markdown table."""
-    rows = [[cell(line) for cell in COLUMNS.values()] for line in lines]
-    head = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
-
-
-def ordered(lines: Iterable[Line]) -> list[Line]:
-    """By victim, precision, attacker, defense and strength, undefended first and labels last."""
-    place = {"none": 0, "label": 2}
-    return sorted(
-        lines,
-        key=lambda line: (
-            VICTIMS.index(line.victim) if line.victim in VICTIMS else len(VICTIMS),
-            line.precision,
-            line.attacker,
-            place.get(line.defense.name, 1),
-            line.defense.name,
-            line.defense.strength,
-        ),
-    )
-
-
-def findings(lines: list[Line]) -> list[str]:
-    """What held and what did not, as sentences with their figures, for each served model."""
-    said = []
-    for strongest in best(line for line in lines if line.defense.name == "dcp"):
-        same = [
-            line
-            for line in lines
-            if (line.victim, line.precision) == (strongest.victim, strongest.precision)
-        ]
-        of_defense = [line for line in same if line.defense == strongest.defense]
-        naive = [line for line in of_defense if not line.adapt]
-        bare = [line for line in same if line.defense.name == "none" and not line.adapt]
-        if not naive or not bare:
-            continue
-        soft = max(naive, key=lambda line: line.stolen.mean)
-        free = max(bare, key=lambda line: line.stolen.mean)
-        lost = soft.clean.mean - soft.served.mean
-        said.append(
-            f"`{soft.victim}` {soft.precision}, {soft.defense}: the copy falls from "
-            f"{free.stolen} to {soft.stolen} ({soft.attacker}); the best adaptive attacker "
-            f"({strongest.attacker}) gets {strongest.stolen}. Honest users lose "
-            f"{100 * lost:.2f} points of accuracy and see an L1 of {soft.l1_test.mean:.2f}."
-        )
-    return said
-
-
-def results(records: list[Record], bench: dict[str, object] | None) -> str:
+def results(records: list[Record], bench: Bench) -> str:
     """The whole page."""
     lines = ordered(summarise(records))
-    naive = [line for line in lines if not line.adapt]
-    adaptive = [line for line in lines if line.adapt]
-    commands = sorted({record.command for record in records})
     parts = [
         (HERE / "results.head.md").read_text().rstrip(),
         "## What held, what did not",
-        "\n".join(f"- {sentence}" for sentence in findings(lines)) or "No cell has been run yet.",
-        "## Attackers who take the answers as they come",
-        table(naive),
-        "## Adaptive attackers",
-        table(adaptive),
+        *(claimed(lines, bench)),
+        "## Which strength to take",
+        (HERE / "results.advice.md").read_text().rstrip(),
+        advised(advice(lines)),
+        "## Every defense against every attacker",
+        "Accuracy of the copy on the victim's test set; the best attacker on each defense is bold.",
+        *(part for group in groups(lines) for part in (heading(group[0]), compared(group))),
         "## Latency",
-        latency(bench) if bench else "Not measured yet: `scumble bench defenses`.",
+        (HERE / "results.latency.md").read_text().rstrip(),
+        f"`{bench['command']}`, [bench.json](../evaluation/results/bench.json)"
+        if bench
+        else "Not measured yet: `scumble bench defenses`.",
+        *([latency(bench)] if bench else []),
         "## Plots",
-        "\n\n".join(
-            f"![{victim}: stolen accuracy against {x}](results/{victim}-{x}.png)"
-            for victim in VICTIMS
-            if any(line.victim == victim for line in lines)
-            for x in AXES
+        *(
+            f"![{plot.title}, {victim}](results/{victim}-{name}.png)"
+            for victim in victims(lines)
+            for name, plot in PLOTS.items()
         ),
-        "## Where the figures come from",
-        "Each line is one or more files in `evaluation/results/cells/`, made by:",
-        "\n".join(f"- `{command}`" for command in commands),
+        "## Every cell",
+        "Made by " + ", ".join(f"`{command}`" for command in commands(records)) + ".",
+        everything(lines),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def latency(bench: dict[str, object]) -> str:
-    """The table of the latency bench."""
-    rows = [
-        "| model | batch | defense | ms per image | over `dcp` | over inference |",
-        "|---|---|---|---|---|---|",
-    ]
-    rows += [
-        f"| `{case['model']}` {case['precision']} | {case['batch']} | {case['defense']} "
-        f"| {case['ms_per_image']:.4f} | {case['over_dcp']:.1f} | {case['over_inference']:.1%} |"
-        for case in bench["cases"]  # type: ignore[attr-defined] # JSON
-    ]
-    return f"`{bench['command']}`\n\n" + "\n".join(rows)
+def claimed(lines: list[Line], bench: Bench) -> Iterable[str]:
+    """Each claim with its verdict, its rule and its figures."""
+    for claim in CLAIMS:
+        verdict, figures = claim(lines, bench)
+        yield f"### {claim.words} {verdict.capitalize()}."
+        yield f"Rule: {claim.rule}."
+        if figures:
+            listed = "\n".join(f"- {figure}" for figure in figures)
+            yield f"<details><summary>{len(figures)} figures</summary>\n\n{listed}\n\n</details>"
 
 
-def report(records: list[Record]) -> str:
-    """One page to look at: plots first, everything in it."""
+def heading(line: Line) -> str:
+    """Of a served model's table."""
+    return f"### `{line.victim}`, {line.precision}"
+
+
+def victims(lines: Iterable[Line]) -> list[str]:
+    """The victims that there are lines of, in the page's order."""
+    there = {line.victim for line in lines}
+    return [victim for victim in VICTIMS if victim in there]
+
+
+def commands(records: Iterable[Record]) -> list[str]:
+    """What made the records."""
+    return sorted({record.command for record in records})
+
+
+def report(records: list[Record], bench: Bench) -> str:
+    """One page to look at: verdicts as marks, then plots, then all cells folded; self-contained."""
     lines = ordered(summarise(records))
-    figures = [
-        f"<figure>{svg(frontier(lines, victim, x))}</figure>"
-        for victim in VICTIMS
-        if any(line.victim == victim for line in lines)
-        for x in AXES
-    ]
-    sentences = "".join(f"<li>{html.escape(text)}</li>" for text in findings(lines))
+    verdicts = "".join(card(claim, *claim(lines, bench)) for claim in CLAIMS)
+    figures = "".join(
+        f"<h2>{html.escape(victim)}</h2>"
+        + "".join(f"<figure>{svg(plot(lines, victim))}</figure>" for plot in PLOTS.values())
+        for victim in victims(lines)
+    )
     head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
     body = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(cell(line))}</td>" for cell in COLUMNS.values())
-        + "</tr>"
+        f"<tr>{''.join(f'<td>{html.escape(cell(line))}</td>' for cell in COLUMNS.values())}</tr>"
         for line in lines
     )
     style = (HERE / "report.css").read_text()
@@ -155,14 +103,28 @@ def report(records: list[Record]) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width'><title>Scumble: results</title>"
         f"<style>{style}</style><h1>What model stealing defenses are worth</h1>"
-        f"<ul>{sentences}</ul>{''.join(figures)}"
-        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        "</html>\n"
+        "<p>Every copy was stolen from a real server over HTTP. A point is the accuracy of a copy: "
+        "hollow for the published KnockoffNets, full for the best of all attackers that were "
+        "tried. The lower, the better the defense; left of the dotted line it beats giving out "
+        "nothing but labels.</p>"
+        f"<section class=claims>{verdicts}</section>{figures}"
+        f"<details><summary>All {len(lines)} cells</summary><div class=wide><table>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details></html>\n"
     )
 
 
-def _plain(value: Spread) -> str:
-    return f"{value.mean:.2f}"
+def card(claim: Claim, said: str, figures: list[str]) -> str:
+    """A claim and its verdict, to be opened to its figures."""
+    items = "".join(f"<li>{html.escape(figure)}</li>" for figure in figures)
+    return (
+        f"<details class='{said.replace(' ', '-')}'><summary>{html.escape(claim.words)} "
+        f"<b>{said}</b></summary><p>Rule: {html.escape(claim.rule)}.</p><ul>{items}</ul></details>"
+    )
+
+
+def read_bench() -> dict[str, Any]:
+    """The committed latency bench; empty where there is none."""
+    return dict(json.loads(BENCH.read_text())) if BENCH.exists() else {}
 
 
 @click.command()
@@ -170,15 +132,14 @@ def _plain(value: Spread) -> str:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=DOCS)
 def main(cells: Path, out: Path) -> None:
     """Write results.md, report.html and the plots into OUT."""
-    records = load(cells)
-    bench = json.loads(BENCH.read_text()) if BENCH.exists() else None
+    records, bench = load(cells), read_bench()
     (out / "results").mkdir(parents=True, exist_ok=True)
     (out / "results.md").write_text(results(records, bench))
-    (out / "results" / "report.html").write_text(report(records))
-    lines = summarise(records)
-    for victim in sorted({line.victim for line in lines} & set(VICTIMS)):
-        for x in AXES:
-            save(frontier(lines, victim, x), out / "results" / f"{victim}-{x}.png")
+    (out / "results" / "report.html").write_text(report(records, bench))
+    lines = ordered(summarise(records))
+    for victim in victims(lines):
+        for name, plot in PLOTS.items():
+            save(plot(lines, victim), out / "results" / f"{victim}-{name}.png")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_a_cell_from_servers_to_pages(cell, tmp_path):
     assert sorted(line.seeds for line in lines) == [(0,), (0,), (0, 1)]
     both = next(line for line in lines if line.seeds == (0, 1))
     assert both.stolen.half is not None
-    assert {line.attacker for line in lines} == {"knockoff", "knockoff + argmax"}
+    assert {line.attacker for line in lines} == {"knockoff centred", "knockoff centred + argmax"}
     assert len(best(lines)) == 2
 
     done = CliRunner().invoke(
