@@ -9,7 +9,7 @@ every route, and every route has the same errors.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,12 +23,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app import errors, schemas
+from app import errors, schemas, v2_routes
 from app.decode import FORMATS
 from app.middleware import Observe
+from app.routing import Endpoint, Route, problems
 from app.service import Service
 
-Endpoint = Callable[[Request], Awaitable[Response]]
 log = logging.getLogger("scumble")
 
 
@@ -45,6 +45,9 @@ class Fronted(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI call."""
+        # The V2 protocol writes its paths with and without a slash at the end.
+        if scope["type"] == "http" and scope["path"].startswith("/v2/"):
+            scope = {**scope, "path": scope["path"].rstrip("/")}
         await self.front(scope, receive, send)
 
     async def dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,7 +107,7 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
     for path, method, endpoint, description in routes(service):
         endpoint = guarded(endpoint)  # the bare one must not be used
         app.add_api_route(path, endpoint, methods=[method], **description)
-        plain = path.format(model=service.card.name)
+        plain = path.format(model=service.card.name, version=service.card.version)
         labels[plain] = path
         if method == "POST":
             hot[method, plain] = endpoint
@@ -117,8 +120,8 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
     return app
 
 
-def routes(service: Service) -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
-    """Path, method, endpoint, and what the OpenAPI document says of it."""
+def routes(service: Service) -> list[Route]:
+    """All of them."""
     return [
         (
             "/v1/predict",
@@ -132,7 +135,7 @@ def routes(service: Service) -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
                         "model": schemas.PredictAnswer,
                         "description": "one prediction per image",
                     },
-                    **_problems(400, 413, 415, 422, 503),
+                    **problems(400, 413, 415, 422, 503),
                 },
                 "openapi_extra": _predict_extra(len(service.card.labels)),
             },
@@ -145,24 +148,6 @@ def routes(service: Service) -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
                 "summary": "Labels, input and limits of the model",
                 "operation_id": "model",
                 "responses": {200: {"model": schemas.ModelInfo}},
-            },
-        ),
-        (
-            "/v2/models/{model}/infer",
-            "POST",
-            service.infer,
-            {
-                "summary": "Probabilities of a tensor of images (Open Inference Protocol v2)",
-                "operation_id": "infer",
-                "responses": {
-                    200: {
-                        "model": schemas.InferAnswer,
-                        "description": "as JSON, or as JSON followed by the output's bytes",
-                        "content": {"application/octet-stream": {}},
-                    },
-                    **_problems(400, 404, 413, 415, 422, 503),
-                },
-                "openapi_extra": _infer_extra(service.card.name),
             },
         ),
         (
@@ -188,6 +173,7 @@ def routes(service: Service) -> list[tuple[str, str, Endpoint, dict[str, Any]]]:
                 },
             },
         ),
+        *v2_routes.routes(service),
     ]
 
 
@@ -203,15 +189,6 @@ def _translated(exc: Exception, request: Request) -> errors.RequestError:
         return errors.BadFraming(str(exc.detail))
     log.error("unexpected error", exc_info=exc, extra={"id": request.scope["state"]["id"]})
     return errors.Internal("unexpected error; the log has the details under this request's id")
-
-
-def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    titles = {kind.status: kind.title for kind in errors.RequestError.__subclasses__()}
-    return {code: {"description": titles[code], "content": _problem_content()} for code in codes}
-
-
-def _problem_content() -> dict[str, Any]:
-    return {errors.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 
 
 def _predict_extra(classes: int) -> dict[str, Any]:
@@ -239,33 +216,6 @@ def _predict_extra(classes: int) -> dict[str, Any]:
                 **dict.fromkeys(sorted(FORMATS), binary),
                 "multipart/form-data": {"schema": {"$ref": "#/components/schemas/PredictForm"}},
                 "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
-            },
-        },
-    }
-
-
-def _infer_extra(model: str) -> dict[str, Any]:
-    return {
-        "parameters": [
-            {
-                "name": "model",
-                "in": "path",
-                "required": True,
-                "schema": {"type": "string", "enum": [model]},
-            },
-            {
-                "name": "Inference-Header-Content-Length",
-                "in": "header",
-                "required": False,
-                "description": "bytes of the JSON, where the tensor's bytes follow it",
-                "schema": {"type": "integer", "minimum": 1},
-            },
-        ],
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
-                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
             },
         },
     }

@@ -170,6 +170,20 @@ async def instances(headers: Headers, body: bytes, max_images: int) -> list[byte
     return [_unbase64(i, row) for i, row in enumerate(rows)]
 
 
+def unbase64(name: str, text: object) -> bytes:
+    """The bytes of base64 as JSON carries it; `name` says where it stood.
+
+    Raises:
+        BadFraming: no string, or not base64.
+    """
+    if not isinstance(text, str):
+        raise BadFraming(f"{name} must be a string")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise BadFraming(f"{name} is no base64: {exc}") from exc
+
+
 class _Form(MultiPartParser):
     """Keeps all parts in memory, as the body already is, and knows whether the body was whole."""
 
@@ -180,13 +194,9 @@ class _Form(MultiPartParser):
 
 
 def _unbase64(i: int, row: object) -> bytes:
-    text = row.get("b64") if isinstance(row, dict) and len(row) == 1 else None
-    if not isinstance(text, str):
+    if not isinstance(row, dict) or row.keys() != {"b64"}:
         raise BadFraming(f'instances[{i}] must be an object with one member "b64", a string')
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise BadFraming(f"instances[{i}].b64 is no base64: {exc}") from exc
+    return unbase64(f"instances[{i}].b64", row["b64"])
 
 
 def _too_many_or_malformed(message: str, max_images: int) -> RequestError:

@@ -97,23 +97,67 @@ class Problem(BaseModel):
     error: str
 
 
+class About(BaseModel):
+    """Answer of `/v2`."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class V2Health(BaseModel):
+    """Answer of `/v2/health/live` and `/v2/health/ready`."""
+
+    live: bool
+    ready: bool
+
+
+class TensorInfo(BaseModel):
+    """A tensor that the model takes or gives; -1 is the number of images."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """Answer of `/v2/models/{model}`; a request has one of the inputs."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+
+
+class ModelReady(BaseModel):
+    """Answer of `/v2/models/{model}/ready`."""
+
+    name: str
+    ready: bool
+
+
 class InputTensor(BaseModel):
     """The images of an infer request; without `data` its bytes follow the JSON."""
 
-    name: Literal["pixels"]
-    datatype: Literal["UINT8", "FP32"] = Field(
-        description="UINT8 [N, H, W, C] or FP32 [N, C, H, W] in [0, 1]"
+    name: Literal["image", "pixels"]
+    datatype: Literal["BYTES", "UINT8", "FP32"] = Field(
+        description="image: BYTES [N]; pixels: UINT8 [N, H, W, C] or FP32 [N, C, H, W] in [0, 1]"
     )
-    shape: list[int] = Field(min_length=4, max_length=4)
+    shape: list[int] = Field(min_length=1, max_length=4)
     parameters: dict[str, int | str | bool] | None = Field(None, description="binary_data_size")
-    data: list[Any] | None = Field(None, description="numbers, nested or flat")
+    data: list[Any] | None = Field(
+        None, description="image: files in base64; pixels: numbers, nested or flat"
+    )
 
 
 class RequestedOutput(BaseModel):
     """What of the answer is asked for."""
 
     name: Literal["probabilities"]
-    parameters: dict[str, int | str | bool] | None = Field(None, description="binary_data")
+    parameters: dict[str, int | str | bool] | None = Field(
+        None, description="binary_data; classification, the number of classes"
+    )
 
 
 class InferRequest(BaseModel):
@@ -126,13 +170,16 @@ class InferRequest(BaseModel):
 
 
 class OutputTensor(BaseModel):
-    """FP32 [N, K] probabilities; without `data` their bytes follow the JSON."""
+    """FP32 [N, K], or with `classification` BYTES [N, k] of `probability:index:label`.
+
+    Without `data` its bytes follow the JSON.
+    """
 
     name: str
     datatype: str
     shape: list[int]
     parameters: dict[str, int] | None = None
-    data: list[float] | None = None
+    data: list[float] | list[str] | None = None
 
 
 class InferAnswer(BaseModel):

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from app.batching import Batcher, Served
 from app.bodies import read_buffer, read_images, refuse_encoding, small_number
 from app.bundle import Card
-from app.decode import FORMATS, decode
+from app.decode import FORMATS, Pixels, decode
 from app.engines import Batch, Probs
 from app.errors import NotFound, Unprocessable
 from app.metrics import Metrics
@@ -71,12 +71,7 @@ class Service:
             max_images=self.limits.max_images,
         )
         read = self.clock()
-        card = self.card
-        rows = [
-            decode(image, card.input, card.preprocessing, self.limits.max_pixels)
-            for image in images
-        ]
-        batch = rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
+        batch = self._decode(images)
         decoded = self.clock()
         served = await self._answer(self.pixels, batch)
         back = self.clock()
@@ -85,29 +80,39 @@ class Service:
         return Response(body, media_type="application/json")
 
     async def infer(self, request: Request) -> Response:
-        """`POST /v2/models/{model}/infer`.
+        """`POST /v2/models/{model}/infer`, and of its version.
 
         Raises:
             RequestError: the request is refused; nothing is counted as answered.
         """
-        # A hot route has no parameters: its path is the served model's.
-        name = request.path_params.get("model", self.card.name)
-        if name != self.card.name:
-            raise NotFound(f"no model {name[:64]!r} here; there is {self.card.name!r}")
+        self.check_path(request)
         start = self.clock()
         refuse_encoding(request.headers)
         body = await read_buffer(request.headers, request.receive, self.limits.max_body_bytes)
         read = self.clock()
-        asked = read_infer(request.headers, body, self.card, self.limits.max_tensor_images)
-        batcher = self.pixels if asked.batch.dtype == np.uint8 else self.tensors
-        if batcher is None:
-            raise Unprocessable("datatype is 'FP32'; this server takes UINT8 only")
+        asked = read_infer(request.headers, body, self.card, self.limits)
+        batcher, batch = self._rows(asked.images)
         decoded = self.clock()
-        served = await self._answer(batcher, asked.batch)
+        served = await self._answer(batcher, batch)
         back = self.clock()
         answer, headers = write_infer(self.card, asked, served.probabilities)
         self._count(served, read - start, decoded - read, self.clock() - back)
         return Response(answer, headers=headers)
+
+    def check_path(self, request: Request) -> None:
+        """Of the V2 protocol. A hot route has no parameters: its path is the served model's.
+
+        Raises:
+            NotFound: the path names another model or version.
+        """
+        name = request.path_params.get("model", self.card.name)
+        if name != self.card.name:
+            raise NotFound(f"no model {name[:64]!r} here; there is {self.card.name!r}")
+        version = request.path_params.get("version", self.card.version)
+        if version != self.card.version:
+            raise NotFound(
+                f"no version {version[:64]!r} of {name!r}; there is {self.card.version!r}"
+            )
 
     def close(self) -> None:
         """Let running batches finish, end the engines' threads, hand the last metrics over."""
@@ -142,6 +147,24 @@ class Service:
         if self.state.draining:
             return json_response({"status": "draining"}, 503)
         return json_response({"status": "ready"})
+
+    def _rows(self, images: Batch | list[bytes]) -> tuple[Batcher, Batch]:
+        """Images of a V2 request, and who answers them."""
+        if isinstance(images, list):
+            return self.pixels, self._decode(images)
+        batcher = self.pixels if images.dtype == np.uint8 else self.tensors
+        if batcher is None:
+            raise Unprocessable("datatype is 'FP32'; this server takes UINT8 only")
+        return batcher, images
+
+    def _decode(self, images: list[bytes]) -> Pixels:
+        """Encoded files -> (N, H, W, C)."""
+        card = self.card
+        rows = [
+            decode(image, card.input, card.preprocessing, self.limits.max_pixels)
+            for image in images
+        ]
+        return rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
 
     async def _answer(self, batcher: Batcher, batch: Batch) -> Served:
         """All rows of a request; one with many images lets others in between its parts."""

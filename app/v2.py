@@ -1,17 +1,18 @@
-"""Open Inference Protocol v2: tensors in, probabilities out, as JSON or as raw bytes.
+"""Open Inference Protocol v2: a tensor of images in, one of probabilities out, as JSON or bytes.
 
     body = JSON header [+ the input's bytes, row-major, little-endian]
-    Inference-Header-Content-Length = bytes of the JSON, where bytes follow
+    Inference-Header-Content-Length = bytes of the JSON, where bytes follow; 0: the body is one file
 
-One input, `pixels`: UINT8 (N, H, W, C), or FP32 (N, C, H, W) in [0, 1]. One output,
-`probabilities`: FP32 (N, K), as bytes where the request says `binary_data`.
+One input, see `app.tensors`. One output, `probabilities`: FP32 (N, K), or, where the request says
+`classification: k`, BYTES (N, k) of `probability:index:label`, the most probable first. Either goes
+out as bytes where the request says `binary_data`.
 
-Source: the protocol's REST specification and Triton's binary tensor extension.
+Source: the protocol's REST specification, and Triton's extensions for binary tensors and for
+classification.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,64 +23,101 @@ from starlette.datastructures import Headers
 from app.bodies import small_number
 from app.bundle import Card
 from app.engines import Batch, Probs
-from app.errors import BadFraming, TooLarge, Unprocessable
+from app.errors import BadFraming, Unprocessable
+from app.settings import LimitSettings
+from app.tensors import FILES, PIXELS, PREFIX, read_tensor, shapes
 
 LENGTH = "inference-header-content-length"
-INPUT, OUTPUT = "pixels", "probabilities"
-DTYPES = {"UINT8": 1, "FP32": 4}  # bytes of an element
+OUTPUT = "probabilities"
 
 
 @dataclass(frozen=True)
 class InferRequest:
-    """A parsed request: the images, its id if it has one, and whether bytes are asked for."""
+    """A parsed request.
 
-    batch: Batch
-    id: str | None
-    binary: bool
+    Attributes:
+        images: pixels of all images, or their encoded files.
+        id: its id, if it has one.
+        binary: bytes are asked for.
+        classes: how many classes are asked for in place of all probabilities; 0 for none.
+    """
+
+    images: Batch | list[bytes]
+    id: str | None = None
+    binary: bool = False
+    classes: int = 0
 
 
-def shapes(card: Card) -> dict[str, tuple[int, int, int]]:
-    """An image's shape for each datatype."""
-    h, w, c = card.input.height, card.input.width, card.input.channels
-    return {"UINT8": (h, w, c), "FP32": (c, h, w)}
+def metadata(card: Card, *, floats: bool) -> dict[str, Any]:
+    """What the model takes and gives; a request has one of the inputs."""
+    kinds = {kind: shape for kind, shape in shapes(card).items() if floats or kind != "FP32"}
+    inputs = [
+        (FILES, "BYTES", [-1]),
+        *((PIXELS, kind, [-1, *side]) for kind, side in kinds.items()),
+    ]
+    outputs = [(OUTPUT, "FP32", [-1, len(card.labels)])]
+    names = ("name", "datatype", "shape")
+    return {
+        "name": card.name,
+        "versions": [card.version],
+        "platform": "onnx_onnxv1",
+        "inputs": [dict(zip(names, tensor, strict=True)) for tensor in inputs],
+        "outputs": [dict(zip(names, tensor, strict=True)) for tensor in outputs],
+    }
 
 
 def read_infer(
-    headers: Headers, body: bytes | bytearray, card: Card, max_images: int
+    headers: Headers, body: bytes | bytearray, card: Card, limits: LimitSettings
 ) -> InferRequest:
     """Parse and check an infer request.
 
     Raises:
         BadFraming: the JSON, its length or the tensor's bytes are not what they say.
         Unprocessable: another input, datatype or shape than the model's, or values out of range.
-        TooLarge: more than `max_images`.
+        TooLarge: too many images.
     """
-    document, tail = _split(headers, body)
+    text = headers.get(LENGTH)
+    length = len(body) if text is None else small_number(text)
+    if length == 0 and text is not None:
+        return InferRequest([bytes(body)], binary=True)
+    document, tail = _split(body, length, text)
     tensor = _the_input(document)
-    batch = _tensor(tensor, tail, card, max_images)
+    output = _the_output(document)
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
-        raise BadFraming(f"id is {request_id!r}; it must be a string")
-    return InferRequest(batch, request_id, _wants_binary(document))
+        raise BadFraming(f"id is {str(request_id)[:20]}; it must be a string")
+    whole = _flag(document, "binary_data_output", default=False)
+    return InferRequest(
+        images=read_tensor(tensor, tail, card, limits),
+        id=request_id,
+        # A flag on the requested output overrides the one on the request.
+        binary=_flag(output, "binary_data", default=whole),
+        classes=min(_classification(output), len(card.labels)),
+    )
 
 
 def write_infer(
     card: Card, request: InferRequest, probabilities: Probs
 ) -> tuple[bytes, dict[str, str]]:
     """The answer's body and headers."""
+    texts = _classified(probabilities, request.classes, card.labels) if request.classes else None
     output: dict[str, Any] = {
         "name": OUTPUT,
-        "datatype": "FP32",
-        "shape": list(probabilities.shape),
+        "datatype": "FP32" if texts is None else "BYTES",
+        "shape": [len(probabilities), request.classes or len(card.labels)],
     }
     answer = {"model_name": card.name, "model_version": card.version, "outputs": [output]}
     if request.id is not None:
         answer["id"] = request.id
     if not request.binary:
-        output["data"] = probabilities.reshape(-1)
+        output["data"] = probabilities.reshape(-1) if texts is None else texts
         body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
         return body, {"Content-Type": "application/json"}
-    raw = np.ascontiguousarray(probabilities, "<f4").tobytes()
+    raw = (
+        np.ascontiguousarray(probabilities, "<f4").tobytes()
+        if texts is None
+        else b"".join(map(_prefixed, texts))
+    )
     output["parameters"] = {"binary_data_size": len(raw)}
     header = orjson.dumps(answer)
     return header + raw, {
@@ -88,11 +126,11 @@ def write_infer(
     }
 
 
-def _split(headers: Headers, body: bytes | bytearray) -> tuple[dict[str, Any], memoryview]:
-    text = headers.get(LENGTH)
-    length = len(body) if text is None else small_number(text) or 0
-    if text is not None and not 0 < length <= len(body):
-        raise BadFraming(f"{LENGTH} is {text[:20]!r}; allowed: 1 to the body's {len(body)} bytes")
+def _split(
+    body: bytes | bytearray, length: int | None, text: str | None
+) -> tuple[dict[str, Any], memoryview]:
+    if length is None or length > len(body):
+        raise BadFraming(f"{LENGTH} is {str(text)[:20]!r}; allowed: 0 to the body's {len(body)}")
     view = memoryview(body)
     try:
         document = orjson.loads(view[:length])
@@ -107,82 +145,64 @@ def _the_input(document: dict[str, Any]) -> dict[str, Any]:
     inputs = document.get("inputs")
     if not isinstance(inputs, list) or not all(isinstance(row, dict) for row in inputs):
         raise BadFraming("inputs must be a list of tensors")
-    names = [str(row.get("name"))[:40] for row in inputs]
-    if names != [INPUT]:
-        raise Unprocessable(f"the inputs are {names[:5]}; the model takes one, {INPUT!r}")
+    names = [row.get("name") for row in inputs]
+    if names not in ([FILES], [PIXELS]):
+        raise Unprocessable(
+            f"the inputs are {str(names)[:60]}; the model takes one, {FILES!r} or {PIXELS!r}"
+        )
     tensor: dict[str, Any] = inputs[0]
     return tensor
 
 
-def _tensor(tensor: dict[str, Any], tail: memoryview, card: Card, max_images: int) -> Batch:
-    datatype, shape = tensor.get("datatype"), tensor.get("shape")
-    if not isinstance(datatype, str) or datatype not in DTYPES:
-        raise Unprocessable(f"datatype is {str(datatype)[:20]!r}; allowed: {', '.join(DTYPES)}")
-    image = shapes(card)[datatype]
-    if not (
-        isinstance(shape, list)
-        and len(shape) == 4
-        and all(type(side) is int for side in shape)
-        and tuple(shape[1:]) == image
-        and shape[0] > 0
-    ):
-        allowed = ", ".join(map(str, image))
-        raise Unprocessable(f"shape is {str(shape)[:60]}; allowed for {datatype}: [N, {allowed}]")
-    if shape[0] > max_images:
-        raise TooLarge(f"the tensor has {shape[0]} images; allowed: {max_images}")
-    parameters = tensor.get("parameters", {})
-    size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
-    needed = 0 if size is None else math.prod(shape) * DTYPES[datatype]
-    if size not in (None, needed):
-        raise BadFraming(f"binary_data_size is {str(size)[:20]}; {datatype} {shape} has {needed}")
-    if len(tail) != needed:
-        raise BadFraming(f"{len(tail)} bytes follow the JSON; the tensor needs {needed}")
-    batch = (
-        _from_json(tensor.get("data"), datatype, shape)
-        if size is None
-        else _from_bytes(tail, datatype).reshape(shape)
-    )
-    if datatype == "FP32" and not (batch.min() >= 0 and batch.max() <= 1):  # false for NaN too
-        raise Unprocessable("FP32 pixels must lie in [0, 1]")
-    return batch
-
-
-def _from_bytes(tail: memoryview, datatype: str) -> Batch:
-    if datatype == "UINT8":
-        return np.frombuffer(tail, np.uint8)
-    return np.frombuffer(tail, np.dtype("<f4"))
-
-
-def _from_json(data: object, datatype: str, shape: list[int]) -> Batch:
-    """Nested or flat numbers."""
-    try:
-        wide = np.array(data, np.float64).reshape(shape)
-    except (ValueError, TypeError, OverflowError) as exc:
-        raise BadFraming(f"data does not hold {math.prod(shape)} numbers, nested or flat") from exc
-    if not ((wide >= 0) & (wide <= 255)).all():  # false for NaN too
-        raise Unprocessable("pixels must be numbers from 0 to 255 (UINT8) or 0 to 1 (FP32)")
-    if datatype == "FP32":
-        return wide.astype(np.float32)
-    if (wide % 1).any():
-        raise Unprocessable("UINT8 pixels must be whole numbers")
-    return wide.astype(np.uint8)
-
-
-def _wants_binary(document: dict[str, Any]) -> bool:
-    """A flag on the requested output overrides the one on the request."""
-    outputs = document.get("outputs", [])
+def _the_output(document: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the only output; nothing where it is not named."""
+    outputs = document.get("outputs")
+    if outputs is None:
+        return {}
     if not isinstance(outputs, list) or not all(isinstance(row, dict) for row in outputs):
         raise BadFraming("outputs must be a list of requested outputs")
     names = [row.get("name") for row in outputs]
     if outputs and names != [OUTPUT]:
         raise Unprocessable(f"the outputs are {str(names)[:60]}; the model gives one, {OUTPUT!r}")
-    whole = _flag(document, "binary_data_output", default=False)
-    return _flag(outputs[0], "binary_data", default=whole) if outputs else whole
+    return outputs[0] if outputs else {}
+
+
+def _parameters(owner: dict[str, Any]) -> dict[str, Any]:
+    """Of a request or an output; null stands for none, as some clients write it."""
+    parameters = owner.get("parameters")
+    if not isinstance(parameters, dict | None):
+        raise BadFraming("parameters must be an object")
+    return parameters or {}
 
 
 def _flag(owner: dict[str, Any], name: str, *, default: bool) -> bool:
-    parameters = owner.get("parameters", {})
-    value = parameters.get(name, default) if isinstance(parameters, dict) else None
+    value = _parameters(owner).get(name, default)
     if not isinstance(value, bool):
         raise BadFraming(f"parameter {name} must be true or false")
     return value
+
+
+def _classification(output: dict[str, Any]) -> int:
+    value = _parameters(output).get("classification", 0)
+    if type(value) is not int or value < 0:
+        raise BadFraming("parameter classification must be a number of classes")
+    return value
+
+
+def _classified(probabilities: Probs, count: int, labels: list[str]) -> list[str]:
+    """`probability:index:label` of the `count` most probable classes, image by image.
+
+    The digits are those of the answer in JSON: orjson writes both.
+    """
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :count]
+    values = np.take_along_axis(probabilities, order, axis=1).reshape(-1)
+    digits = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY).decode()[1:-1].split(",")
+    return [
+        f"{digit}:{k}:{labels[k]}"
+        for digit, k in zip(digits, order.reshape(-1).tolist(), strict=True)
+    ]
+
+
+def _prefixed(text: str) -> bytes:
+    raw = text.encode()
+    return len(raw).to_bytes(PREFIX, "little") + raw

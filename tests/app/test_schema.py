@@ -23,7 +23,15 @@ CHECKS = [
 
 ROUTES = [
     "POST /v1/predict",
+    "GET /v2",
+    "GET /v2/health/live",
+    "GET /v2/health/ready",
+    "GET /v2/models/{model}",
+    "GET /v2/models/{model}/ready",
     "POST /v2/models/{model}/infer",
+    "GET /v2/models/{model}/versions/{version}",
+    "GET /v2/models/{model}/versions/{version}/ready",
+    "POST /v2/models/{model}/versions/{version}/infer",
     "GET /v1/model",
     "GET /livez",
     "GET /readyz",

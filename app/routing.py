@@ -1,0 +1,22 @@
+"""What a route is made of, and what the OpenAPI document says of its refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.errors import MEDIA_TYPE, RequestError
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+# Path, method, endpoint, and what the OpenAPI document says of it.
+Route = tuple[str, str, Endpoint, dict[str, Any]]
+
+
+def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """The document's entries of these statuses."""
+    titles = {kind.status: kind.title for kind in RequestError.__subclasses__()}
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {code: {"description": titles[code], "content": content} for code in codes}
