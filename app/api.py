@@ -46,8 +46,9 @@ class Fronted(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI call."""
         # The V2 protocol writes its paths with and without a slash at the end.
-        if scope["type"] == "http" and scope["path"].startswith("/v2/"):
-            scope = {**scope, "path": scope["path"].rstrip("/")}
+        path = scope.get("path", "")
+        if path.startswith("/v2/") and path.endswith("/"):
+            scope = {**scope, "path": path.rstrip("/")}
         await self.front(scope, receive, send)
 
     async def dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -106,6 +106,11 @@ def test_each_route_has_its_label_and_others_have_none_of_theirs(client):
     assert count("other", 404) == 2
 
 
+def test_infer_is_hot_with_and_without_a_version(client):
+    infer = {("POST", f"/v2/models/tiny{version}/infer") for version in ("", "/versions/1")}
+    assert infer <= client.app.hot.keys()
+
+
 def test_nothing_tells_the_defense(make_client):
     plain, defended = make_client(), make_client(defense="dcp", defense_params={"beta": 1.2})
     for path in ROUTES:
