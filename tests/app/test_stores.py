@@ -171,30 +171,38 @@ async def test_a_clock_set_back_opens_no_new_window(kind, tmp_path):
     await store.close()
 
 
-@pytest.mark.parametrize("kind", ["sqlite", pytest.param("redis", marks=needs_redis)])
-async def test_what_was_counted_outlasts_the_process(kind, tmp_path):
-    server = RedisServer(tmp_path) if kind == "redis" else None
+CHARGE_AND_DIE = """
+import asyncio, os, sys
+from app.stores import Bucket, open_store
+
+async def main():
+    print((await open_store(sys.argv[1]).charge([Bucket("x", 10)], 7)).granted, flush=True)
+    os.kill(os.getpid(), 9)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
+def charged_and_killed(request, tmp_path):
+    """The URL of a store where a process counted 7 images and was killed; Redis too."""
+    server = RedisServer(tmp_path) if request.param == "redis" else None
     url = server.url if server else f"sqlite://{tmp_path}/b.db"
-    code = (
-        "import asyncio, os, sys\n"
-        "from app.stores import Bucket, open_store\n"
-        "async def main():\n"
-        "    print((await open_store(sys.argv[1]).charge([Bucket('x', 10)], 7)).granted)\n"
-        "    sys.stdout.flush()\n"
-        "    os.kill(os.getpid(), 9)\n"
-        "asyncio.run(main())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True)
-    assert done.stdout == "True\n"
+    command = [sys.executable, "-c", CHARGE_AND_DIE, url]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "True\n"
     if server:
         server.stop(9)
         server.start()
-    store = open_store(url)
+    yield url
+    if server:
+        server.stop()
+
+
+async def test_what_was_counted_outlasts_the_process(charged_and_killed):
+    store = open_store(charged_and_killed)
     assert not (await store.charge([Bucket("x", 10)], 4)).granted
     assert (await store.charge([Bucket("x", 10)], 3)).granted
     await store.close()
-    if server:
-        server.stop()
 
 
 @needs_redis
