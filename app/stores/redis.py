@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -19,7 +19,8 @@ from app.errors import ConfigError
 from app.stores import Bucket, Charge, Level, StoreError, shown
 
 TAG = "{scumble}:"
-TIMEOUT_S = 1.0  # of each step: to connect, to get an answer
+TIMEOUT_S = 1.0  # of each step: to get a connection, to connect, to get an answer
+CONNECTIONS = 16  # of a worker; who finds none free waits for one
 
 # ARGV: images, then limit and window in ms for each key. Gives granted, then for each key its
 # images, the start of its window and the ms until that ends.
@@ -79,15 +80,17 @@ class RedisStore:
             ConfigError: the URL is not one.
         """
         try:
-            client: Redis = Redis.from_url(
+            pool = BlockingConnectionPool.from_url(
                 url,
+                max_connections=CONNECTIONS,
+                timeout=TIMEOUT_S,
                 socket_timeout=TIMEOUT_S,
                 socket_connect_timeout=TIMEOUT_S,
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError as exc:
             raise ConfigError(f"SCUMBLE_STORE is {shown(url)!r}: {exc}") from exc
-        return cls(client)
+        return cls(Redis.from_pool(pool))
 
     async def charge(self, buckets: Sequence[Bucket], images: int) -> Charge:
         """Add to all buckets or none."""

@@ -149,6 +149,26 @@ async def test_at_once_never_more_than_the_limit(opened, images):
     assert sum(served) == 100 // images * images
 
 
+async def test_a_thousand_at_once_are_all_answered(opened):
+    (store,) = opened(1)
+    bucket = Bucket("client:many:total", 700)
+    charges = await asyncio.gather(*(store.charge([bucket], 1) for _ in range(1000)))
+    assert sum(charge.granted for charge in charges) == 700
+    assert sorted(c.levels[0].used for c in charges if c.granted) == list(range(1, 701))
+
+
+async def test_a_request_that_is_cancelled_disturbs_no_other(opened):
+    (store,) = opened(1)
+    tasks = [asyncio.create_task(store.charge([Bucket("x", 100)], 1)) for _ in range(40)]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(charge.granted for charge in done[1::2])
+    await store.ping()
+    assert 20 < (await store.charge([Bucket("x", 100)], 1)).levels[0].used <= 41
+
+
 async def test_ping_counts_nothing(opened):
     (store,) = opened(1)
     await store.ping()
