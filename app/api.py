@@ -212,7 +212,7 @@ def _translated(exc: Exception, request: Request) -> errors.RequestError:
 def _describe_access(path: str, description: dict[str, Any]) -> None:
     """Add to a route's description what keys and budgets can answer."""
     if path not in access.OPEN:
-        description["responses"].update(_problems(401, 403, 429, 503))
+        description.setdefault("responses", {}).update(_problems(401, 403, 429, 503))
         description.setdefault("openapi_extra", {})["security"] = [{"bearer": []}, {"header": []}]
 
 
