@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app import errors, schemas, v2_routes
+from app import access, errors, schemas, v2_routes
 from app.decode import FORMATS
 from app.middleware import Observe
 from app.routing import Endpoint, Route, problems
@@ -77,7 +77,8 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        yield
+        async with service.access.running() if service.access else nullcontext():
+            yield
         service.close()
 
     async def refused(request: Request, exc: Exception) -> Response:
@@ -106,6 +107,9 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
     app.router.route_class = Direct
     hot, labels = {}, {"/openapi.json": "/openapi.json"}
     for path, method, endpoint, description in routes(service):
+        if service.access is not None:
+            endpoint = service.access.guard(path, endpoint)
+            _describe_access(path, description)
         endpoint = guarded(endpoint)  # the bare one must not be used
         app.add_api_route(path, endpoint, methods=[method], **description)
         plain = path.format(model=service.card.name, version=service.card.version)
@@ -192,6 +196,13 @@ def _translated(exc: Exception, request: Request) -> errors.RequestError:
     return errors.Internal("unexpected error; the log has the details under this request's id")
 
 
+def _describe_access(path: str, description: dict[str, Any]) -> None:
+    """Add to a route's description what keys and budgets can answer."""
+    if path not in access.OPEN:
+        description.setdefault("responses", {}).update(problems(401, 403, 429, 503))
+        description.setdefault("openapi_extra", {})["security"] = [{"bearer": []}, {"header": []}]
+
+
 def _predict_extra(classes: int) -> dict[str, Any]:
     binary = {"schema": {"type": "string", "format": "binary"}}
     return {
@@ -239,5 +250,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             ref_template="#/components/schemas/{model}",
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        if app.state.service.access is not None:
+            document["components"]["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            }
         app.openapi_schema = document
     return app.openapi_schema

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from app.defenses import Defense
 from app.engines import Batch, Probs
 from app.errors import Unavailable
 from app.metrics import Metrics
 from app.pace import Pace
-from app.pipeline import Answers, Compute
+from app.pipeline import Answers, Compute, Pipeline
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class _Job:
     batch: Batch
     future: asyncio.Future[Served]
     submitted: float
+    defense: Defense | None
 
 
 class Batcher:
@@ -77,16 +79,20 @@ class Batcher:
         self._busy = False
         self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="engine")
 
-    async def __call__(self, batch: Batch) -> Served:
+    async def __call__(self, batch: Batch, defense: Defense | None = None) -> Served:
         """Probabilities for (n, ...) images, in order.
+
+        Args:
+            batch: the images.
+            defense: in place of the pipeline's own; a `Pipeline` is needed for that.
 
         Raises:
             Unavailable: the queue has no room for them.
         """
-        (served,) = await self.all([batch])
+        (served,) = await self.all([batch], defense)
         return served
 
-    async def all(self, batches: Sequence[Batch]) -> list[Served]:
+    async def all(self, batches: Sequence[Batch], defense: Defense | None = None) -> list[Served]:
         """The same for several at once: either all of them are queued, or none.
 
         Raises:
@@ -99,7 +105,7 @@ class Batcher:
             )
         loop = asyncio.get_running_loop()
         now = self._clock()
-        jobs = [_Job(batch, loop.create_future(), now) for batch in batches]
+        jobs = [_Job(batch, loop.create_future(), now, defense) for batch in batches]
         self._jobs.extend(jobs)
         self._count(images)
         if not self._busy:
@@ -145,6 +151,9 @@ class Batcher:
 
     def _run(self, jobs: list[_Job]) -> Answers:
         whole = jobs[0].batch if len(jobs) == 1 else np.concatenate([job.batch for job in jobs])
+        if isinstance(self._pipeline, Pipeline) and any(job.defense is not None for job in jobs):
+            parts = [(len(job.batch), job.defense) for job in jobs]
+            return self._pipeline.apart(whole, parts)
         return self._pipeline(whole)
 
     def _finish(self, jobs: list[_Job], started: float, outcome: Answers | BaseException) -> None:

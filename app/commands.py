@@ -11,6 +11,7 @@ import click
 
 from app.errors import ConfigError
 from app.settings import Settings, load_settings, variables
+from app.stores import shown
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,4 +113,6 @@ def _shown(settings: Settings, variable: str) -> str:
     value: Any = settings
     for part in variable.removeprefix("SCUMBLE_").lower().split("__"):
         value = getattr(value, part)
+    if variable == "SCUMBLE_STORE":
+        return shown(str(value))
     return json.dumps(value) if isinstance(value, dict) else str(value)

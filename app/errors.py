@@ -5,12 +5,15 @@ ScumbleError                  a person can act on it; never a traceback
 │  └─ BundleError             a model bundle is missing, incomplete or tampered with
 └─ RequestError               one request is refused, as `application/problem+json`
    ├─ BadFraming         400  the body is not what its headers say
+   ├─ Unauthorized       401  no API key, or an unknown one
+   ├─ Forbidden          403  the key is revoked, or not for this route
    ├─ NotFound           404  no such route or model
    ├─ MethodNotAllowed   405
    ├─ TooLarge           413  over a limit; nothing was decoded
    ├─ UnsupportedType    415
    ├─ Unprocessable      422  well framed, but not an image or not allowed here
-   ├─ Unavailable        503  queue full or draining; carries Retry-After
+   ├─ OverBudget         429  the images are over a budget; carries Retry-After
+   ├─ Unavailable        503  queue full, draining or no store; carries Retry-After
    └─ Internal           500  our fault
 """
 
@@ -65,6 +68,18 @@ class BadFraming(RequestError):
     status, title, reason = 400, "Bad request", "framing"
 
 
+class Unauthorized(RequestError):
+    """No API key, or one that is not in the file."""
+
+    status, title, reason = 401, "Unauthorized", "unauthorized"
+
+
+class Forbidden(RequestError):
+    """A key of ours, but revoked or not for this route."""
+
+    status, title, reason = 403, "Forbidden", "forbidden"
+
+
 class NotFound(RequestError):
     """No such route or model."""
 
@@ -95,8 +110,14 @@ class Unprocessable(RequestError):
     status, title, reason = 422, "Unprocessable content", "unprocessable"
 
 
+class OverBudget(RequestError):
+    """The client's images, or everybody's, are spent for now or for good."""
+
+    status, title, reason = 429, "Too many requests", "budget"
+
+
 class Unavailable(RequestError):
-    """Queue full or draining: try again later, or elsewhere."""
+    """Queue full, draining or no store for budgets: try again later, or elsewhere."""
 
     status, title, reason = 503, "Service unavailable", "unavailable"
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from app import defenses, engines
+from app.access import Access, Grant, Grants
 from app.api import build
 from app.auxiliary import Auxiliaries
 from app.batching import Batcher
 from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
 from app.errors import ConfigError
 from app.graph import tensor_input
+from app.keys import KeyFile, read_keys
 from app.metrics import Metrics
 from app.pipeline import Fused, Pipeline, fuse, self_test, warm_up
+from app.policies import Policies
+from app.quota import common_buckets
 from app.service import Service
 from app.settings import Settings, load_settings
+from app.stores import MEMORY, Bucket, open_store
 
 # A batch that takes longer than this leaves the event loop to other requests, on a thread.
 INLINE_S = 0.010
@@ -49,11 +56,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     plain = Pipeline(engine, defense)
     pipeline = fuse(plain, load, model, pictures) if fusible else plain
     seconds = warm_up(pipeline, pictures, largest)
+    by_key = settings.keys_file is not None  # clients may have defenses of their own
+    if by_key and pipeline is not plain:
+        warm_up(plain, pictures, largest)
     inline = settings.batch.execution == "inline" or (
         settings.batch.execution == "auto" and seconds < INLINE_S
     )
 
     metrics = Metrics(CollectorRegistry())
+    access = make_access(settings, bundle, defense, metrics)
     metrics.model_info.labels(
         model=bundle.card.name,
         version=bundle.card.version,
@@ -71,6 +82,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         target_s=settings.batch.target_p99_ms / 1e3,
         inline=inline,
     )
+    pixels = batcher(pipeline)
+    apart: dict[type[np.generic], Batcher] = {}
+    if by_key:
+        apart[np.uint8] = pixels if pipeline is plain else batcher(plain)
     tensors = None
     if settings.tensor_input:
         planar = pictures.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
@@ -79,14 +94,20 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         from_tensors = fuse(plain, load, opened, planar) if fusible else plain
         warm_up(from_tensors, planar, settings.batch.max_size)
         tensors = batcher(from_tensors)
+        if by_key and from_tensors is not plain:
+            warm_up(plain, planar, settings.batch.max_size)
+        if by_key:
+            apart[np.float32] = tensors if from_tensors is plain else batcher(plain)
     service = Service(
         card=bundle.card,
         limits=settings.limits,
-        pixels=batcher(pipeline),
+        pixels=pixels,
         tensors=tensors,
         max_batch=settings.batch.max_size,
         metrics=metrics,
         count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
+        apart=apart,
+        access=access,
     )
     log.info(
         "loaded",
@@ -111,13 +132,84 @@ def make_defense(settings: Settings, bundle: Bundle) -> defenses.Defense:
         ConfigError: no such defense, parameters that it does not allow, or an auxiliary file that
             the bundle lacks.
     """
-    secret = settings.secret.get_secret_value().encode()
     try:
-        return defenses.configure(
-            settings.defense,
-            settings.defense_params,
-            bundle=Auxiliaries(bundle, settings.engine),
-            secret=secret,
-        )
+        return configure(settings, bundle, settings.defense, settings.defense_params)
     except defenses.DefenseError as exc:
         raise ConfigError(f"defense {settings.defense!r}: {exc}") from exc
+
+
+def configure(
+    settings: Settings, bundle: Bundle, name: str, params: Mapping[str, Any]
+) -> defenses.Defense:
+    """A defense of this server, whoever it is for.
+
+    Raises:
+        DefenseError: no such defense, or parameters that it does not allow.
+        ConfigError: an auxiliary network cannot be loaded.
+    """
+    return defenses.configure(
+        name,
+        params,
+        bundle=Auxiliaries(bundle, settings.engine),
+        secret=settings.secret.get_secret_value().encode(),
+    )
+
+
+def make_access(
+    settings: Settings, bundle: Bundle, defense: defenses.Defense, metrics: Metrics
+) -> Access | None:
+    """Keys and budgets, or None where anyone may ask any number.
+
+    Raises:
+        ConfigError: the file of keys is broken, or the store cannot count for all workers.
+    """
+    budget = settings.budget
+    common = common_buckets(budget.window_images, budget.window_s, budget.total_images)
+    if settings.keys_file is None:
+        log.warning("NO API KEYS: whoever reaches the port may ask; see SCUMBLE_KEYS_FILE")
+        if not common:
+            return None
+    load = partial(load_grants, settings, make_policies(settings, bundle, defense, common))
+    return Access(
+        load,
+        file=settings.keys_file,
+        anybody=Grant(buckets=common),
+        store=open_store(settings.store),
+        failures=metrics.store_failures,
+    )
+
+
+def make_policies(
+    settings: Settings,
+    bundle: Bundle,
+    defense: defenses.Defense,
+    common: tuple[Bucket, ...] = (),
+) -> Policies:
+    """What builds the grants of this server's keys."""
+    return Policies(
+        partial(configure, settings, bundle),
+        server=(settings.defense, settings.defense_params),
+        default=defense,
+        common=common,
+    )
+
+
+def load_grants(settings: Settings, policies: Policies) -> Grants:
+    """The grants of the file of keys as it is now.
+
+    Raises:
+        ConfigError: it is broken, or has budgets that the store cannot count for all workers.
+    """
+    file = KeyFile() if settings.keys_file is None else read_keys(settings.keys_file)
+    grants = policies(file)
+    budgets = settings.budget.model_dump(exclude={"window_s"}).values()
+    counted = any(grant.buckets for grant in grants.values()) or any(
+        images is not None for images in budgets
+    )
+    if counted and settings.store.startswith(MEMORY) and settings.worker_count > 1:
+        raise ConfigError(
+            f"SCUMBLE_STORE is {MEMORY!r}, which each of {settings.worker_count} workers would "
+            "have for itself: budgets would be served that many times over; allowed: one worker, "
+            "sqlite:///PATH or redis://HOST:PORT/DB"
+        )
+    return grants

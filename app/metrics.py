@@ -120,6 +120,11 @@ class Metrics:
             "scumble_rejections_total", "Refused requests.", ["reason"], registry=registry
         )
         self.rejections = {reason: rejections.labels(reason) for reason in REASONS}
+        self.store_failures = Counter(
+            "scumble_store_failures_total",
+            "Times that the store of budgets did not answer.",
+            registry=registry,
+        )
         self.defended_rows = Counter(
             "scumble_defended_rows_total",
             "Answers that the defense changed (L1 above 1e-6).",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,26 @@ class Pipeline:
         else:
             l1 = np.abs(probabilities - clean).sum(1)
         return Answers(probabilities, l1, inferred - start, defended - inferred)
+
+    def apart(self, batch: Batch, parts: Sequence[tuple[int, Defense | None]]) -> Answers:
+        """The same where clients differ: one call of the engine, then a defense for each part.
+
+        Args:
+            batch: as above.
+            parts: number of images and their defense, in order; None for the pipeline's own.
+        """
+        start = self.clock()
+        clean = self.engine(padded(batch))[: len(batch)]
+        inferred = self.clock()
+        rows, first = [], 0
+        for n, defense in parts:
+            last = first + n
+            own = self.defense if defense is None else defense
+            rows.append(own(clean[first:last], batch[first:last]))
+            first = last
+        probabilities = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        l1 = np.abs(probabilities - clean).sum(1)
+        return Answers(probabilities, l1, inferred - start, self.clock() - inferred)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Everything that the routes need is handed to `Service`; it knows nothing of Fast
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.access import Access, Visit
 from app.batching import Batcher, Served
 from app.bodies import read_buffer, read_images, refuse_encoding, small_number
 from app.bundle import Card
@@ -44,6 +45,8 @@ class Service:
         max_batch: images that one call of a batcher may carry.
         metrics: of this worker.
         count_images: the metrics' counter of answered images of this model and precision.
+        apart: by the type of the images, answers clients whose defense is not the server's.
+        access: who may ask, and how much; None for anyone and any number.
     """
 
     card: Card
@@ -53,6 +56,8 @@ class Service:
     max_batch: int
     metrics: Metrics
     count_images: Callable[[int], None]
+    apart: Mapping[type[np.generic], Batcher] = field(default_factory=dict)
+    access: Access | None = None
     state: State = field(default_factory=State)
     clock: Callable[[], float] = time.perf_counter
 
@@ -73,7 +78,7 @@ class Service:
         read = self.clock()
         batch = self._decode(images)
         decoded = self.clock()
-        served = await self._answer(self.pixels, batch)
+        served = await self._answer(request, self.pixels, batch)
         back = self.clock()
         body = self._encode(request.scope["state"]["id"], served.probabilities, top_k)
         self._count(served, read - start, decoded - read, self.clock() - back)
@@ -93,7 +98,7 @@ class Service:
         asked = read_infer(request.headers, body, self.card, self.limits)
         batcher, batch = self._rows(asked.images)
         decoded = self.clock()
-        served = await self._answer(batcher, batch)
+        served = await self._answer(request, batcher, batch)
         back = self.clock()
         answer, headers = write_infer(self.card, asked, served.probabilities)
         self._count(served, read - start, decoded - read, self.clock() - back)
@@ -116,7 +121,7 @@ class Service:
 
     def close(self) -> None:
         """Let running batches finish, end the engines' threads, hand the last metrics over."""
-        for batcher in (self.pixels, self.tensors):
+        for batcher in (self.pixels, self.tensors, *self.apart.values()):
             if batcher is not None:
                 batcher.close()
         self.metrics.flush()
@@ -142,11 +147,18 @@ class Service:
         return json_response({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
-        """`GET /readyz`: loaded, tested, warm, and not draining."""
+        """`GET /readyz`: loaded, tested, warm, not draining, and budgets can be counted."""
         del request
+        obstacle = await self.obstacle()
+        return json_response({"status": obstacle or "ready"}, 503 if obstacle else 200)
+
+    async def obstacle(self) -> str | None:
+        """Why no requests should come at the moment."""
         if self.state.draining:
-            return json_response({"status": "draining"}, 503)
-        return json_response({"status": "ready"})
+            return "draining"
+        if self.access is not None and not await self.access.ready():
+            return "budgets cannot be counted"
+        return None
 
     def _rows(self, images: Batch | list[bytes]) -> tuple[Batcher, Batch]:
         """Images of a V2 request, and who answers them."""
@@ -166,14 +178,20 @@ class Service:
         ]
         return rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
 
-    async def _answer(self, batcher: Batcher, batch: Batch) -> Served:
+    async def _answer(self, request: Request, batcher: Batcher, batch: Batch) -> Served:
         """All rows of a request; one with many images lets others in between its parts."""
+        visit: Visit | None = request.scope["state"].get("visit")
+        defense = None
+        if visit is not None:
+            await visit.charge(len(batch))
+            defense = visit.grant.defense
+            batcher = batcher if defense is None else self.apart[batch.dtype.type]
         if len(batch) <= self.max_batch:
-            return await batcher(batch)
+            return await batcher(batch, defense)
         if len(batch) > self.limits.max_queue:
             raise Unprocessable(f"{len(batch)} images never fit the queue of this server")
         parts = [batch[i : i + self.max_batch] for i in range(0, len(batch), self.max_batch)]
-        served = await batcher.all(parts)
+        served = await batcher.all(parts, defense)
         return Served(
             np.concatenate([part.probabilities for part in served]),
             max(part.queue_s for part in served),

@@ -71,6 +71,18 @@ class LimitSettings(Section):
     )
 
 
+class BudgetSettings(Section):
+    """Images of all clients together; each key has budgets of its own beside them."""
+
+    window_images: int | None = Field(
+        default=None, ge=0, description="images of all clients in a window"
+    )
+    window_s: int = Field(default=3600, ge=1, le=366 * 86400, description="seconds of that window")
+    total_images: int | None = Field(
+        default=None, ge=0, description="images of all clients for good"
+    )
+
+
 def default_model_dir() -> Path:
     """`models/` beside the package in a checkout, inside the package in an installed wheel."""
     package = Path(__file__).parent
@@ -115,6 +127,14 @@ class Settings(BaseSettings):
     )
     batch: BatchSettings = BatchSettings()
     limits: LimitSettings = LimitSettings()
+    keys_file: Path | None = Field(
+        default=None, description="API keys (scumble keys); without it anyone may ask"
+    )
+    store: str = Field(
+        default="memory://",
+        description="where budgets are counted: memory://, sqlite:///PATH or redis://HOST:PORT/DB",
+    )
+    budget: BudgetSettings = BudgetSettings()
     drain_delay_s: float = Field(
         default=0.0, ge=0, le=600, description="not ready for so long before the listener closes"
     )

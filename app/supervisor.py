@@ -67,6 +67,7 @@ def bind(host: str, port: int) -> socket.socket:
 class _Worker:
     process: BaseProcess
     pipe: Connection
+    seated: bool = False
     ready: bool = False
 
 
@@ -164,8 +165,10 @@ class Supervisor:
             if not self._stopping.is_set():  # somebody wants this one to end
                 self._dealer.leave(number)
             return
-        child.ready = True
-        self._dealer.seat(number)
+        child.ready = said == "ready"
+        if not child.seated:
+            child.seated = True
+            self._dealer.seat(number)
         if self.ready() and not self._said_ready:
             self._said_ready = True
             log.info(
@@ -188,7 +191,7 @@ class Supervisor:
         mark_process_dead(child.process.pid, self._metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
         if self._stopping.is_set():
             return
-        if not self._said_ready and not child.ready:
+        if not self._said_ready and not child.seated:
             # None ever was: the settings are at fault, and starting it again would fail as well.
             self._exit_code = 1
             self._stopping.set()

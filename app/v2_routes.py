@@ -41,15 +41,15 @@ class Inquiry:
     async def live(self, request: Request) -> Response:
         """`GET /v2/health/live`."""
         del request
-        return json_response({"live": True, "ready": not self.service.state.draining})
+        return json_response({"live": True, "ready": await self.service.obstacle() is None})
 
     async def ready(self, request: Request) -> Response:
         """`GET /v2/health/ready`.
 
         Raises:
-            Unavailable: draining.
+            Unavailable: draining, or budgets cannot be counted.
         """
-        self._refuse_while_draining()
+        await self._refuse_unless_ready()
         return await self.live(request)
 
     async def model(self, request: Request) -> Response:
@@ -66,15 +66,16 @@ class Inquiry:
 
         Raises:
             NotFound: another model or version.
-            Unavailable: draining.
+            Unavailable: draining, or budgets cannot be counted.
         """
         self.service.check_path(request)
-        self._refuse_while_draining()
+        await self._refuse_unless_ready()
         return json_response({"name": self.service.card.name, "ready": True})
 
-    def _refuse_while_draining(self) -> None:
-        if self.service.state.draining:
-            raise Unavailable("draining: ask another replica")
+    async def _refuse_unless_ready(self) -> None:
+        obstacle = await self.service.obstacle()
+        if obstacle:
+            raise Unavailable(f"{obstacle}: ask another replica")
 
 
 def routes(service: Service) -> list[Route]:

@@ -27,6 +27,9 @@ from app.settings import Settings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from app.access import Access
+
+WATCH_S = 1.0
 log = logging.getLogger("scumble")
 
 
@@ -43,6 +46,7 @@ class WorkerServer(uvicorn.Server):
         self._hand = hand
         self._pipe = pipe
         self._opening: set[asyncio.Task[Any]] = set()
+        self._watching: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, then tell the supervisor."""
@@ -51,7 +55,23 @@ class WorkerServer(uvicorn.Server):
         loop.add_signal_handler(signal.SIGTERM, self._drain)
         self._hand.channel.setblocking(False)
         loop.add_reader(self._hand.channel.fileno(), self._take)
-        self._pipe.send("ready")
+        access: Access | None = self._app.state.service.access
+        if access is None:
+            self._pipe.send("ready")
+        else:
+            ready = await access.ready()
+            self._pipe.send("ready" if ready else "not ready")
+            self._watching = loop.create_task(self._watch(access, ready))
+
+    async def _watch(self, access: Access, said: bool) -> None:
+        """Tell the supervisor, who speaks for all workers, whenever readiness changes."""
+        while not self._app.state.service.state.draining:
+            await asyncio.sleep(WATCH_S)
+            ready = await access.ready()
+            if ready != said:
+                with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
+                    self._pipe.send("ready" if ready else "not ready")
+                said = ready
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

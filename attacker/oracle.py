@@ -266,7 +266,9 @@ class HttpOracle:
         message = self.transport.pack(self.model["name"], part)
         response = self._retrying.copy()(self._post, number, message)
         if response.status_code in BUSY:
-            raise OracleUnavailable(f"{response.url} stays busy: {response.status_code}")
+            raise OracleUnavailable(
+                f"{response.url} stays busy: {response.status_code} {_detail(response)}"
+            )
         if response.status_code != 200:
             raise OracleRefused(f"{response.url} answered {response.status_code}: {response.text}")
         try:
@@ -305,7 +307,9 @@ class HttpOracle:
         except httpx2.RequestError as exc:
             raise OracleUnavailable(f"nobody answers at {url}: {exc}") from exc
         if response.status_code != 200:
-            raise OracleRefused(f"{url}/v1/model answered {response.status_code}")
+            raise OracleRefused(
+                f"{url}/v1/model answered {response.status_code} {_detail(response)}"
+            )
         document: dict[str, Any] = response.json()
         return document
 
@@ -370,6 +374,14 @@ class Journal:
     def _do(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._db.execute(statement, values).fetchall()
+
+
+def _detail(response: httpx2.Response) -> str:
+    """The service's own sentence, or the beginning of whatever it sent: 401 and 429 say why."""
+    try:
+        return str(response.json()["detail"])
+    except (ValueError, LookupError, TypeError):
+        return response.text[:200]
 
 
 def _digest(part: Images) -> bytes:

@@ -7,6 +7,7 @@ that was sent and got no answer is not repeated: it may have been counted agains
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from scumble.errors import BadAnswer, Unreachable
 BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 FIRST_WAIT = 0.2  # seconds, at most; doubled with each attempt
+FOR_GOOD = 86400.0  # seconds: a service that asks for a day has no more for us
+KEY = re.compile(r"[!-~]+")
 
 
 class Client:
@@ -32,6 +35,7 @@ class Client:
 
     Args:
         url: of the service, such as `http://localhost:8000`.
+        key: API key, sent as a bearer token; None where the service asks for none.
         timeout: seconds for each step: to connect, to send, to receive.
         max_wait: longest pause before trying again, also where the service asks for a longer one.
         retries: how often to try again.
@@ -39,20 +43,23 @@ class Client:
         sleep: what waits; tests pass their own.
 
     Raises:
-        ValueError: `url`, `max_wait` or `retries` is out of range.
+        ValueError: `url`, `key`, `max_wait` or `retries` is out of range.
     """
 
     def __init__(
         self,
         url: str,
         *,
+        key: str | None = None,
         timeout: float = 10.0,
         max_wait: float = 30.0,
         retries: int = 5,
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._http = httpx2.Client(base_url=_base(url), timeout=timeout, transport=transport)
+        self._http = httpx2.Client(
+            base_url=_base(url), headers=_headers(key), timeout=timeout, transport=transport
+        )
         self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(max_wait, retries))
 
     def predict(
@@ -119,13 +126,16 @@ class AsyncClient:
         self,
         url: str,
         *,
+        key: str | None = None,
         timeout: float = 10.0,
         max_wait: float = 30.0,
         retries: int = 5,
         transport: httpx2.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._http = httpx2.AsyncClient(base_url=_base(url), timeout=timeout, transport=transport)
+        self._http = httpx2.AsyncClient(
+            base_url=_base(url), headers=_headers(key), timeout=timeout, transport=transport
+        )
         self._retrying = tenacity.AsyncRetrying(sleep=sleep, **retry_policy(max_wait, retries))
 
     async def predict(
@@ -174,6 +184,14 @@ def _base(url: str) -> httpx2.URL:
     return base
 
 
+def _headers(key: str | None) -> dict[str, str]:
+    if key is None:
+        return {}
+    if not KEY.fullmatch(key):
+        raise ValueError("key has other characters than printable ASCII without blanks")
+    return {"Authorization": f"Bearer {key}"}
+
+
 def retry_policy(max_wait: float, retries: int) -> dict[str, Any]:
     """When and after how long to try again, for tenacity's two loops."""
     if max_wait < 0 or retries < 0:
@@ -181,7 +199,8 @@ def retry_policy(max_wait: float, retries: int) -> dict[str, Any]:
     backoff = tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=max_wait)
 
     def wait(state: tenacity.RetryCallState) -> float:
-        asked = _retry_after(state.outcome)
+        outcome = state.outcome
+        asked = None if outcome is None or outcome.failed else _retry_after(outcome.result())
         return backoff(state) if asked is None else min(asked, max_wait)
 
     return {
@@ -193,7 +212,9 @@ def retry_policy(max_wait: float, retries: int) -> dict[str, Any]:
 
 
 def _busy(response: httpx2.Response) -> bool:
-    return response.status_code in BUSY
+    if response.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+        return (_retry_after(response) or 0) < FOR_GOOD
+    return response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
 
 
 def _last_outcome(state: tenacity.RetryCallState) -> httpx2.Response:
@@ -202,11 +223,9 @@ def _last_outcome(state: tenacity.RetryCallState) -> httpx2.Response:
     return response
 
 
-def _retry_after(outcome: tenacity.Future | None) -> float | None:
+def _retry_after(response: httpx2.Response) -> float | None:
     """The pause in seconds that a busy answer asks for, None if it does not."""
-    if outcome is None or outcome.failed:
-        return None
-    headers = outcome.result().headers
+    headers = response.headers
     value = headers.get("retry-after", "")
     try:
         if value.isdecimal():

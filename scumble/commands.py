@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import orjson
@@ -48,19 +48,30 @@ class Outcome:
     metavar="K",
     help=f"Show the K most probable classes.  [default: {TOP_K}; all with --json]",
 )
+@click.option(
+    "--key-file",
+    type=click.File(),
+    help="File with the API key, - for standard input; a key in an option would show in `ps`.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
 @click.pass_context
 def predict(
-    ctx: click.Context, url: str, images: tuple[Path, ...], top_k: int | None, as_json: bool
+    ctx: click.Context,
+    url: str,
+    images: tuple[Path, ...],
+    top_k: int | None,
+    key_file: TextIO | None,
+    as_json: bool,
 ) -> None:
     """Classify image files with the server at URL.
 
     Each IMAGE (PNG, JPEG or WebP) is one request. The exit code is 1 if one of them got no answer.
     """
     try:
-        client = Client(url)
+        client = Client(url, key=key_file.read().strip() if key_file else None)
     except ValueError as exc:
-        raise click.BadParameter(str(exc), param_hint="URL") from exc
+        hint = "URL" if str(exc).startswith("url") else "--key-file"
+        raise click.BadParameter(str(exc), param_hint=hint) from exc
     with client:
         try:
             model = client.model()

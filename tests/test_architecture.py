@@ -26,7 +26,7 @@ def test_import_contracts_hold():
     run("from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))")
 
 
-@pytest.mark.parametrize("heavy", ["torch", "torchvision", "sklearn", "pyarrow", "onnx"])
+@pytest.mark.parametrize("heavy", ["torch", "torchvision", "sklearn", "pyarrow", "onnx", "redis"])
 def test_the_service_does_not_load(heavy):
     assert run(f"import sys, app.main; print({heavy!r} in sys.modules)") == "False"
 
@@ -54,7 +54,7 @@ def test_the_base_install_serves(models):
     """Everything that only extras bring is made unimportable; the service answers all the same."""
     code = """
 import sys
-for name in ("torch", "torchvision", "pyarrow", "tqdm", "onnxscript", "sklearn", "pytest"):
+for name in ("torch", "torchvision", "pyarrow", "redis", "tqdm", "onnxscript", "sklearn", "pytest"):
     sys.modules[name] = None
 from pathlib import Path
 from starlette.testclient import TestClient
@@ -69,6 +69,22 @@ with TestClient(app) as client:
     print(client.post("/v1/predict", content=PNG, headers=kind).status_code)
 """
     assert run(code, str(models)) == "200"
+
+
+def test_the_redis_store_without_redis_names_the_extra():
+    code = """
+import sys
+sys.modules["redis"] = None
+from app.errors import ConfigError
+from app.stores import open_store
+try:
+    open_store("redis://:hunter2@localhost/0")
+except ConfigError as exc:
+    print(exc)
+"""
+    said = run(code)
+    assert "scumble[redis]" in said
+    assert "hunter2" not in said
 
 
 def test_the_torch_engine_without_torch_names_the_extra():

@@ -231,3 +231,21 @@ async def test_a_target_keeps_batches_small(inline):
     assert engine.batches == [16]
     free.close()
     held.close()
+
+
+async def test_clients_with_other_defenses_share_a_batch():
+    engine = Echo()
+    batcher = make_batcher(engine, max_size=8)
+    label, half = make("label"), make("round", decimals=1)
+    served = await asyncio.gather(
+        batcher(images(51, 102)),
+        batcher(images(60), label),
+        batcher(images(60, 60), half),
+        batcher(images(60)),
+    )
+    assert engine.batches == [6]
+    rows = [one.probabilities for one in served]
+    np.testing.assert_allclose(rows[0], [[0.2, 0.8], [0.4, 0.6]], atol=1e-6)
+    np.testing.assert_array_equal(rows[1], [[0, 1]])
+    np.testing.assert_allclose(rows[2], [[0.2, 0.8]] * 2, atol=1e-6)
+    np.testing.assert_allclose(rows[3], [[60 / 255, 195 / 255]], atol=1e-6)

@@ -204,6 +204,7 @@ def test_check_masks_the_secret_and_names_what_is_served(models):
         env={
             **os.environ,
             **variables({"model_dir": models, "model": "tiny", "secret": "0123456789abcdef"}),
+            "SCUMBLE_STORE": "redis://:hunter2@localhost/0",
         },
         capture_output=True,
         text=True,
@@ -211,5 +212,8 @@ def test_check_masks_the_secret_and_names_what_is_served(models):
     )
     assert "SCUMBLE_SECRET" in done.stdout
     assert "0123456789abcdef" not in done.stdout
+    assert "redis://localhost/0" in done.stdout
+    assert "hunter2" not in done.stdout + done.stderr
+    assert "NO API KEYS" in done.stderr
     assert "defense   NoDefense()" in done.stdout
     assert "ok: these settings can be served" in done.stdout

@@ -32,9 +32,9 @@ MODEL = {
 class Service:
     """A stand-in for the service over `pixels`, with a plan of what to do with each request.
 
-    Plan: "ok" answers, "busy" refuses for now, "unsent" refuses the connection, "lost" counts the
-    images and loses the answer, "no" refuses for good, "crash" ends the run. After the plan
-    everything is "ok".
+    Plan: "ok" answers, "busy" refuses for now, "spent" for want of budget, "unsent" refuses the
+    connection, "lost" counts the images and loses the answer, "no" refuses for good, "crash" ends
+    the run. After the plan everything is "ok".
     """
 
     def __init__(self, plan=(), side=2):
@@ -53,6 +53,9 @@ class Service:
         step = self.plan.pop(0) if self.plan else "ok"
         if step == "busy":
             return httpx2.Response(429, headers={"Retry-After": "3"})
+        if step == "spent":
+            headers = {"Retry-After": "86400"}
+            return httpx2.Response(429, headers=headers, json={"detail": "no images are left"})
         if step == "no":
             return httpx2.Response(422, text="no")
         if step == "unsent":
@@ -138,6 +141,25 @@ def test_a_lost_answer_counts_and_is_asked_again():
 def test_a_refusal_for_good_is_an_error():
     with Service(["no"]).oracle() as oracle, pytest.raises(OracleRefused, match="422"):
         oracle(images(1))
+
+
+def test_a_budget_of_the_service_that_is_spent_ends_it_at_once_and_says_so():
+    service = Service(["ok", "spent"])
+    with service.oracle() as oracle:
+        oracle(images(3))
+        with pytest.raises(OracleUnavailable, match="stays busy: 429 no images are left"):
+            oracle(images(3))
+    assert service.slept == []
+    assert oracle.ledger.spent == service.served == 3
+
+
+def test_without_a_key_the_oracle_says_what_the_service_says():
+    def closed(request):
+        return httpx2.Response(401, json={"detail": "an API key is needed"})
+
+    client = httpx2.Client(transport=httpx2.MockTransport(closed), base_url="http://victim")
+    with pytest.raises(OracleRefused, match="answered 401 an API key is needed"):
+        HttpOracle("http://victim", budget=1, client=client)
 
 
 def test_after_a_refusal_other_images_can_be_asked():

@@ -310,6 +310,24 @@ def test_predict_wants_a_url(run):
     assert "Invalid value for URL: url is 'localhost:8000'; allowed: http://" in result.stderr
 
 
+def test_predict_sends_the_key_of_a_file(run, monkeypatch, url):
+    given = []
+
+    def client(url, **options):
+        given.append(options)
+        return Client(url, **options)
+
+    monkeypatch.setattr(scumble.commands, "Client", client)
+    Path("key").write_text("scumble_x\n")
+    assert run("predict", url, "car.png", "--key-file", "key").exit_code == 0
+    assert given == [{"key": "scumble_x"}]
+    Path("key").write_text("two words")
+    result = run("predict", url, "car.png", "--key-file", "key")
+    assert result.exit_code == 2
+    assert "Invalid value for --key-file" in result.stderr
+    assert "two words" not in result.stderr
+
+
 def test_predict_without_a_server(run, monkeypatch):
     monkeypatch.setattr(scumble.commands, "Client", partial(Client, retries=0))
     with socket.socket() as unused:  # bound, and nobody listens

@@ -1,0 +1,266 @@
+"""Who may ask, what for, and how much: in front of the routes, and nowhere where keys are off.
+
+    header -> SHA-256 -> grant -> route -> [endpoint: charge -> engine -> defense] -> headers
+
+The keys are read anew when their file changes. A file that is broken then changes nothing: the old
+keys go on, and the log says why. A request is charged when its images are known and before any of
+them reaches the engine; if it then fails or is refused, it is refunded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client import Counter
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from app import quota
+from app.defenses import Defense
+from app.errors import ConfigError, Forbidden, OverBudget, Unauthorized, Unavailable
+from app.keys import digest
+from app.routing import Endpoint
+from app.stores import Bucket, Charge, StateStore, StoreError
+
+POLL_S = 1.0  # how soon a changed file counts
+SAY_S = 10.0  # how often the log says that the store is away
+OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+NOBODY = bytes(32)  # compared with where no key matches, so that this takes as long
+log = logging.getLogger("scumble")
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a key allows.
+
+    Attributes:
+        id: of the key, for logs.
+        digest: SHA-256 of the key.
+        revoked: the key was taken back.
+        routes: allowed paths, each with all below it; none for all.
+        defense: what stands between the engine and this client; None for the server's own.
+        buckets: what its images count against; the client's, then everybody's.
+        closed: refuse while the store is away.
+    """
+
+    id: str = ""
+    digest: bytes = NOBODY
+    revoked: bool = False
+    routes: tuple[str, ...] = ()
+    defense: Defense | None = None
+    buckets: tuple[Bucket, ...] = ()
+    closed: bool = True
+
+    def allows(self, path: str) -> bool:
+        """Whether `path` is, or is below, one of the routes."""
+        return not self.routes or any(
+            path == route or path.startswith(route.rstrip("/") + "/") for route in self.routes
+        )
+
+
+Grants = Mapping[bytes, Grant]
+"""By the SHA-256 of their keys."""
+
+
+@dataclass
+class Visit:
+    """One admitted request and what it was charged."""
+
+    grant: Grant
+    access: Access
+    images: int = 0
+    charged: Charge | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    async def charge(self, images: int) -> None:
+        """Take the images from the budgets.
+
+        Raises:
+            OverBudget: they are not there; nothing was taken.
+            Unavailable: the store is away and the key fails closed.
+        """
+        buckets = self.grant.buckets
+        if not buckets:
+            return
+        try:
+            charge = await self.access.store.charge(buckets, images)
+        except StoreError as exc:
+            self.access.missed(exc)
+            if self.grant.closed:
+                raise Unavailable("budgets cannot be counted at the moment") from exc
+            return
+        self.headers = quota.fields(buckets, charge)
+        if not charge.granted:
+            raise OverBudget(*quota.refusal(buckets, charge, images))
+        self.images, self.charged = images, charge
+
+    async def refund(self) -> None:
+        """Give back what was charged: the client got nothing for it."""
+        if self.charged is None:
+            return
+        try:
+            await self.access.store.refund(self.grant.buckets, self.images, self.charged)
+        except StoreError as exc:  # counted and not served: never the other way round
+            self.access.missed(exc)
+
+
+class Access:
+    """Admits requests.
+
+    Args:
+        load: reads and builds the grants; `ConfigError` where the file is broken.
+        file: whose changes make it load again; None for keyless.
+        anybody: what a request without a key may do where there are no keys.
+        store: of the budgets.
+        failures: counts requests that the store did not answer.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Grants],
+        *,
+        file: Path | None,
+        anybody: Grant,
+        store: StateStore,
+        failures: Counter,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self._load = load
+        self._file = file
+        self._anybody = anybody
+        self._failures = failures
+        self._clock = clock
+        self._said = -SAY_S
+        self._seen = self._signature()
+        self._grants = load()
+
+    def admit(self, scope: Scope) -> Grant:
+        """The grant of a request's key.
+
+        Raises:
+            Unauthorized: no key, or none of ours.
+            Forbidden: it is revoked, or not for this path.
+        """
+        if self._file is None:
+            return self._anybody
+        key = _key(scope)
+        if key is None:
+            raise Unauthorized(
+                "an API key is needed, as Authorization: Bearer KEY or X-API-Key: KEY",
+                {"WWW-Authenticate": 'Bearer realm="scumble"'},
+            )
+        found = digest(key)
+        grant = self._grants.get(found, self._anybody)
+        if not hmac.compare_digest(grant.digest, found):
+            raise Unauthorized(
+                "this API key is not known here",
+                {"WWW-Authenticate": 'Bearer realm="scumble", error="invalid_token"'},
+            )
+        if grant.revoked:
+            raise Forbidden("this API key has been revoked")
+        if not grant.allows(scope["path"]):
+            raise Forbidden("this API key is not for this route")
+        return grant
+
+    def guard(self, path: str, endpoint: Endpoint) -> Endpoint:
+        """The endpoint behind a check of the key, charged and refunded; open ones as they are."""
+        if path in OPEN:
+            return endpoint
+
+        async def guarded(request: Request) -> Response:
+            visit = Visit(self.admit(request.scope), self)
+            request.scope["state"]["visit"] = visit
+            try:
+                response = await endpoint(request)
+            except OverBudget as exc:
+                exc.headers.update(visit.headers)
+                raise
+            except Exception:
+                await visit.refund()
+                raise
+            response.headers.update(visit.headers)
+            return response
+
+        return guarded
+
+    async def ready(self) -> bool:
+        """Whether no request would be refused for want of the store."""
+        if not any(grant.closed and grant.buckets for grant in self._all()):
+            return True
+        try:
+            await self.store.ping()
+        except StoreError as exc:
+            self.missed(exc)
+            return False
+        return True
+
+    def missed(self, exc: StoreError) -> None:
+        """The store did not answer; the log says so from time to time."""
+        self._failures.inc()
+        now = self._clock()
+        if now - self._said >= SAY_S:
+            self._said = now
+            log.error("the store of budgets does not answer: %s", exc)
+
+    async def reload(self) -> None:
+        """Take the file's keys if it has changed; keep the old ones if it is broken."""
+        seen = self._signature()
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            # On a thread: a defense may have a network to load.
+            self._grants = await asyncio.to_thread(self._load)
+        except ConfigError as exc:
+            log.error("the old API keys stay: %s", exc)
+        else:
+            log.info("API keys read anew", extra={"keys": len(self._grants)})
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Watch the file meanwhile; close the store at the end."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await self.store.close()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            await self.reload()
+
+    def _all(self) -> list[Grant]:
+        return [self._anybody] if self._file is None else list(self._grants.values())
+
+    def _signature(self) -> tuple[int, int, int] | None:
+        """What a change of the file changes; None where there is none."""
+        if self._file is None:
+            return None
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _key(scope: Scope) -> bytes | None:
+    """The key in a request's headers."""
+    other = None
+    for name, value in scope["headers"]:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            key: bytes = value[7:].strip()
+            return key
+        if name == b"x-api-key":
+            other = value.strip()
+    return other
