@@ -5,13 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 from starlette.routing import Route
 
-from app.admin import ProcessMetrics
 from app.defenses import available
 from app.errors import RequestError
-from app.metrics import STAGES, Metrics
+from app.metrics import STAGES
 from app.settings import Settings, variables
 from attacker.adapt import MODIFIERS
 from attacker.attacks import ATTACKS
@@ -21,6 +19,7 @@ from attacker.transports import TRANSPORTS
 from evaluation.steal import CELLS, RESULTS
 from scumble.cli import COMMANDS
 from scumble.data import DIGITS, TORCHVISION
+from tests.exported import metric_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -28,21 +27,6 @@ DOCS = ROOT / "docs"
 
 def headings(name: str) -> set[str]:
     return set(re.findall(r"^#+ `(.+)`$", (DOCS / name).read_text(), re.MULTILINE))
-
-
-def metric_names() -> set[str]:
-    registry = CollectorRegistry()
-    Metrics(registry)
-
-    class NoWorkers:
-        def ready(self):
-            return True
-
-        def pids(self):
-            return {}
-
-    families = [*registry.collect(), *ProcessMetrics(NoWorkers()).collect()]
-    return {f"{f.name}_total" if f.type == "counter" else f.name for f in families}
 
 
 def test_every_setting_has_its_heading_and_no_other_has():

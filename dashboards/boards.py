@@ -1,0 +1,317 @@
+"""What the dashboards show. Every exported metric is in a panel; a test holds that."""
+
+from __future__ import annotations
+
+from dashboards.build import Board, Graph, Query, Table
+
+RATE = "$__rate_interval"
+PREDICTIONS = 'job=~"$job",route=~"/v1/predict|.+/infer"'
+ERRORS = f'{PREDICTIONS},code=~"5.."'
+SERVED = Table(
+    "Served",
+    "What each service serves. Two defenses or files under one job: replicas differ.",
+    "max by (job, model, version, precision, engine, defense, sha256) "
+    '(scumble_model_info{job=~"$job"})',
+)
+
+
+def _rate(metric: str, by: str = "job", where: str = 'job=~"$job"') -> str:
+    return f"sum by ({by}) (rate({metric}{{{where}}}[{RATE}]))"
+
+
+def _mean(histogram: str, by: str = "job", where: str = 'job=~"$job"') -> str:
+    return f"{_rate(f'{histogram}_sum', by, where)} / {_rate(f'{histogram}_count', by, where)}"
+
+
+def _quantile(q: float, histogram: str, by: str = "job", where: str = 'job=~"$job"') -> str:
+    return f"histogram_quantile({q}, {_rate(f'{histogram}_bucket', f'{by}, le', where)})"
+
+
+def _route_quantile(q: float) -> Graph:
+    # A route that nobody asks has no quantile, and NaN > 0 drops it from the legend.
+    expr = f"{_quantile(q, 'scumble_request_seconds', 'job, route')} > 0"
+    return Graph(
+        f"Requests, p{q * 100:.0f}",
+        f"{q:.0%} of a route's requests are answered within this time.",
+        "s",
+        (Query(expr, "{{job}} {{route}}"),),
+    )
+
+
+def _stage_quantile(q: float) -> Graph:
+    return Graph(
+        f"Stages, p{q * 100:.0f}",
+        f"{q:.0%} of predictions spend at most this time in a stage.",
+        "s",
+        (
+            Query(
+                _quantile(q, "scumble_stage_seconds", "job, stage"),
+                "{{job}} {{stage}}",
+            ),
+        ),
+    )
+
+
+def _stage(stage: str, description: str) -> Graph:
+    where = f'job=~"$job",stage="{stage}"'
+    return Graph(
+        f"Stage {stage}",
+        description,
+        "s",
+        (
+            Query(_mean("scumble_stage_seconds", where=where), "{{job}} mean"),
+            Query(_quantile(0.95, "scumble_stage_seconds", where=where), "{{job}} p95"),
+        ),
+    )
+
+
+SERVICE = Board(
+    "scumble-service",
+    "Scumble: service",
+    "Traffic, latency of routes and stages, queue, errors, what the workers use.",
+    {
+        "Throughput": (
+            Graph(
+                "Requests",
+                "Answered requests by route, refused ones included.",
+                "reqps",
+                (Query(_rate("scumble_requests_total", "job, route"), "{{job}} {{route}}"),),
+            ),
+            Graph(
+                "Requests by status",
+                "2xx are answers, 4xx refusals of the client's mistakes, 5xx errors.",
+                "reqps",
+                (Query(_rate("scumble_requests_total", "job, code"), "{{job}} {{code}}"),),
+            ),
+            Graph(
+                "Images",
+                "Images answered with probabilities; one request may carry many.",
+                "suffix: images/s",
+                (
+                    Query(
+                        _rate("scumble_images_total", "job, model, precision"),
+                        "{{job}} {{model}} {{precision}}",
+                    ),
+                ),
+            ),
+        ),
+        "Latency": (
+            *(_route_quantile(q) for q in (0.5, 0.95, 0.99)),
+            *(_stage_quantile(q) for q in (0.5, 0.95, 0.99)),
+        ),
+        "Batches and queue": (
+            Graph(
+                "Batch size",
+                "Images in one call of the engine. 1 is an idle service, SCUMBLE_BATCH__MAX_SIZE "
+                "a full one; larger ones are large requests.",
+                "short",
+                (
+                    Query(_mean("scumble_batch_size"), "{{job}} mean"),
+                    Query(_quantile(0.95, "scumble_batch_size"), "{{job}} p95"),
+                ),
+            ),
+            Graph(
+                "Queue",
+                "Images that wait for the engine. At SCUMBLE_LIMITS__MAX_QUEUE for each worker, "
+                "requests are refused with 503.",
+                "suffix: images",
+                (Query('sum by (job) (scumble_queue_depth{job=~"$job"})', "{{job}}"),),
+            ),
+            Graph(
+                "In flight",
+                "Requests being answered.",
+                "suffix: requests",
+                (Query('sum by (job) (scumble_inflight{job=~"$job"})', "{{job}}"),),
+            ),
+        ),
+        "Errors and saturation": (
+            Graph(
+                "Errors",
+                "Share of predictions that ended in a 5xx; the objective is 0.1%.",
+                "percentunit",
+                (
+                    Query(
+                        f"({_rate('scumble_requests_total', where=ERRORS)} "
+                        f"or 0 * {_rate('scumble_requests_total')}) "
+                        f"/ {_rate('scumble_requests_total', where=PREDICTIONS)}",
+                        "{{job}}",
+                    ),
+                ),
+                width=6,
+            ),
+            Graph(
+                "Slow predictions",
+                "Share that took longer than 0.1 s; the objective is 1%.",
+                "percentunit",
+                (
+                    Query(
+                        "1 - "
+                        + _rate("scumble_request_seconds_bucket", where=f'{PREDICTIONS},le="0.1"')
+                        + f" / {_rate('scumble_request_seconds_count', where=PREDICTIONS)}",
+                        "{{job}}",
+                    ),
+                ),
+                width=6,
+            ),
+            Graph(
+                "Queueing share",
+                "How much of a prediction's time is waiting for the engine. Over a half: add "
+                "workers or replicas.",
+                "percentunit",
+                (
+                    Query(
+                        _rate("scumble_stage_seconds_sum", where='job=~"$job",stage="queue"')
+                        + f" / {_rate('scumble_stage_seconds_sum')}",
+                        "{{job}}",
+                    ),
+                ),
+                width=6,
+                maximum=1,
+            ),
+            Graph(
+                "Busy workers",
+                "Mean processor use of a worker, in cores; with one engine thread 1 is saturated.",
+                "short",
+                (
+                    Query(
+                        _rate("scumble_worker_cpu_seconds_total")
+                        + ' / sum by (job) (scumble_workers{job=~"$job"})',
+                        "{{job}}",
+                    ),
+                ),
+                width=6,
+            ),
+        ),
+        "Workers": (
+            Graph(
+                "Processor",
+                "Cores that each worker uses.",
+                "short",
+                (
+                    Query(
+                        _rate("scumble_worker_cpu_seconds_total", "job, instance, worker"),
+                        "{{job}} {{instance}} {{worker}}",
+                    ),
+                ),
+            ),
+            Graph(
+                "Memory",
+                "Resident memory of each worker. It is flat; one that grows for hours is a fault.",
+                "bytes",
+                (
+                    Query(
+                        'scumble_worker_resident_bytes{job=~"$job"}',
+                        "{{job}} {{instance}} {{worker}}",
+                    ),
+                ),
+            ),
+            Graph(
+                "Workers",
+                "Running worker processes. A dip is a worker that was replaced.",
+                "short",
+                (Query('sum by (job) (scumble_workers{job=~"$job"})', "{{job}}"),),
+            ),
+            SERVED,
+        ),
+    },
+)
+
+DEFENSE = Board(
+    "scumble-defense",
+    "Scumble: defense",
+    "What the defense does to answers and to latency, undefended beside defended, and who asks.",
+    {
+        "Answers": (
+            Graph(
+                "Perturbed answers",
+                "Share of images whose probabilities the defense changed.",
+                "percentunit",
+                (
+                    Query(
+                        f"{_rate('scumble_defended_rows_total')} "
+                        f"/ {_rate('scumble_response_l1_count')}",
+                        "{{job}}",
+                    ),
+                ),
+                maximum=1,
+            ),
+            Graph(
+                "Perturbed rows",
+                "Images whose probabilities the defense changed.",
+                "suffix: images/s",
+                (Query(_rate("scumble_defended_rows_total"), "{{job}}"),),
+            ),
+            Graph(
+                "L1 served",
+                "Distance between clean and served probabilities, 0 to 2: what honest users pay.",
+                "short",
+                (
+                    Query(_mean("scumble_response_l1"), "{{job}} mean"),
+                    Query(_quantile(0.95, "scumble_response_l1"), "{{job}} p95"),
+                ),
+                maximum=2,
+            ),
+        ),
+        "Latency, undefended beside defended": (
+            _stage(
+                "defend",
+                "The defense alone, for a whole batch. 0 where it is part of the network's graph, "
+                "then its time is among that of infer.",
+            ),
+            _stage("infer", "The engine, for a whole batch, with a defense inside the graph."),
+            Graph(
+                "Engine and defense together",
+                "Mean of both stages: comparable whether or not the defense is inside the graph.",
+                "s",
+                (
+                    Query(
+                        _rate(
+                            "scumble_stage_seconds_sum", where='job=~"$job",stage=~"infer|defend"'
+                        )
+                        + " / "
+                        + _rate("scumble_stage_seconds_count", where='job=~"$job",stage="infer"'),
+                        "{{job}}",
+                    ),
+                ),
+            ),
+        ),
+        "Who asks": (
+            Graph(
+                "Images answered",
+                "Of all clients together: there is no metric per client. A copy takes tens of "
+                "thousands of images, so a plateau far above the usual is worth a look.",
+                "suffix: images/s",
+                (Query(_rate("scumble_images_total"), "{{job}}"),),
+                width=6,
+            ),
+            Graph(
+                "Images answered in 24 hours",
+                "What all clients together could have learned from in a day.",
+                "suffix: images",
+                (
+                    Query(
+                        'sum by (job) (increase(scumble_images_total{job=~"$job"}[24h]))', "{{job}}"
+                    ),
+                ),
+                width=6,
+            ),
+            Graph(
+                "Refusals",
+                "Refused requests by reason.",
+                "reqps",
+                (Query(_rate("scumble_rejections_total", "job, reason"), "{{job}} {{reason}}"),),
+                width=6,
+            ),
+            Graph(
+                "Budgets not counted",
+                "Times that the store of budgets did not answer: it should be none.",
+                "reqps",
+                (Query(_rate("scumble_store_failures_total", "job"), "{{job}}"),),
+                width=6,
+            ),
+            SERVED,
+        ),
+    },
+)
+
+BOARDS = (SERVICE, DEFENSE)
