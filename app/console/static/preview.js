@@ -93,13 +93,15 @@ export function startPreview(facts) {
     refresh();
   }
 
-  function takeFile(file) {
+  async function takeFile(file) {
     if (!file) return;
     if (file.size > facts.max_body_bytes) {
       say($("refusal"), `The file has ${file.size} bytes; allowed: ${facts.max_body_bytes}.`);
       return;
     }
-    take({ file }, file.name || "pasted picture");
+    // The bytes as they are now: a file that changes on disk could not be sent again.
+    const bytes = new Blob([await file.arrayBuffer()], { type: file.type });
+    take({ file: bytes }, file.name || "pasted picture");
   }
 
   $("defense").replaceChildren(
@@ -122,7 +124,10 @@ export function startPreview(facts) {
     select(active);
     $("defense").focus(); // the button has just been disabled, and would drop the focus
   });
-  $("file").addEventListener("change", () => takeFile($("file").files[0]));
+  $("file").addEventListener("change", () => {
+    takeFile($("file").files[0]);
+    $("file").value = ""; // or choosing the same file once more would be no change
+  });
   document.addEventListener("paste", (event) => takeFile(event.clipboardData.files[0]));
   // On the whole page: a picture that misses the frame must not replace the console.
   document.addEventListener("dragover", (event) => {
