@@ -81,7 +81,7 @@ export function startPreview(facts) {
     $("mean-l1").textContent = honest.mean_l1.toFixed(3);
     $("changed").textContent = `${(honest.changed_labels * 100).toFixed(0)}%`;
     const pictures = `${honest.pictures} picture${honest.pictures === 1 ? "" : "s"}`;
-    $("over").textContent = `Over ${honest.golden} golden inputs and ${pictures} shown here so far.`;
+    $("over").textContent = `Over ${honest.golden} golden inputs (made-up waves) and ${pictures} shown so far.`;
   }
 
   function take(next, name) {

@@ -12,10 +12,11 @@ export function mean(before, after) {
 }
 
 // A quantile of a histogram by linear interpolation in its bucket, as Prometheus does it. What lies
-// above the last bound counts as that bound.
+// above the last bound counts as that bound; zeros are zeros, not somewhere in the first bucket.
 export function quantile(q, before, after) {
   const count = after.count - before.count;
   if (count <= 0) return null;
+  if (after.sum === before.sum) return 0;
   const wanted = q * count;
   let below = 0;
   let low = 0;

@@ -264,17 +264,18 @@ def test_rates_and_quantiles_are_right(open_page):
             const bounds = [1, 2, 4];
             const zero = { count: 0, sum: 0, bounds, below: [0, 0, 0] };
             const some = { count: 10, sum: 15, bounds, below: [5, 9, 9] };
+            const still = { count: 30, sum: 45, bounds, below: [15, 29, 29] };
             const more = { count: 20, sum: 45, bounds, below: [5, 19, 19] };
             return [
                 rate(10, 30, 2), rate(30, 10, 2), rate(1, 2, 0),
                 mean(zero, some), mean(some, some), mean(some, more),
                 quantile(0.5, zero, some), quantile(0.7, zero, some), quantile(0.99, zero, some),
-                quantile(0.5, some, some), quantile(0.5, some, more),
+                quantile(0.5, some, some), quantile(0.5, some, more), quantile(0.9, more, still),
                 share(1, 4), share(0, 0), share(5, 4),
             ];
         }"""
     )
-    assert found == [10, None, None, 1.5, None, 3, 1, 1.5, 4, None, 1.5, 0.25, None, 1]
+    assert found == [10, None, None, 1.5, None, 3, 1, 1.5, 4, None, 1.5, 0, 0.25, None, 1]
 
 
 def test_a_refused_picture_is_said_in_words(browser, server, tmp_path):
