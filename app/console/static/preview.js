@@ -141,4 +141,5 @@ export function startPreview(facts) {
     takeFile(event.dataTransfer.files[0]);
   });
   select(active);
+  takeFile($("file").files[0]); // chosen before the page was ready, or kept by the browser
 }

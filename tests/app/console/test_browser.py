@@ -124,6 +124,21 @@ def test_a_dropped_image_and_a_moved_slider_change_the_bars(open_page):
     expect(page.locator("#l1")).to_have_text(f"{weak:.3f}")
 
 
+def test_an_image_that_was_chosen_before_the_page_was_ready_is_shown(browser, server, image):
+    page = browser.new_page()
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page.route("**/console/about", hold)
+    page.goto(server.admin)
+    page.set_input_files("#file", image)
+    held[0].continue_()
+    shown(page)
+    page.close()
+
+
 def test_a_pasted_image_is_shown(open_page):
     page = open_page()
     page.evaluate(
