@@ -68,11 +68,11 @@ class Helper:
             self._waiting -= 1
 
     def close(self) -> None:
-        """End the process, if there is one. SIGTERM ends it at once: it holds nothing to save."""
+        """End the process, if there is one. It holds nothing to save, so it is not asked."""
         if self._timer is not None:
             self._timer.cancel()
         if self._process is not None:
-            self._process.terminate()
+            self._process.kill()
             self._gone(self._process)
 
     async def _ask(self, question: bytes, image: bytes) -> tuple[int, bytes]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from scumble.local import start
+from scumble.local import start as start_server
 from tests.pictures import PNG, encoded, picture
 
 pytestmark = pytest.mark.server
@@ -31,7 +31,7 @@ def children(pid: int) -> set[int]:
 
 @pytest.fixture(scope="module")
 def server(models):
-    found = start(
+    found = start_server(
         {
             "model_dir": models,
             "model": "tiny",
@@ -141,6 +141,17 @@ def test_metrics_are_totals_of_what_was_answered(server):
     assert worker["pid"] in children(server.process.pid)
     assert worker["memory"] > 2**20
     assert worker["connections"] >= 1
+
+
+def test_answers_on_a_kept_connection_come_at_once(server):
+    """Nagle's delay would make each of them 40 ms."""
+    seconds = []
+    with httpx2.Client() as client:
+        for _ in range(20):
+            start = time.perf_counter()
+            client.get(f"{server.admin}/console/clients")
+            seconds.append(time.perf_counter() - start)
+    assert min(seconds[1:]) < 0.03
 
 
 def test_a_stronger_defense_moves_the_same_picture_further(server):

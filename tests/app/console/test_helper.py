@@ -103,6 +103,15 @@ def test_one_that_hangs_is_killed_and_replaced(settings):
     with_helper(settings, body, answer_s=5)
 
 
+def test_even_a_stopped_one_is_ended(settings):
+    async def body(helper):
+        await helper(GOLDEN, b"")
+        os.kill(helper.pid, signal.SIGSTOP)
+        return helper.pid
+
+    assert gone(with_helper(settings, body))
+
+
 def test_few_may_wait(settings):
     async def body(helper):
         asked = [helper(GOLDEN, b"") for _ in range(WAITING + 3)]
