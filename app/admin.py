@@ -16,12 +16,17 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from app import errors
+from app.console.guard import Guard
+from app.console.helper import Helper
+from app.console.routes import console_routes
 from app.service import json_response
+from app.settings import Settings
 
 
 class Workers(Protocol):
@@ -33,6 +38,10 @@ class Workers(Protocol):
 
     def pids(self) -> dict[int, int]:
         """Process id by worker number."""
+        ...
+
+    def connections(self) -> dict[int, int]:
+        """Open connections by worker number."""
         ...
 
 
@@ -67,8 +76,10 @@ class ProcessMetrics(Collector):
         return [resident, seconds, count]
 
 
-def create_admin(workers: Workers, metrics_dir: str) -> Starlette:
-    """`/metrics`, `/livez` and `/readyz` for all workers together."""
+def create_admin(
+    workers: Workers, metrics_dir: str, settings: Settings, helper: Helper | None
+) -> Starlette:
+    """`/metrics`, `/livez` and `/readyz` for all workers together; with a helper the console."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
     registry.register(ProcessMetrics(workers))
@@ -92,18 +103,30 @@ def create_admin(workers: Workers, metrics_dir: str) -> Starlette:
         "/livez": live,
         "/readyz": ready,
     }
+    served = [Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()]
+    middleware = []
+    if helper is not None:
+        served += console_routes(settings, workers, registry, helper)
+        middleware = [Middleware(Guard, hosts=settings.admin_hosts)]
     return Starlette(
-        routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()],
-        exception_handlers={HTTPException: _refused},
+        routes=served,
+        middleware=middleware,
+        exception_handlers={HTTPException: _refused, errors.RequestError: _problem},
     )
 
 
 async def _refused(request: Request, exc: Exception) -> Response:
-    del request
     assert isinstance(exc, HTTPException)  # noqa: S101  # registered for nothing else
+    allowed = (exc.headers or {}).get("Allow", "GET")
     error = (
-        errors.MethodNotAllowed("allowed: GET", {"Allow": "GET"})
+        errors.MethodNotAllowed(f"allowed: {allowed}", {"Allow": allowed})
         if exc.status_code == 405
         else errors.NotFound("no such route; there are /metrics, /livez and /readyz")
     )
+    return await _problem(request, error)
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, errors.RequestError)  # noqa: S101  # registered for nothing else
     return Response(error.body(), error.status, error.headers, media_type=errors.MEDIA_TYPE)

@@ -10,8 +10,7 @@ from typing import Any
 import click
 
 from app.errors import ConfigError
-from app.settings import Settings, load_settings, variables
-from app.stores import shown
+from app.settings import Settings, load_settings, shown, variables
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +60,7 @@ def check(**arguments: Any) -> None:
     try:
         settings = _settings(arguments)
         for name, help_text in variables().items():
-            click.echo(f"{name:35} = {_shown(settings, name):28} {help_text}")
+            click.echo(f"{name:35} = {shown(settings, name):28} {help_text}")
         bundle = open_bundle(settings.model_dir, settings.model)
         engine = engines.resolve(settings.engine)
         defense = make_defense(settings, bundle)
@@ -103,16 +102,3 @@ def _number(option: str, text: str) -> int:
         return int(text)
     except ValueError as exc:
         raise ConfigError(f"{option} is {text!r}; allowed: a number or auto") from exc
-
-
-def _shown(settings: Settings, variable: str) -> str:
-    import os
-
-    if variable == "SCUMBLE_CONFIG":
-        return os.environ.get(variable, "")
-    value: Any = settings
-    for part in variable.removeprefix("SCUMBLE_").lower().split("__"):
-        value = getattr(value, part)
-    if variable == "SCUMBLE_STORE":
-        return shown(str(value))
-    return json.dumps(value) if isinstance(value, dict) else str(value)

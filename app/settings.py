@@ -8,6 +8,7 @@ give an undefended server.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from app import stores
 from app.engines import Precision
 from app.errors import ConfigError
 
@@ -103,6 +105,10 @@ class Settings(BaseSettings):
     admin_port: int = Field(
         default=9000, ge=0, le=65535, description="admin port; 0 takes a free one"
     )
+    admin_hosts: list[str] = Field(
+        default=[], description="names the console may be asked by, a JSON list"
+    )
+    console: bool = Field(default=True, description="the operator console on the admin port")
     workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
         default="auto", description="processes; auto is one for each core"
     )
@@ -191,6 +197,18 @@ def variables() -> dict[str, str]:
         f"{PREFIX}CONFIG": "path of a TOML file with settings",
         **dict(_fields(Settings, PREFIX)),
     }
+
+
+def shown(settings: Settings, variable: str) -> str:
+    """The resolved value of one of `variables()`, secrets masked."""
+    if variable == f"{PREFIX}CONFIG":
+        return os.environ.get(variable, "")
+    value: Any = settings
+    for part in variable.removeprefix(PREFIX).lower().split(NESTED):
+        value = getattr(value, part)
+    if variable == f"{PREFIX}STORE":
+        value = stores.shown(str(value))
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
 def refuse_unknown(environ: Mapping[str, str]) -> None:

@@ -1,0 +1,37 @@
+// Model card, policy and settings: what does not change while the service runs.
+
+import { $, make, row } from "./dom.js";
+
+export function showFacts({ model, policy, settings }) {
+  const shape = `${model.input.height} × ${model.input.width} × ${model.input.channels}`;
+  $("served").textContent = `${model.name} ${model.version}, ${model.precision}, ${model.engine}`;
+  document.title = `Scumble console: ${model.name}`;
+  const facts = [
+    ["Active policy", policyText(policy)],
+    ["Model", `${model.name}, version ${model.version}`],
+    ["Served as", `${model.precision} (${model.served_file}) on ${model.engine}`],
+    ["Input", `${shape}, ${model.labels.length} classes`],
+    ...Object.entries(model.accuracy).map(([precision, { value, images, data }]) => [
+      `Accuracy, ${precision}`,
+      `${(value * 100).toFixed(2)}% of ${images.toLocaleString("en")} images, ${data}`,
+    ]),
+    ["Data licence", model.data_licence],
+    ...Object.entries(model.files).map(([file, hash]) => [file, hash, "hash"]),
+  ];
+  $("card").replaceChildren(
+    ...facts
+      .filter(([, value]) => value)
+      .flatMap(([name, value, className = ""]) => [
+        make("dt", {}, name),
+        make("dd", { className }, value),
+      ]),
+  );
+  $("settings").replaceChildren(
+    ...settings.map(({ name, value, says }) => row([name, "value"], [value, "value"], [says])),
+  );
+}
+
+export function policyText({ defense, params }) {
+  const given = Object.entries(params).map(([name, value]) => `${name} ${JSON.stringify(value)}`);
+  return [defense, ...given].join(", ");
+}
