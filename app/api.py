@@ -77,7 +77,10 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        async with service.access.running() if service.access else nullcontext():
+        async with (
+            service.audit.running() if service.audit else nullcontext(),
+            service.access.running() if service.access else nullcontext(),
+        ):
             yield
         service.close()
 
@@ -110,6 +113,8 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
         if service.access is not None:
             endpoint = service.access.guard(path, endpoint)
             _describe_access(path, description)
+        if service.audit is not None and method == "POST":
+            endpoint = service.audit.guard(path, endpoint)
         endpoint = guarded(endpoint)  # the bare one must not be used
         app.add_api_route(path, endpoint, methods=[method], **description)
         plain = path.format(model=service.card.name, version=service.card.version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,9 +15,11 @@ from prometheus_client import CollectorRegistry
 from app import defenses, engines
 from app.access import Access, Grant, Grants
 from app.api import build
+from app.audit import Audit
 from app.auxiliary import Auxiliaries
 from app.batching import Batcher
 from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
+from app.chain_file import ChainFile
 from app.errors import ConfigError
 from app.graph import tensor_input
 from app.keys import KeyFile, read_keys
@@ -65,6 +68,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     metrics = Metrics(CollectorRegistry())
     access = make_access(settings, bundle, defense, metrics)
+    audit = make_audit(settings, bundle, metrics, keyless=access is None)
     metrics.model_info.labels(
         model=bundle.card.name,
         version=bundle.card.version,
@@ -108,6 +112,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
         apart=apart,
         access=access,
+        audit=audit,
     )
     log.info(
         "loaded",
@@ -173,9 +178,36 @@ def make_access(
     return Access(
         load,
         file=settings.keys_file,
-        anybody=Grant(buckets=common),
+        anybody=Grant(buckets=common, policy=settings.defense),
         store=open_store(settings.store),
         failures=metrics.store_failures,
+    )
+
+
+def make_audit(
+    settings: Settings, bundle: Bundle, metrics: Metrics, *, keyless: bool
+) -> Audit | None:
+    """The audit log, which is opened with its first line; None where none is wanted.
+
+    Raises:
+        ConfigError: its folder is not there, or not ours to write in.
+    """
+    if settings.audit_file is None:
+        return None
+    folder = settings.audit_file.absolute().parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"SCUMBLE_AUDIT_FILE is {str(settings.audit_file)!r}: "
+            f"{folder} is no folder that this process may write in"
+        )
+    card = bundle.card
+    return Audit(
+        ChainFile(settings.audit_file, fsync=settings.audit_fsync),
+        facts={"model": card.name, "version": card.version},
+        policy=settings.defense if keyless else None,
+        closed=settings.audit_on_failure == "closed",
+        written=metrics.audit_written,
+        lost=metrics.audit_lost,
     )
 
 

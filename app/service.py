@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access import Access, Visit
+from app.audit import Audit
 from app.batching import Batcher, Served
 from app.bodies import read_buffer, read_images, refuse_encoding, small_number
 from app.bundle import Card
@@ -47,6 +48,7 @@ class Service:
         count_images: the metrics' counter of answered images of this model and precision.
         apart: by the type of the images, answers clients whose defense is not the server's.
         access: who may ask, and how much; None for anyone and any number.
+        audit: keeps a line for each prediction, answered or refused; None for no such log.
     """
 
     card: Card
@@ -58,6 +60,7 @@ class Service:
     count_images: Callable[[int], None]
     apart: Mapping[type[np.generic], Batcher] = field(default_factory=dict)
     access: Access | None = None
+    audit: Audit | None = None
     state: State = field(default_factory=State)
     clock: Callable[[], float] = time.perf_counter
 
@@ -147,7 +150,7 @@ class Service:
         return json_response({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
-        """`GET /readyz`: loaded, tested, warm, not draining, and budgets can be counted."""
+        """`GET /readyz`: loaded, tested, warm, not draining, budgets and the audit log work."""
         del request
         obstacle = await self.obstacle()
         return json_response({"status": obstacle or "ready"}, 503 if obstacle else 200)
@@ -158,6 +161,8 @@ class Service:
             return "draining"
         if self.access is not None and not await self.access.ready():
             return "budgets cannot be counted"
+        if self.audit is not None and not await self.audit.ready():
+            return "the audit log cannot be written"
         return None
 
     def _rows(self, images: Batch | list[bytes]) -> tuple[Batcher, Batch]:
@@ -180,7 +185,9 @@ class Service:
 
     async def _answer(self, request: Request, batcher: Batcher, batch: Batch) -> Served:
         """All rows of a request; one with many images lets others in between its parts."""
-        visit: Visit | None = request.scope["state"].get("visit")
+        state = request.scope["state"]
+        state["images"] = len(batch)
+        visit: Visit | None = state.get("visit")
         defense = None
         if visit is not None:
             await visit.charge(len(batch))

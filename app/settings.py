@@ -135,6 +135,15 @@ class Settings(BaseSettings):
         description="where budgets are counted: memory://, sqlite:///PATH or redis://HOST:PORT/DB",
     )
     budget: BudgetSettings = BudgetSettings()
+    audit_file: Path | None = Field(
+        default=None, description="audit log; each worker writes FILE.worker-N (scumble audit)"
+    )
+    audit_fsync: Literal["always", "everysec", "never"] = Field(
+        default="everysec", description="when what is written there goes to the disk"
+    )
+    audit_on_failure: Literal["open", "closed"] = Field(
+        default="open", description="while it cannot be written: serve, or refuse with 503"
+    )
     drain_delay_s: float = Field(
         default=0.0, ge=0, le=600, description="not ready for so long before the listener closes"
     )
