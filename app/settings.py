@@ -135,6 +135,13 @@ class Settings(BaseSettings):
         description="where budgets are counted: memory://, sqlite:///PATH or redis://HOST:PORT/DB",
     )
     budget: BudgetSettings = BudgetSettings()
+    tls_cert: Path | None = Field(
+        default=None, description="certificate of the public port, PEM; without it plain HTTP"
+    )
+    tls_key: Path | None = Field(default=None, description="its key, PEM without a password")
+    tls_handshake_timeout_s: float = Field(
+        default=10.0, gt=0, le=600, description="how long a client may take for the handshake"
+    )
     audit_file: Path | None = Field(
         default=None, description="audit log; each worker writes FILE.worker-N (scumble audit)"
     )
