@@ -205,6 +205,8 @@ class Audit:
                 entry["left"] = quota.left(visit.grant.buckets, visit.asked)
         if refusal is not None:
             entry["refusal"] = refusal
+        if state["traceparent"] is not None:
+            entry["traceparent"] = state["traceparent"]
         return entry
 
     def _lose(self, lines: int) -> None:

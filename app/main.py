@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import FastAPI
@@ -31,8 +31,12 @@ from app.service import Service
 from app.settings import Settings, load_settings
 from app.stores import MEMORY, Bucket, open_store
 
+if TYPE_CHECKING:
+    from app.tracing import Tracing
+
 # A batch that takes longer than this leaves the event loop to other requests, on a thread.
 INLINE_S = 0.010
+OTEL_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 log = logging.getLogger("scumble")
 
 
@@ -67,6 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
 
     metrics = Metrics(CollectorRegistry())
+    tracing = make_tracing(settings, os.environ)
     access = make_access(settings, bundle, defense, metrics)
     audit = make_audit(settings, bundle, metrics, keyless=access is None)
     metrics.model_info.labels(
@@ -113,6 +118,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         apart=apart,
         access=access,
         audit=audit,
+        traced=tracing is not None,
     )
     log.info(
         "loaded",
@@ -127,7 +133,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "full_batch_ms": round(seconds * 1000, 3),
         },
     )
-    return build(service, access_log=settings.access_log)
+    return build(service, access_log=settings.access_log, tracing=tracing)
 
 
 def make_defense(settings: Settings, bundle: Bundle) -> defenses.Defense:
@@ -209,6 +215,28 @@ def make_audit(
         written=metrics.audit_written,
         lost=metrics.audit_lost,
     )
+
+
+def make_tracing(settings: Settings, environ: Mapping[str, str]) -> Tracing | None:
+    """What makes spans, where the settings or the standard OTEL_* variables name a collector.
+
+    Raises:
+        ConfigError: the settings name one, and the extra is not installed.
+    """
+    named = settings.otel_endpoint is not None
+    if not named and not any(environ.get(name) for name in OTEL_ENDPOINTS):
+        return None
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    try:
+        from app.tracing import Tracing, exporting
+    except ImportError as exc:
+        sentence = f"no traces: {exc}; install it with: pip install 'scumble[otel]'"
+        if named:
+            raise ConfigError(sentence) from exc
+        log.warning("%s", sentence)  # a platform may set OTEL_* for everything that runs on it
+        return None
+    return Tracing(exporting(settings.otel_endpoint))
 
 
 def make_policies(

@@ -160,6 +160,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="of stderr"
     )
+    otel_endpoint: Annotated[str, Field(pattern="^https?://")] | None = Field(
+        default=None, description="OpenTelemetry collector, http://HOST:4318; needs the extra otel"
+    )
     access_log: bool = Field(False, description="one log line per request")
 
     @property
