@@ -43,6 +43,8 @@ class Grant:
 
     Attributes:
         id: of the key, for logs.
+        client: whose key it is; empty where there are no keys.
+        policy: name of what stands between the engine and this client, for logs.
         digest: SHA-256 of the key.
         revoked: the key was taken back.
         routes: allowed paths, each with all below it; none for all.
@@ -52,6 +54,8 @@ class Grant:
     """
 
     id: str = ""
+    client: str = ""
+    policy: str = ""
     digest: bytes = NOBODY
     revoked: bool = False
     routes: tuple[str, ...] = ()
@@ -64,6 +68,17 @@ class Grant:
         return not self.routes or any(
             path == route or path.startswith(route.rstrip("/") + "/") for route in self.routes
         )
+
+    def check(self, path: str) -> None:
+        """Refuse what the key does not allow.
+
+        Raises:
+            Forbidden: it is revoked, or not for this path.
+        """
+        if self.revoked:
+            raise Forbidden("this API key has been revoked")
+        if not self.allows(path):
+            raise Forbidden("this API key is not for this route")
 
 
 Grants = Mapping[bytes, Grant]
@@ -78,6 +93,7 @@ class Visit:
     access: Access
     images: int = 0
     charged: Charge | None = None
+    asked: Charge | None = None  # granted or not
     headers: dict[str, str] = field(default_factory=dict)
 
     async def charge(self, images: int) -> None:
@@ -97,6 +113,7 @@ class Visit:
             if self.grant.closed:
                 raise Unavailable("budgets cannot be counted at the moment") from exc
             return
+        self.asked = charge
         self.headers = quota.fields(buckets, charge)
         if not charge.granted:
             raise OverBudget(*quota.refusal(buckets, charge, images))
@@ -106,8 +123,9 @@ class Visit:
         """Give back what was charged: the client got nothing for it."""
         if self.charged is None:
             return
+        charge, self.charged = self.charged, None
         try:
-            await self.access.store.refund(self.grant.buckets, self.images, self.charged)
+            await self.access.store.refund(self.grant.buckets, self.images, charge)
         except StoreError as exc:  # counted and not served: never the other way round
             self.access.missed(exc)
 
@@ -143,12 +161,11 @@ class Access:
         self._seen = self._signature()
         self._grants = load()
 
-    def admit(self, scope: Scope) -> Grant:
+    def known(self, scope: Scope) -> Grant:
         """The grant of a request's key.
 
         Raises:
             Unauthorized: no key, or none of ours.
-            Forbidden: it is revoked, or not for this path.
         """
         if self._file is None:
             return self._anybody
@@ -165,10 +182,6 @@ class Access:
                 "this API key is not known here",
                 {"WWW-Authenticate": 'Bearer realm="scumble", error="invalid_token"'},
             )
-        if grant.revoked:
-            raise Forbidden("this API key has been revoked")
-        if not grant.allows(scope["path"]):
-            raise Forbidden("this API key is not for this route")
         return grant
 
     def guard(self, path: str, endpoint: Endpoint) -> Endpoint:
@@ -177,8 +190,9 @@ class Access:
             return endpoint
 
         async def guarded(request: Request) -> Response:
-            visit = Visit(self.admit(request.scope), self)
+            visit = Visit(self.known(request.scope), self)
             request.scope["state"]["visit"] = visit
+            visit.grant.check(request.scope["path"])
             try:
                 response = await endpoint(request)
             except OverBudget as exc:

@@ -8,10 +8,11 @@ every route, and every route has the same errors.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -28,6 +29,9 @@ from app.decode import FORMATS
 from app.middleware import Observe
 from app.routing import Endpoint, Route, problems
 from app.service import Service
+
+if TYPE_CHECKING:
+    from app.tracing import Tracing
 
 log = logging.getLogger("scumble")
 
@@ -71,19 +75,25 @@ class Direct(APIRoute):
         return self.endpoint
 
 
-def build(service: Service, *, access_log: bool = False) -> FastAPI:
-    """The application."""
+def build(service: Service, *, access_log: bool = False, tracing: Tracing | None = None) -> FastAPI:
+    """The application; `tracing` makes spans of its requests."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        async with service.access.running() if service.access else nullcontext():
+        async with (
+            service.audit.running() if service.audit else nullcontext(),
+            service.access.running() if service.access else nullcontext(),
+        ):
             yield
         service.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     async def refused(request: Request, exc: Exception) -> Response:
         error = exc if isinstance(exc, errors.RequestError) else _translated(exc, request)
         service.metrics.rejections[error.reason].inc()
+        request.scope["state"]["refusal"] = error.reason
         return Response(error.body(), error.status, error.headers, media_type=errors.MEDIA_TYPE)
 
     def guarded(endpoint: Endpoint) -> Endpoint:
@@ -110,6 +120,8 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
         if service.access is not None:
             endpoint = service.access.guard(path, endpoint)
             _describe_access(path, description)
+        if service.audit is not None and method == "POST":
+            endpoint = service.audit.guard(path, endpoint)
         endpoint = guarded(endpoint)  # the bare one must not be used
         app.add_api_route(path, endpoint, methods=[method], **description)
         plain = path.format(model=service.card.name, version=service.card.version)
@@ -118,8 +130,14 @@ def build(service: Service, *, access_log: bool = False) -> FastAPI:
             hot[method, plain] = endpoint
     app.hot = hot
     app.front = Observe(
-        app.dispatch, metrics=service.metrics, routes=labels, access_log=access_log
-    )  # fmt: skip
+        app.dispatch,
+        metrics=service.metrics,
+        routes=labels,
+        access_log=access_log,
+        linked=access_log or tracing is not None or service.audit is not None,
+        tracing=tracing,
+        untraced=access.OPEN,
+    )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.service = service
     return app

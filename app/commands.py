@@ -56,6 +56,7 @@ def check(**arguments: Any) -> None:
     from app import engines
     from app.bundle import open_bundle
     from app.main import create_app, make_defense
+    from app.tls import open_certificate
 
     try:
         settings = _settings(arguments)
@@ -65,6 +66,7 @@ def check(**arguments: Any) -> None:
         engine = engines.resolve(settings.engine)
         defense = make_defense(settings, bundle)
         create_app(settings)
+        open_certificate(settings)
     except ConfigError as exc:
         raise click.ClickException(str(exc)) from exc
     accuracy = ", ".join(

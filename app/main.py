@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import FastAPI
@@ -14,9 +15,11 @@ from prometheus_client import CollectorRegistry
 from app import defenses, engines
 from app.access import Access, Grant, Grants
 from app.api import build
+from app.audit import Audit
 from app.auxiliary import Auxiliaries
 from app.batching import Batcher
 from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
+from app.chain_file import ChainFile
 from app.errors import ConfigError
 from app.graph import tensor_input
 from app.keys import KeyFile, read_keys
@@ -28,8 +31,12 @@ from app.service import Service
 from app.settings import Settings, load_settings
 from app.stores import MEMORY, Bucket, open_store
 
+if TYPE_CHECKING:
+    from app.tracing import Tracing
+
 # A batch that takes longer than this leaves the event loop to other requests, on a thread.
 INLINE_S = 0.010
+OTEL_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 log = logging.getLogger("scumble")
 
 
@@ -64,7 +71,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
 
     metrics = Metrics(CollectorRegistry())
+    tracing = make_tracing(settings, os.environ)
     access = make_access(settings, bundle, defense, metrics)
+    audit = make_audit(settings, bundle, metrics, keyless=access is None)
     metrics.model_info.labels(
         model=bundle.card.name,
         version=bundle.card.version,
@@ -108,6 +117,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
         apart=apart,
         access=access,
+        audit=audit,
+        traced=tracing is not None,
     )
     log.info(
         "loaded",
@@ -122,7 +133,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "full_batch_ms": round(seconds * 1000, 3),
         },
     )
-    return build(service, access_log=settings.access_log)
+    return build(service, access_log=settings.access_log, tracing=tracing)
 
 
 def make_defense(settings: Settings, bundle: Bundle) -> defenses.Defense:
@@ -173,10 +184,59 @@ def make_access(
     return Access(
         load,
         file=settings.keys_file,
-        anybody=Grant(buckets=common),
+        anybody=Grant(buckets=common, policy=settings.defense),
         store=open_store(settings.store),
         failures=metrics.store_failures,
     )
+
+
+def make_audit(
+    settings: Settings, bundle: Bundle, metrics: Metrics, *, keyless: bool
+) -> Audit | None:
+    """The audit log, which is opened with its first line; None where none is wanted.
+
+    Raises:
+        ConfigError: its folder is not there, or not ours to write in.
+    """
+    if settings.audit_file is None:
+        return None
+    folder = settings.audit_file.absolute().parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"SCUMBLE_AUDIT_FILE is {str(settings.audit_file)!r}: "
+            f"{folder} is no folder that this process may write in"
+        )
+    card = bundle.card
+    return Audit(
+        ChainFile(settings.audit_file, fsync=settings.audit_fsync),
+        facts={"model": card.name, "version": card.version},
+        policy=settings.defense if keyless else None,
+        closed=settings.audit_on_failure == "closed",
+        written=metrics.audit_written,
+        lost=metrics.audit_lost,
+    )
+
+
+def make_tracing(settings: Settings, environ: Mapping[str, str]) -> Tracing | None:
+    """What makes spans, where the settings or the standard OTEL_* variables name a collector.
+
+    Raises:
+        ConfigError: the settings name one, and the extra is not installed.
+    """
+    named = settings.otel_endpoint is not None
+    if not named and not any(environ.get(name) for name in OTEL_ENDPOINTS):
+        return None
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    try:
+        from app.tracing import Tracing, exporting
+    except ImportError as exc:
+        sentence = f"no traces: {exc}; install it with: pip install 'scumble[otel]'"
+        if named:
+            raise ConfigError(sentence) from exc
+        log.warning("%s", sentence)  # a platform may set OTEL_* for everything that runs on it
+        return None
+    return Tracing(exporting(settings.otel_endpoint))
 
 
 def make_policies(

@@ -125,6 +125,14 @@ class Metrics:
             "Times that the store of budgets did not answer.",
             registry=registry,
         )
+        audit_lines = Counter(
+            "scumble_audit_lines_total",
+            "Lines of the audit log.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.audit_written = audit_lines.labels("written")
+        self.audit_lost = audit_lines.labels("lost")
         self.defended_rows = Counter(
             "scumble_defended_rows_total",
             "Answers that the defense changed (L1 above 1e-6).",

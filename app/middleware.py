@@ -6,12 +6,17 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.metrics import Metrics
+from app.traceparent import read_traceparent
+
+if TYPE_CHECKING:
+    from app.tracing import Tracing
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 log = logging.getLogger("scumble.access")
@@ -21,7 +26,8 @@ class Observe:
     """Gives each request an id, echoes it, counts and times the answer.
 
     `routes` maps paths to the labels they count under; all others are `other`, so that a scanner
-    adds no series.
+    adds no series. `linked` reads the `traceparent` of requests, for logs; `tracing` makes spans of
+    them, but for the paths in `untraced`.
     """
 
     def __init__(
@@ -31,11 +37,17 @@ class Observe:
         routes: Mapping[str, str],
         *,
         access_log: bool = False,
+        linked: bool = False,
+        tracing: Tracing | None = None,
+        untraced: Collection[str] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._access_log = access_log
+        self._linked = linked
+        self._tracing = tracing
+        self._untraced = untraced
         self._clock = clock
         self._routes = routes
         self._seconds = {
@@ -50,7 +62,10 @@ class Observe:
             return
         start = self._clock()
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["id"] = request_id
+        state = scope.setdefault("state", {})
+        state["id"] = request_id
+        if self._linked:
+            state["traceparent"] = read_traceparent(scope["headers"])
         header = (b"x-request-id", request_id.encode())
         status = 500
 
@@ -71,6 +86,8 @@ class Observe:
             self._seconds[route].observe(seconds)
             self._count(route, status)
             self._metrics.flush_soon()
+            if self._tracing is not None and scope["path"] not in self._untraced:
+                self._tracing.request(scope, route, status, start, seconds)
             if self._access_log:
                 log.info(
                     "request",
@@ -80,6 +97,7 @@ class Observe:
                         "route": route,
                         "status": status,
                         "ms": round(seconds * 1000, 3),
+                        "traceparent": state["traceparent"],
                     },
                 )
 

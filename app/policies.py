@@ -40,6 +40,7 @@ class Policies:
         common: tuple[Bucket, ...] = (),
     ) -> None:
         self._configure = configure
+        self._server_name = server[0]
         self._server = _identity(*server)
         self._common = common
         self._built = {self._server: default}
@@ -61,6 +62,8 @@ class Policies:
         limits = key.limits
         return Grant(
             id=key.id,
+            client=key.client,
+            policy=self._name(key),
             digest=bytes.fromhex(key.sha256),
             revoked=key.revoked is not None,
             routes=key.routes,
@@ -72,6 +75,11 @@ class Policies:
             + self._common,
             closed=key.on_store_failure == "closed",
         )
+
+    def _name(self, key: Key) -> str:
+        """Of the key's defense and output together: `dcp+top_k`."""
+        name = key.defense or self._server_name
+        return name if key.output.form == "full" else f"{name}+{key.output.form}"
 
     def _defense(self, key: Key, old: Mapping[bytes, Defense]) -> Defense | None:
         """The key's defense and output as one; None if that is the server's defense alone."""

@@ -46,6 +46,15 @@ def fields(buckets: Sequence[Bucket], charge: Charge) -> dict[str, str]:
     return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(limits)}
 
 
+def left(buckets: Sequence[Bucket], charge: Charge) -> dict[str, int]:
+    """Images that are left of the client's own budgets, by their names."""
+    return {
+        bucket.name.rpartition(":")[2]: max(0, bucket.limit - level.used)
+        for bucket, level in zip(buckets, charge.levels, strict=True)
+        if not bucket.name.startswith(EVERYBODY)
+    }
+
+
 def refusal(buckets: Sequence[Bucket], charge: Charge, images: int) -> tuple[str, dict[str, str]]:
     """The sentence and `Retry-After` for images that did not fit: of what takes longest to help."""
     found = []

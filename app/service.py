@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access import Access, Visit
+from app.audit import Audit
 from app.batching import Batcher, Served
 from app.bodies import read_buffer, read_images, refuse_encoding, small_number
 from app.bundle import Card
@@ -23,6 +24,7 @@ from app.engines import Batch, Probs
 from app.errors import NotFound, Unprocessable
 from app.metrics import Metrics
 from app.settings import LimitSettings
+from app.stages import Stages
 from app.v2 import read_infer, write_infer
 
 
@@ -47,6 +49,8 @@ class Service:
         count_images: the metrics' counter of answered images of this model and precision.
         apart: by the type of the images, answers clients whose defense is not the server's.
         access: who may ask, and how much; None for anyone and any number.
+        audit: keeps a line for each prediction, answered or refused; None for no such log.
+        traced: leave the times of the stages in a request's state, for spans.
     """
 
     card: Card
@@ -58,6 +62,8 @@ class Service:
     count_images: Callable[[int], None]
     apart: Mapping[type[np.generic], Batcher] = field(default_factory=dict)
     access: Access | None = None
+    audit: Audit | None = None
+    traced: bool = False
     state: State = field(default_factory=State)
     clock: Callable[[], float] = time.perf_counter
 
@@ -81,7 +87,7 @@ class Service:
         served = await self._answer(request, self.pixels, batch)
         back = self.clock()
         body = self._encode(request.scope["state"]["id"], served.probabilities, top_k)
-        self._count(served, read - start, decoded - read, self.clock() - back)
+        self._count(request, served, start, read, decoded, back)
         return Response(body, media_type="application/json")
 
     async def infer(self, request: Request) -> Response:
@@ -101,7 +107,7 @@ class Service:
         served = await self._answer(request, batcher, batch)
         back = self.clock()
         answer, headers = write_infer(self.card, asked, served.probabilities)
-        self._count(served, read - start, decoded - read, self.clock() - back)
+        self._count(request, served, start, read, decoded, back)
         return Response(answer, headers=headers)
 
     def check_path(self, request: Request) -> None:
@@ -147,7 +153,7 @@ class Service:
         return json_response({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
-        """`GET /readyz`: loaded, tested, warm, not draining, and budgets can be counted."""
+        """`GET /readyz`: loaded, tested, warm, not draining, budgets and the audit log work."""
         del request
         obstacle = await self.obstacle()
         return json_response({"status": obstacle or "ready"}, 503 if obstacle else 200)
@@ -158,6 +164,8 @@ class Service:
             return "draining"
         if self.access is not None and not await self.access.ready():
             return "budgets cannot be counted"
+        if self.audit is not None and not await self.audit.ready():
+            return "the audit log cannot be written"
         return None
 
     def _rows(self, images: Batch | list[bytes]) -> tuple[Batcher, Batch]:
@@ -180,7 +188,9 @@ class Service:
 
     async def _answer(self, request: Request, batcher: Batcher, batch: Batch) -> Served:
         """All rows of a request; one with many images lets others in between its parts."""
-        visit: Visit | None = request.scope["state"].get("visit")
+        state = request.scope["state"]
+        state["images"] = len(batch)
+        visit: Visit | None = state.get("visit")
         defense = None
         if visit is not None:
             await visit.charge(len(batch))
@@ -199,15 +209,28 @@ class Service:
             sum(part.defend_s for part in served),
         )
 
-    def _count(self, served: Served, read_s: float, decode_s: float, encode_s: float) -> None:
+    def _count(
+        self,
+        request: Request,
+        served: Served,
+        start: float,
+        read: float,
+        decoded: float,
+        back: float,
+    ) -> None:
+        end = self.clock()
         stage = self.metrics.stage
-        stage["read"].observe(read_s)
-        stage["decode"].observe(decode_s)
+        stage["read"].observe(read - start)
+        stage["decode"].observe(decoded - read)
         stage["queue"].observe(served.queue_s)
         stage["infer"].observe(served.infer_s)
         stage["defend"].observe(served.defend_s)
-        stage["encode"].observe(encode_s)
+        stage["encode"].observe(end - back)
         self.count_images(len(served.probabilities))
+        if self.traced:
+            request.scope["state"]["stages"] = Stages(
+                start, read, decoded, back, end, served.queue_s, served.infer_s, served.defend_s
+            )
 
     def _top_k(self, request: Request) -> int | None:
         text = request.query_params.get("top_k")

@@ -141,6 +141,22 @@ class Settings(BaseSettings):
         description="where budgets are counted: memory://, sqlite:///PATH or redis://HOST:PORT/DB",
     )
     budget: BudgetSettings = BudgetSettings()
+    tls_cert: Path | None = Field(
+        default=None, description="certificate of the public port, PEM; without it plain HTTP"
+    )
+    tls_key: Path | None = Field(default=None, description="its key, PEM without a password")
+    tls_handshake_timeout_s: float = Field(
+        default=10.0, gt=0, le=600, description="how long a client may take for the handshake"
+    )
+    audit_file: Path | None = Field(
+        default=None, description="audit log; each worker writes FILE.worker-N (scumble audit)"
+    )
+    audit_fsync: Literal["always", "everysec", "never"] = Field(
+        default="everysec", description="when what is written there goes to the disk"
+    )
+    audit_on_failure: Literal["open", "closed"] = Field(
+        default="open", description="while it cannot be written: serve, or refuse with 503"
+    )
     drain_delay_s: float = Field(
         default=0.0, ge=0, le=600, description="not ready for so long before the listener closes"
     )
@@ -149,6 +165,9 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="of stderr"
+    )
+    otel_endpoint: Annotated[str, Field(pattern="^https?://")] | None = Field(
+        default=None, description="OpenTelemetry collector, http://HOST:4318; needs the extra otel"
     )
     access_log: bool = Field(False, description="one log line per request")
 

@@ -26,6 +26,7 @@ from app import logs, worker
 from app.dealer import Dealer
 from app.errors import ConfigError
 from app.settings import Settings
+from app.tls import open_certificate
 
 RESTART_S = 0.5
 log = logging.getLogger("scumble")
@@ -35,9 +36,10 @@ def serve(settings: Settings) -> int:
     """Serve until SIGTERM or Ctrl-C; gives the exit code.
 
     Raises:
-        ConfigError: a port cannot be bound.
+        ConfigError: a port cannot be bound, or the certificate cannot be used.
     """
     logs.configure(settings.log_level)
+    open_certificate(settings)  # the workers open it themselves; a wrong one is better said once
     with tempfile.TemporaryDirectory(prefix="scumble-metrics-") as folder:
         # Workers inherit it; prometheus_client reads it when it is imported there.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
@@ -183,7 +185,7 @@ class Supervisor:
             log.info(
                 "ready",
                 extra={
-                    "url": _url(self._public),
+                    "url": _url(self._public, "https" if self._settings.tls_cert else "http"),
                     "admin": _url(self._admin),
                     "workers": len(self._workers),
                 },
@@ -227,6 +229,6 @@ class Supervisor:
         log.info("stopped")
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str = "http") -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -23,6 +23,7 @@ from app import logs
 from app.dealer import Hand
 from app.errors import ConfigError
 from app.settings import Settings
+from app.tls import Certificate, open_certificate
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -40,8 +41,18 @@ class WorkerServer(uvicorn.Server):
     more connections, or is gone, it finishes its requests and ends.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, hand: Hand, pipe: Connection):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        hand: Hand,
+        pipe: Connection,
+        certificate: Certificate | None = None,
+        handshake_timeout_s: float = 10.0,
+    ):
         super().__init__(config)
+        self._certificate = certificate
+        self._handshake_timeout_s = handshake_timeout_s
         self._app = app
         self._hand = hand
         self._pipe = pipe
@@ -84,8 +95,7 @@ class WorkerServer(uvicorn.Server):
         try:
             while (arrived := self._hand.take()) is not None:
                 for connection in arrived:
-                    opening = loop.connect_accepted_socket(self._protocol, connection)
-                    task = loop.create_task(opening)
+                    task = loop.create_task(self._open(connection))
                     self._opening.add(task)  # or nobody would hold it
                     task.add_done_callback(self._opening.discard)
         except BlockingIOError:
@@ -94,8 +104,19 @@ class WorkerServer(uvicorn.Server):
         self._app.state.service.state.draining = True
         self.should_exit = True
 
-    def _protocol(self) -> Counted:
-        return Counted(self._hand, self.config, self.server_state, self.lifespan.state)
+    async def _open(self, connection: socket.socket) -> None:
+        protocol = Counted(self._hand, self.config, self.server_state, self.lifespan.state)
+        tls: dict[str, Any] = {}
+        if self._certificate is not None:
+            tls["ssl"] = self._certificate.context()
+            tls["ssl_handshake_timeout"] = self._handshake_timeout_s
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(lambda: protocol, connection, **tls)
+        except OSError as exc:
+            log.debug("a connection could not be opened: %s", exc)
+            if protocol.transport is None:  # it was never told of the connection, nor of its end
+                self._hand.count_closed()
 
     def _drain(self) -> None:
         self._app.state.service.state.draining = True
@@ -144,12 +165,15 @@ def run(settings: Settings, hand: Hand, pipe: Connection) -> None:
     from app.main import create_app
 
     try:
+        certificate = open_certificate(settings)
         app = create_app(settings)
     except ConfigError as exc:
         log.error("%s", exc)  # a sentence for a person, not a traceback
         sys.exit(1)
     _give_back()
-    WorkerServer(config_for(app, settings), app, hand, pipe).run([])
+    WorkerServer(
+        config_for(app, settings), app, hand, pipe, certificate, settings.tls_handshake_timeout_s
+    ).run([])
 
 
 def _give_back() -> None:

@@ -103,6 +103,7 @@ COMMANDS = {
     "serve": Row("app.commands:serve", "Serve a model over HTTP."),
     "check": Row("app.commands:check", "Show the settings a server would start with."),
     "keys": Row("app.key_commands:keys", "Make, list and revoke API keys."),
+    "audit": Row("app.audit_commands:audit", "Check audit logs."),
     "predict": Row("scumble.commands:predict", "Classify image files with a running server."),
     "attack": Row("attacker.commands:attack", "Steal a served model, to know its worth.", "attack"),
     "evaluate": Row("evaluation.commands:evaluate", "Judge defenses with attacks.", "evaluate"),

@@ -53,6 +53,11 @@ class Outcome:
     type=click.File(),
     help="File with the API key, - for standard input; a key in an option would show in `ps`.",
 )
+@click.option(
+    "--ca-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="PEM file of the authorities that may vouch for an https server.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per image.")
 @click.pass_context
 def predict(
@@ -61,6 +66,7 @@ def predict(
     images: tuple[Path, ...],
     top_k: int | None,
     key_file: TextIO | None,
+    ca_file: Path | None,
     as_json: bool,
 ) -> None:
     """Classify image files with the server at URL.
@@ -68,7 +74,9 @@ def predict(
     Each IMAGE (PNG, JPEG or WebP) is one request. The exit code is 1 if one of them got no answer.
     """
     try:
-        client = Client(url, key=key_file.read().strip() if key_file else None)
+        client = Client(url, key=key_file.read().strip() if key_file else None, ca_file=ca_file)
+    except OSError as exc:  # the ssl module's own errors are such, too
+        raise click.BadParameter(f"{ca_file}: {exc}", param_hint="--ca-file") from exc
     except ValueError as exc:
         hint = "URL" if str(exc).startswith("url") else "--key-file"
         raise click.BadParameter(str(exc), param_hint=hint) from exc

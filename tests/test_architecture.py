@@ -26,7 +26,9 @@ def test_import_contracts_hold():
     run("from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))")
 
 
-@pytest.mark.parametrize("heavy", ["torch", "torchvision", "sklearn", "pyarrow", "onnx", "redis"])
+@pytest.mark.parametrize(
+    "heavy", ["torch", "torchvision", "sklearn", "pyarrow", "onnx", "redis", "opentelemetry.sdk"]
+)
 def test_the_service_does_not_load(heavy):
     assert run(f"import sys, app.main; print({heavy!r} in sys.modules)") == "False"
 
@@ -54,7 +56,10 @@ def test_the_base_install_serves(models):
     """Everything that only extras bring is made unimportable; the service answers all the same."""
     code = """
 import sys
-for name in ("torch", "torchvision", "pyarrow", "redis", "tqdm", "onnxscript", "sklearn", "pytest"):
+for name in (
+    "torch", "torchvision", "pyarrow", "redis", "tqdm", "onnxscript", "sklearn", "pytest",
+    "opentelemetry.sdk", "opentelemetry.exporter", "trustme", "cryptography",
+):
     sys.modules[name] = None
 from pathlib import Path
 from starlette.testclient import TestClient
