@@ -13,7 +13,9 @@ ScumbleError                  a person can act on it; never a traceback
    ├─ UnsupportedType    415
    ├─ Unprocessable      422  well framed, but not an image or not allowed here
    ├─ OverBudget         429  the images are over a budget; carries Retry-After
+   ├─ ClientGone         499  nobody is there to read the answer; never sent
    ├─ Unavailable        503  queue full, draining or no store; carries Retry-After
+   ├─ TooLate            504  the deadline passed before the inference began
    └─ Internal           500  our fault
 """
 
@@ -114,6 +116,18 @@ class OverBudget(RequestError):
     """The client's images, or everybody's, are spent for now or for good."""
 
     status, title, reason = 429, "Too many requests", "budget"
+
+
+class ClientGone(RequestError):
+    """The client closed the connection while its request waited; only metrics see this."""
+
+    status, title, reason = 499, "Client closed request", "gone"
+
+
+class TooLate(RequestError):
+    """The deadline passed while the request waited."""
+
+    status, title, reason = 504, "Gateway timeout", "deadline"
 
 
 class Unavailable(RequestError):

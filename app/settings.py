@@ -69,6 +69,12 @@ class LimitSettings(Section):
     max_queue: int = Field(
         default=4096, ge=1, description="images waiting per worker; more get 503"
     )
+    deadline_ms: float = Field(
+        default=0.0,
+        ge=0,
+        le=3_600_000,
+        description="a request that waits longer for its inference gets 504; 0: no limit",
+    )
 
 
 class BudgetSettings(Section):

@@ -12,14 +12,13 @@ import socket
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from app import logs
+from app.connections import Connection
 from app.dealer import Hand
 from app.errors import ConfigError
 from app.settings import Settings
@@ -40,7 +39,7 @@ class WorkerServer(uvicorn.Server):
     more connections, or is gone, it finishes its requests and ends.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, hand: Hand, pipe: Connection):
+    def __init__(self, config: uvicorn.Config, app: FastAPI, hand: Hand, pipe: Pipe):
         super().__init__(config)
         self._app = app
         self._hand = hand
@@ -94,32 +93,13 @@ class WorkerServer(uvicorn.Server):
         self._app.state.service.state.draining = True
         self.should_exit = True
 
-    def _protocol(self) -> Counted:
-        return Counted(self._hand, self.config, self.server_state, self.lifespan.state)
+    def _protocol(self) -> Connection:
+        return Connection(self._hand, self.config, self.server_state, self.lifespan.state)
 
     def _drain(self) -> None:
         self._app.state.service.state.draining = True
         with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
             self._pipe.send("draining")
-
-
-class Counted(HttpToolsProtocol):
-    """HTTP on one connection, and a mark where it ends."""
-
-    def __init__(
-        self,
-        hand: Hand,
-        config: uvicorn.Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-    ) -> None:
-        super().__init__(config, server_state, app_state)
-        self._hand = hand
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The connection has ended."""
-        super().connection_lost(exc)
-        self._hand.count_closed()
 
 
 def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -137,7 +117,7 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def run(settings: Settings, hand: Hand, pipe: Connection) -> None:
+def run(settings: Settings, hand: Hand, pipe: Pipe) -> None:
     """Entry point of the process; exits 0 after draining, 1 when the settings cannot be served."""
     logs.configure(settings.log_level)
     # Imported here: the supervisor imports this module too, and starts faster without the service.
