@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import errors
+from app.incidents import Incidents
 from app.service import json_response
 
 
@@ -67,11 +68,12 @@ class ProcessMetrics(Collector):
         return [resident, seconds, count]
 
 
-def create_admin(workers: Workers, metrics_dir: str) -> Starlette:
+def create_admin(workers: Workers, metrics_dir: str, incidents: Incidents) -> Starlette:
     """`/metrics`, `/livez` and `/readyz` for all workers together."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
     registry.register(ProcessMetrics(workers))
+    registry.register(incidents)
 
     async def metrics(request: Request) -> Response:
         del request

@@ -81,6 +81,7 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
         self._busy = False
+        self._started: float | None = None
         self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def __call__(
@@ -129,6 +130,11 @@ class Batcher:
             return await self._within(patience.deadline - now, jobs)
         return await _answers(jobs)
 
+    @property
+    def running_s(self) -> float:
+        """For how long the current batch has been running; 0 if there is none."""
+        return 0.0 if self._started is None else self._clock() - self._started
+
     def close(self) -> None:
         """Let the running batch finish and end the thread."""
         if self._thread is not None:
@@ -156,6 +162,7 @@ class Batcher:
         if not jobs:
             self._next()
             return
+        self._started = started
         if self._thread is None:
             try:
                 answers = self._run(jobs)
@@ -208,6 +215,7 @@ class Batcher:
         self._next()
 
     def _next(self) -> None:
+        self._started = None
         loop = asyncio.get_running_loop()
         if not self._jobs:
             self._busy = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -128,10 +128,13 @@ class Service:
 
     def close(self) -> None:
         """Let running batches finish, end the engines' threads, hand the last metrics over."""
-        for batcher in (self.pixels, self.tensors, *self.apart.values()):
-            if batcher is not None:
-                batcher.close()
+        for batcher in self._batchers():
+            batcher.close()
         self.metrics.flush()
+
+    def running_s(self) -> float:
+        """For how long the oldest batch has been running; 0 if there is none."""
+        return max(batcher.running_s for batcher in self._batchers())
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/model`: what a client must know, nothing about the defense."""
@@ -166,6 +169,12 @@ class Service:
         if self.access is not None and not await self.access.ready():
             return "budgets cannot be counted"
         return None
+
+    def _batchers(self) -> Iterator[Batcher]:
+        yield self.pixels
+        if self.tensors is not None:
+            yield self.tensors
+        yield from self.apart.values()
 
     def _rows(self, images: Batch | list[bytes]) -> tuple[Batcher, Batch]:
         """Images of a V2 request, and who answers them."""

@@ -147,6 +147,12 @@ class Settings(BaseSettings):
     shutdown_timeout_s: float = Field(
         default=10.0, gt=0, le=600, description="how long open requests may take after that"
     )
+    watchdog_s: float = Field(
+        default=30.0,
+        ge=0,
+        le=3600,
+        description="a worker whose inference takes longer is killed and replaced; 0: never",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="of stderr"
     )

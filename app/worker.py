@@ -22,6 +22,7 @@ from app.connections import Connection
 from app.dealer import Hand
 from app.errors import ConfigError
 from app.settings import Settings
+from app.watchdog import Pulse
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,10 +40,11 @@ class WorkerServer(uvicorn.Server):
     more connections, or is gone, it finishes its requests and ends.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, hand: Hand, pipe: Pipe):
+    def __init__(self, config: uvicorn.Config, app: FastAPI, hand: Hand, pulse: Pulse, pipe: Pipe):
         super().__init__(config)
         self._app = app
         self._hand = hand
+        self._pulse = pulse
         self._pipe = pipe
         self._opening: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[None] | None = None
@@ -71,6 +73,11 @@ class WorkerServer(uvicorn.Server):
                 with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
                     self._pipe.send("ready" if ready else "not ready")
                 said = ready
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: show the supervisor that nothing hangs."""
+        self._pulse.beat(self._app.state.service.running_s())
+        return await super().on_tick(counter)
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -117,7 +124,7 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def run(settings: Settings, hand: Hand, pipe: Pipe) -> None:
+def run(settings: Settings, hand: Hand, pulse: Pulse, pipe: Pipe) -> None:
     """Entry point of the process; exits 0 after draining, 1 when the settings cannot be served."""
     logs.configure(settings.log_level)
     # Imported here: the supervisor imports this module too, and starts faster without the service.
@@ -129,7 +136,7 @@ def run(settings: Settings, hand: Hand, pipe: Pipe) -> None:
         log.error("%s", exc)  # a sentence for a person, not a traceback
         sys.exit(1)
     _give_back()
-    WorkerServer(config_for(app, settings), app, hand, pipe).run([])
+    WorkerServer(config_for(app, settings), app, hand, pulse, pipe).run([])
 
 
 def _give_back() -> None:

@@ -11,6 +11,7 @@ from starlette.routing import Route
 from app.admin import ProcessMetrics
 from app.defenses import available
 from app.errors import RequestError
+from app.incidents import Incidents
 from app.metrics import STAGES, Metrics
 from app.settings import Settings, variables
 from attacker.adapt import MODIFIERS
@@ -41,7 +42,7 @@ def metric_names() -> set[str]:
         def pids(self):
             return {}
 
-    families = [*registry.collect(), *ProcessMetrics(NoWorkers()).collect()]
+    families = [*registry.collect(), *ProcessMetrics(NoWorkers()).collect(), *Incidents().collect()]
     return {f"{f.name}_total" if f.type == "counter" else f.name for f in families}
 
 

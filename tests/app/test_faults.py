@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from app.keys import KeyFile, write_keys
-from tests.app.stubborn import NAME, SLOW, SLOW_S, plain
+from tests.app.stubborn import HUNG, NAME, SLOW, SLOW_S, plain
 from tests.app.test_access import row
 from tests.pictures import PNG
 
@@ -166,3 +166,36 @@ def test_others_serve_on_while_a_killed_worker_is_replaced(serve):
 def kill_one(server) -> None:
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
     os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("execution", ["inline", "thread"])
+def test_a_worker_that_hangs_is_replaced_while_the_other_serves(stubborn, execution):
+    server = stubborn(workers=2, watchdog_s=2, batch__execution=execution)
+    with connect(server) as victim, httpx2.Client(base_url=server.url, headers=IMAGE) as other:
+        victim.sendall(raw(plain(HUNG)))
+        assert other.post("/v1/predict", content=PNG).status_code == 200  # the other worker's
+        codes, ready = [], set()
+        hung = 'scumble_worker_restarts_total{reason="hung"}'
+        deadline = time.monotonic() + 20
+        while not server.metrics()[hung] and time.monotonic() < deadline:
+            codes.append(other.post("/v1/predict", content=PNG).status_code)
+            ready.add(httpx2.get(f"{server.admin}/readyz").status_code)
+            time.sleep(0.02)
+        assert set(codes) == {200}
+        assert ready == {200, 503}
+        assert victim.recv(100) == b""
+    while httpx2.get(f"{server.admin}/readyz").status_code != 200:
+        time.sleep(0.05)
+    assert server.metrics()[hung] == 1
+    assert any(entry["event"].startswith("worker hung") for entry in server.log)
+    assert [post(server).status_code for _ in range(4)] == [200] * 4
+
+
+def test_a_slow_worker_gets_no_new_connections(stubborn):
+    server = stubborn(workers=2, watchdog_s=1.2, batch__execution="inline")
+    with busy(server):
+        time.sleep(SLOW_S / 4)
+        started = time.monotonic()
+        assert [post(server).status_code for _ in range(8)] == [200] * 8
+        assert time.monotonic() - started < SLOW_S / 2
+    assert server.metrics()['scumble_worker_restarts_total{reason="hung"}'] == 0
