@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from app.access import Access
 
 WATCH_S = 1.0
+TICKS_PER_CHECK = 10
 log = logging.getLogger("scumble")
 
 
@@ -40,8 +41,11 @@ class WorkerServer(uvicorn.Server):
     more connections, or is gone, it finishes its requests and ends.
     """
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, hand: Hand, pulse: Pulse, pipe: Pipe):
-        super().__init__(config)
+    def __init__(
+        self, settings: Settings, app: FastAPI, hand: Hand, pulse: Pulse, pipe: Pipe
+    ) -> None:
+        super().__init__(config_for(app, settings))
+        self._limits = settings.http
         self._app = app
         self._hand = hand
         self._pulse = pulse
@@ -75,8 +79,12 @@ class WorkerServer(uvicorn.Server):
                 said = ready
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: show the supervisor that nothing hangs."""
+        """Ten times a second: show the supervisor that nothing hangs, look for slow clients."""
         self._pulse.beat(self._app.state.service.running_s())
+        if counter % TICKS_PER_CHECK == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                connection.check(now)  # type: ignore[union-attr]  # all are made by `_protocol`
         return await super().on_tick(counter)
 
     @contextmanager
@@ -101,7 +109,14 @@ class WorkerServer(uvicorn.Server):
         self.should_exit = True
 
     def _protocol(self) -> Connection:
-        return Connection(self._hand, self.config, self.server_state, self.lifespan.state)
+        return Connection(
+            self._hand,
+            self._limits,
+            self._app.state.service.metrics.rejections,
+            self.config,
+            self.server_state,
+            self.lifespan.state,
+        )
 
     def _drain(self) -> None:
         self._app.state.service.state.draining = True
@@ -120,6 +135,7 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=settings.http.keep_alive_s,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
     )
 
@@ -136,7 +152,7 @@ def run(settings: Settings, hand: Hand, pulse: Pulse, pipe: Pipe) -> None:
         log.error("%s", exc)  # a sentence for a person, not a traceback
         sys.exit(1)
     _give_back()
-    WorkerServer(config_for(app, settings), app, hand, pulse, pipe).run([])
+    WorkerServer(settings, app, hand, pulse, pipe).run([])
 
 
 def _give_back() -> None:
