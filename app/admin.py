@@ -25,6 +25,7 @@ from app import errors
 from app.console.guard import Guard
 from app.console.helper import Helper
 from app.console.routes import console_routes
+from app.incidents import Incidents
 from app.service import json_response
 from app.settings import Settings
 
@@ -77,12 +78,17 @@ class ProcessMetrics(Collector):
 
 
 def create_admin(
-    workers: Workers, metrics_dir: str, settings: Settings, helper: Helper | None
+    workers: Workers,
+    metrics_dir: str,
+    settings: Settings,
+    incidents: Incidents,
+    helper: Helper | None,
 ) -> Starlette:
     """`/metrics`, `/livez` and `/readyz` for all workers together; with a helper the console."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
     registry.register(ProcessMetrics(workers))
+    registry.register(incidents)
 
     async def metrics(request: Request) -> Response:
         del request

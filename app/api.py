@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app import access, errors, schemas, v2_routes
 from app.decode import FORMATS
 from app.middleware import Observe
-from app.routing import Endpoint, Route, problems
+from app.routing import DEADLINE_PARAMETER, Endpoint, Route, problems
 from app.service import Service
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def routes(service: Service) -> list[Route]:
                         "model": schemas.PredictAnswer,
                         "description": "one prediction per image",
                     },
-                    **problems(400, 413, 415, 422, 503),
+                    **problems(400, 413, 415, 422, 503, 504),
                 },
                 "openapi_extra": _predict_extra(len(service.card.labels)),
             },
@@ -239,6 +239,7 @@ def _predict_extra(classes: int) -> dict[str, Any]:
                 "description": "taken over as the id and echoed; one of another form is replaced",
                 "schema": {"type": "string"},
             },
+            DEADLINE_PARAMETER,
         ],
         "requestBody": {
             "required": True,

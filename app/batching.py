@@ -3,11 +3,13 @@
 Nobody waits for company while the engine is idle: the first request starts a batch at the end of
 the event loop's current turn, together with whatever else arrived in that turn. While a batch runs,
 the next one gathers. With a target for the time of answers, `app.pace` says how large it may get.
+Whoever is not waited for any more when his turn comes (`app.patience`) is left out of the batch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,9 +20,10 @@ import numpy as np
 
 from app.defenses import Defense
 from app.engines import Batch, Probs
-from app.errors import Unavailable
+from app.errors import TooLate, Unavailable
 from app.metrics import Metrics
 from app.pace import Pace
+from app.patience import FOREVER, LATE, Patience
 from app.pipeline import Answers, Compute, Pipeline
 
 
@@ -40,6 +43,7 @@ class _Job:
     future: asyncio.Future[Served]
     submitted: float
     defense: Defense | None
+    patience: Patience
 
 
 class Batcher:
@@ -77,26 +81,37 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
         self._busy = False
+        self._started: float | None = None
         self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="engine")
 
-    async def __call__(self, batch: Batch, defense: Defense | None = None) -> Served:
+    async def __call__(
+        self, batch: Batch, defense: Defense | None = None, patience: Patience = FOREVER
+    ) -> Served:
         """Probabilities for (n, ...) images, in order.
 
         Args:
             batch: the images.
             defense: in place of the pipeline's own; a `Pipeline` is needed for that.
+            patience: until when they are worth an inference, on the clock of this batcher.
 
         Raises:
             Unavailable: the queue has no room for them.
+            TooLate, ClientGone: patience ended before their turn.
         """
-        (served,) = await self.all([batch], defense)
+        (served,) = await self.all([batch], defense, patience)
         return served
 
-    async def all(self, batches: Sequence[Batch], defense: Defense | None = None) -> list[Served]:
+    async def all(
+        self,
+        batches: Sequence[Batch],
+        defense: Defense | None = None,
+        patience: Patience = FOREVER,
+    ) -> list[Served]:
         """The same for several at once: either all of them are queued, or none.
 
         Raises:
             Unavailable: the queue has no room for them.
+            TooLate, ClientGone: patience ended before the turn of one of them.
         """
         images = sum(map(len, batches))
         if self._waiting + images > self._max_queue:
@@ -105,24 +120,49 @@ class Batcher:
             )
         loop = asyncio.get_running_loop()
         now = self._clock()
-        jobs = [_Job(batch, loop.create_future(), now, defense) for batch in batches]
+        jobs = [_Job(batch, loop.create_future(), now, defense, patience) for batch in batches]
         self._jobs.extend(jobs)
         self._count(images)
         if not self._busy:
             self._busy = True
             loop.call_soon(self._start)
-        if len(jobs) == 1:
-            return [await jobs[0].future]
-        return await asyncio.gather(*(job.future for job in jobs))
+        if patience.deadline < math.inf:
+            return await self._within(patience.deadline - now, jobs)
+        return await _answers(jobs)
+
+    @property
+    def running_s(self) -> float:
+        """For how long the current batch has been running; 0 if there is none."""
+        return 0.0 if self._started is None else self._clock() - self._started
 
     def close(self) -> None:
         """Let the running batch finish and end the thread."""
         if self._thread is not None:
             self._thread.shutdown()
 
+    async def _within(self, seconds: float, jobs: list[_Job]) -> list[Served]:
+        """The answers to what is taken from the queue in time: a batch may run for long."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(seconds, self._withdraw, jobs)
+        try:
+            return await _answers(jobs)
+        finally:
+            timer.cancel()
+
+    def _withdraw(self, jobs: list[_Job]) -> None:
+        for job in jobs:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                self._count(-len(job.batch))
+                _refuse(job, TooLate(LATE))
+
     def _start(self) -> None:
-        jobs = self._take()
         started = self._clock()
+        jobs = self._take(started)
+        if not jobs:
+            self._next()
+            return
+        self._started = started
         if self._thread is None:
             try:
                 answers = self._run(jobs)
@@ -139,14 +179,24 @@ class Batcher:
             )
         )
 
-    def _take(self) -> list[_Job]:
-        jobs = [self._jobs.popleft()]
-        size, allowed = len(jobs[0].batch), self._pace()
-        while self._jobs and size + len(self._jobs[0].batch) <= allowed:
-            size += len(self._jobs[0].batch)
-            jobs.append(self._jobs.popleft())
-        self._count(-size)
-        self._metrics.batch_size.observe(size)
+    def _take(self, now: float) -> list[_Job]:
+        """The next batch, which is empty if nobody waits for an answer any more."""
+        jobs: list[_Job] = []
+        size, dropped, allowed = 0, 0, self._pace()
+        while self._jobs and (not jobs or size + len(self._jobs[0].batch) <= allowed):
+            job = self._jobs.popleft()
+            ended = job.patience.ended(now)
+            if ended is not None:
+                _refuse(job, ended)
+            if job.future.done():  # by this, or its task was cancelled
+                dropped += len(job.batch)
+            else:
+                size += len(job.batch)
+                jobs.append(job)
+        if size + dropped:
+            self._count(-size - dropped)
+        if jobs:
+            self._metrics.batch_size.observe(size)
         return jobs
 
     def _run(self, jobs: list[_Job]) -> Answers:
@@ -159,10 +209,13 @@ class Batcher:
     def _finish(self, jobs: list[_Job], started: float, outcome: Answers | BaseException) -> None:
         if isinstance(outcome, BaseException):
             for job in jobs:
-                if not job.future.done():
-                    job.future.set_exception(outcome)
+                _refuse(job, outcome)
         else:
             self._deliver(jobs, started, outcome)
+        self._next()
+
+    def _next(self) -> None:
+        self._started = None
         loop = asyncio.get_running_loop()
         if not self._jobs:
             self._busy = False
@@ -193,3 +246,14 @@ class Batcher:
     def _count(self, images: int) -> None:
         self._waiting += images
         self._metrics.queue_depth.inc(images)  # a worker may have several batchers
+
+
+async def _answers(jobs: list[_Job]) -> list[Served]:
+    if len(jobs) == 1:
+        return [await jobs[0].future]
+    return await asyncio.gather(*(job.future for job in jobs))
+
+
+def _refuse(job: _Job, why: BaseException) -> None:
+    if not job.future.done():  # done already: its client went away
+        job.future.set_exception(why)

@@ -16,7 +16,14 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Receive
 
 from app.decode import FORMATS
-from app.errors import BadFraming, RequestError, TooLarge, Unprocessable, UnsupportedType
+from app.errors import (
+    BadFraming,
+    ClientGone,
+    RequestError,
+    TooLarge,
+    Unprocessable,
+    UnsupportedType,
+)
 
 Reader = Callable[[Headers, bytes, int], Awaitable[list[bytes]]]
 
@@ -67,7 +74,7 @@ async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes
 
     Raises:
         TooLarge: more than `max_bytes`, declared or sent.
-        BadFraming: the client went away in the middle.
+        ClientGone: the client went away in the middle.
     """
     _declared(headers, max_bytes)
     chunks = [chunk async for chunk in _chunks(receive, max_bytes)]
@@ -80,7 +87,8 @@ async def read_buffer(headers: Headers, receive: Receive, max_bytes: int) -> byt
     An array over that buffer can be lent to an engine without another copy.
 
     Raises:
-        TooLarge, BadFraming: as in `read_body`, and where the length is not the declared one.
+        TooLarge, ClientGone: as in `read_body`.
+        BadFraming: the length is not the declared one.
     """
     declared = _declared(headers, max_bytes)
     if not declared:
@@ -109,7 +117,7 @@ async def _chunks(receive: Receive, max_bytes: int) -> AsyncGenerator[bytes, Non
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise BadFraming(f"the connection closed after {size} bytes of the body")
+            raise ClientGone(f"the connection closed after {size} bytes of the body")
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > max_bytes:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
 from ctypes import c_uint64
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
@@ -62,10 +63,14 @@ class Dealer:
     Args:
         listener: bound, not listening.
         workers: how many numbers there are.
+        late: who gets connections only if all are.
     """
 
-    def __init__(self, listener: socket.socket, workers: int) -> None:
+    def __init__(
+        self, listener: socket.socket, workers: int, late: Callable[[int], bool] = lambda _: False
+    ) -> None:
         self._listener = listener
+        self._late = late
         self._closed = RawArray(c_uint64, workers)
         self._coming: dict[int, socket.socket] = {}
         self._seats: dict[int, _Seat] = {}
@@ -148,7 +153,7 @@ class Dealer:
         with connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             opened = self.open_connections()
-            for number in sorted(opened, key=lambda n: opened[n]):
+            for number in sorted(opened, key=lambda n: (self._late(n), opened[n])):
                 seat = self._seats[number]
                 # A worker that has just died, or reads nothing: the next one gets it.
                 with contextlib.suppress(OSError):

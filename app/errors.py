@@ -9,11 +9,15 @@ ScumbleError                  a person can act on it; never a traceback
    ├─ Forbidden          403  the key is revoked, or not for this route
    ├─ NotFound           404  no such route or model
    ├─ MethodNotAllowed   405
+   ├─ TooSlow            408  headers or body did not arrive in time
    ├─ TooLarge           413  over a limit; nothing was decoded
    ├─ UnsupportedType    415
    ├─ Unprocessable      422  well framed, but not an image or not allowed here
    ├─ OverBudget         429  the images are over a budget; carries Retry-After
+   ├─ HeadersTooLarge    431  too many headers, or too long
+   ├─ ClientGone         499  nobody is there to read the answer; never sent
    ├─ Unavailable        503  queue full, draining or no store; carries Retry-After
+   ├─ TooLate            504  the deadline passed before the inference began
    └─ Internal           500  our fault
 """
 
@@ -92,6 +96,12 @@ class MethodNotAllowed(RequestError):
     status, title, reason = 405, "Method not allowed", "method"
 
 
+class TooSlow(RequestError):
+    """The client does not send its request, or does not read its answer, in time."""
+
+    status, title, reason = 408, "Request timeout", "slow"
+
+
 class TooLarge(RequestError):
     """Over a limit; nothing was decoded."""
 
@@ -114,6 +124,24 @@ class OverBudget(RequestError):
     """The client's images, or everybody's, are spent for now or for good."""
 
     status, title, reason = 429, "Too many requests", "budget"
+
+
+class HeadersTooLarge(RequestError):
+    """Too many headers, or too long ones."""
+
+    status, title, reason = 431, "Request header fields too large", "headers"
+
+
+class ClientGone(RequestError):
+    """The connection ended before the request was whole or answered; only metrics see this."""
+
+    status, title, reason = 499, "Client closed request", "gone"
+
+
+class TooLate(RequestError):
+    """The deadline passed while the request waited."""
+
+    status, title, reason = 504, "Gateway timeout", "deadline"
 
 
 class Unavailable(RequestError):

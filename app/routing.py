@@ -14,6 +14,14 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 # Path, method, endpoint, and what the OpenAPI document says of it.
 Route = tuple[str, str, Endpoint, dict[str, Any]]
 
+DEADLINE_PARAMETER = {
+    "name": "X-Deadline-Ms",
+    "in": "header",
+    "required": False,
+    "description": "milliseconds after which the request is not worth an inference any more",
+    "schema": {"type": "integer", "minimum": 1},
+}
+
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     """The document's entries of these statuses."""

@@ -68,6 +68,7 @@ class LimitsInfo(BaseModel):
     max_images: int
     max_pixels: int
     max_tensor_images: int
+    deadline_ms: float
 
 
 class ModelInfo(BaseModel):

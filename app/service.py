@@ -5,8 +5,9 @@ Everything that the routes need is handed to `Service`; it knows nothing of Fast
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,11 +22,15 @@ from app.bodies import read_buffer, read_images, refuse_encoding, small_number
 from app.bundle import Card
 from app.decode import FORMATS, Pixels, decode
 from app.engines import Batch, Probs
-from app.errors import NotFound, Unprocessable
+from app.errors import ClientGone, NotFound, Unprocessable
 from app.metrics import Metrics
+from app.patience import STAYS, Patience
+from app.schemas import LimitsInfo
 from app.settings import LimitSettings
 from app.stages import Stages
 from app.v2 import read_infer, write_infer
+
+DEADLINE_HEADER = b"x-deadline-ms"
 
 
 @dataclass
@@ -73,8 +78,9 @@ class Service:
         Raises:
             RequestError: the request is refused; nothing is counted as answered.
         """
-        top_k = self._top_k(request)
         start = self.clock()
+        top_k = self._top_k(request)
+        patience = self._patience(request, start)
         images = await read_images(
             request.headers,
             request.receive,
@@ -84,7 +90,7 @@ class Service:
         read = self.clock()
         batch = self._decode(images)
         decoded = self.clock()
-        served = await self._answer(request, self.pixels, batch)
+        served = await self._answer(request, self.pixels, batch, patience)
         back = self.clock()
         body = self._encode(request.scope["state"]["id"], served.probabilities, top_k)
         self._count(request, served, start, read, decoded, back)
@@ -98,13 +104,14 @@ class Service:
         """
         self.check_path(request)
         start = self.clock()
+        patience = self._patience(request, start)
         refuse_encoding(request.headers)
         body = await read_buffer(request.headers, request.receive, self.limits.max_body_bytes)
         read = self.clock()
         asked = read_infer(request.headers, body, self.card, self.limits)
         batcher, batch = self._rows(asked.images)
         decoded = self.clock()
-        served = await self._answer(request, batcher, batch)
+        served = await self._answer(request, batcher, batch, patience)
         back = self.clock()
         answer, headers = write_infer(self.card, asked, served.probabilities)
         self._count(request, served, start, read, decoded, back)
@@ -127,10 +134,13 @@ class Service:
 
     def close(self) -> None:
         """Let running batches finish, end the engines' threads, hand the last metrics over."""
-        for batcher in (self.pixels, self.tensors, *self.apart.values()):
-            if batcher is not None:
-                batcher.close()
+        for batcher in self._batchers():
+            batcher.close()
         self.metrics.flush()
+
+    def running_s(self) -> float:
+        """For how long the oldest batch has been running; 0 if there is none."""
+        return max(batcher.running_s for batcher in self._batchers())
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/model`: what a client must know, nothing about the defense."""
@@ -143,7 +153,7 @@ class Service:
                 "labels": card.labels,
                 "input": card.input.model_dump(),
                 "formats": sorted(FORMATS),
-                "limits": self.limits.model_dump(exclude={"max_queue"}),
+                "limits": self.limits.model_dump(include=set(LimitsInfo.model_fields)),
             }
         )
 
@@ -168,6 +178,12 @@ class Service:
             return "the audit log cannot be written"
         return None
 
+    def _batchers(self) -> Iterator[Batcher]:
+        yield self.pixels
+        if self.tensors is not None:
+            yield self.tensors
+        yield from self.apart.values()
+
     def _rows(self, images: Batch | list[bytes]) -> tuple[Batcher, Batch]:
         """Images of a V2 request, and who answers them."""
         if isinstance(images, list):
@@ -186,7 +202,33 @@ class Service:
         ]
         return rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
 
-    async def _answer(self, request: Request, batcher: Batcher, batch: Batch) -> Served:
+    def _patience(self, request: Request, start: float) -> Patience:
+        """How long the request may wait: as the settings say, or less if the client says so."""
+        allowed_ms = self.limits.deadline_ms or math.inf
+        for name, value in request.scope["headers"]:
+            if name == DEADLINE_HEADER:
+                allowed_ms = min(allowed_ms, _milliseconds(value))
+        line = request.scope["state"].get("line", STAYS)
+        return Patience(start + allowed_ms / 1000, line)
+
+    async def _answer(
+        self, request: Request, batcher: Batcher, batch: Batch, patience: Patience
+    ) -> Served:
+        """What the client gets, if he is still there to get it: what he cannot see is free."""
+        self._if_worth_it(patience)  # before it is charged
+        served = await self._run(request, batcher, batch, patience)
+        if patience.line.gone:
+            raise ClientGone("the client closed the connection before the answer")
+        return served
+
+    def _if_worth_it(self, patience: Patience) -> None:
+        ended = patience.ended(self.clock())
+        if ended is not None:
+            raise ended
+
+    async def _run(
+        self, request: Request, batcher: Batcher, batch: Batch, patience: Patience
+    ) -> Served:
         """All rows of a request; one with many images lets others in between its parts."""
         state = request.scope["state"]
         state["images"] = len(batch)
@@ -197,11 +239,11 @@ class Service:
             defense = visit.grant.defense
             batcher = batcher if defense is None else self.apart[batch.dtype.type]
         if len(batch) <= self.max_batch:
-            return await batcher(batch, defense)
+            return await batcher(batch, defense, patience)
         if len(batch) > self.limits.max_queue:
             raise Unprocessable(f"{len(batch)} images never fit the queue of this server")
         parts = [batch[i : i + self.max_batch] for i in range(0, len(batch), self.max_batch)]
-        served = await batcher.all(parts, defense)
+        served = await batcher.all(parts, defense, patience)
         return Served(
             np.concatenate([part.probabilities for part in served]),
             max(part.queue_s for part in served),
@@ -263,6 +305,21 @@ class Service:
             "predictions": predictions,
         }
         return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _milliseconds(value: bytes) -> int:
+    """The client's own deadline.
+
+    Raises:
+        Unprocessable: no whole number of milliseconds, or none that gives us time.
+    """
+    text = value.decode("latin-1").strip()
+    found = small_number(text)
+    if not found:
+        raise Unprocessable(
+            f"X-Deadline-Ms is {text[:20]!r}; allowed: a whole number of milliseconds from 1"
+        )
+    return found
 
 
 def json_response(document: object, status: int = 200) -> Response:

@@ -71,6 +71,33 @@ class LimitSettings(Section):
     max_queue: int = Field(
         default=4096, ge=1, description="images waiting per worker; more get 503"
     )
+    deadline_ms: float = Field(
+        default=0.0,
+        ge=0,
+        le=3_600_000,
+        description="a request that waits longer for its inference gets 504; 0: no limit",
+    )
+
+
+class HttpSettings(Section):
+    """What one connection may take of a worker's time and memory."""
+
+    header_timeout_s: float = Field(
+        default=10.0, gt=0, le=3600, description="for the headers of a request to arrive"
+    )
+    body_timeout_s: float = Field(
+        default=60.0, gt=0, le=3600, description="for a whole request to arrive"
+    )
+    write_timeout_s: float = Field(
+        default=30.0, gt=0, le=3600, description="for the client to read what waits for it"
+    )
+    keep_alive_s: int = Field(
+        default=5, ge=1, le=3600, description="an idle connection is closed after this"
+    )
+    max_headers: int = Field(default=100, ge=1, le=10_000, description="headers of a request")
+    max_header_bytes: int = Field(
+        default=16_384, ge=256, le=2**20, description="bytes of path and headers together"
+    )
 
 
 class BudgetSettings(Section):
@@ -133,6 +160,7 @@ class Settings(BaseSettings):
     )
     batch: BatchSettings = BatchSettings()
     limits: LimitSettings = LimitSettings()
+    http: HttpSettings = HttpSettings()
     keys_file: Path | None = Field(
         default=None, description="API keys (scumble keys); without it anyone may ask"
     )
@@ -162,6 +190,12 @@ class Settings(BaseSettings):
     )
     shutdown_timeout_s: float = Field(
         default=10.0, gt=0, le=600, description="how long open requests may take after that"
+    )
+    watchdog_s: float = Field(
+        default=30.0,
+        ge=0,
+        le=3600,
+        description="a worker whose inference takes longer is killed and replaced; 0: never",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="of stderr"

@@ -25,8 +25,10 @@ from prometheus_client.multiprocess import mark_process_dead
 from app import logs, worker
 from app.dealer import Dealer
 from app.errors import ConfigError
+from app.incidents import End, Incidents
 from app.settings import Settings
 from app.tls import open_certificate
+from app.watchdog import Watchdog
 
 RESTART_S = 0.5
 log = logging.getLogger("scumble")
@@ -72,6 +74,8 @@ class _Worker:
     pipe: Connection
     seated: bool = False
     ready: bool = False
+    leaving: bool = False
+    end: End = "ended"
 
 
 class AdminServer(uvicorn.Server):
@@ -91,7 +95,9 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._public = public
-        self._dealer = Dealer(public, settings.worker_count)
+        self._watchdog = Watchdog(settings.worker_count, settings.watchdog_s)
+        self._dealer = Dealer(public, settings.worker_count, self._watchdog.late)
+        self._incidents = Incidents()
         self._admin = admin
         self._metrics_dir = metrics_dir
         self._workers: dict[int, _Worker] = {}
@@ -105,7 +111,8 @@ class Supervisor:
         return (
             not self._stopping.is_set()
             and len(workers) == self._settings.worker_count
-            and all(child.ready for child in workers)
+            and all(child.ready and not child.leaving for child in workers)
+            and not any(map(self._watchdog.late, self._workers))
         )
 
     def pids(self) -> dict[int, int]:
@@ -130,7 +137,7 @@ class Supervisor:
         helper = Helper(self._settings) if self._settings.console else None
         server = AdminServer(
             uvicorn.Config(
-                create_admin(self, self._metrics_dir, self._settings, helper),
+                create_admin(self, self._metrics_dir, self._settings, self._incidents, helper),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -140,7 +147,9 @@ class Supervisor:
             )
         )
         serving = asyncio.create_task(server.serve([self._admin]))
+        watching = asyncio.create_task(self._watch())
         await self._stopping.wait()
+        watching.cancel()
         await self._stop()
         if helper is not None:
             helper.close()
@@ -155,7 +164,9 @@ class Supervisor:
         ours, theirs = context.Pipe()
         hand = self._dealer.hand(number)
         process = context.Process(
-            target=worker.run, args=(self._settings, hand, theirs), name=f"worker-{number}"
+            target=worker.run,
+            args=(self._settings, hand, self._watchdog.pulse(number), theirs),
+            name=f"worker-{number}",
         )
         process.start()
         theirs.close()
@@ -174,11 +185,13 @@ class Supervisor:
             return
         if said == "draining":
             if not self._stopping.is_set():  # somebody wants this one to end
+                child.leaving = True
                 self._dealer.leave(number)
             return
         child.ready = said == "ready"
         if not child.seated:
             child.seated = True
+            self._watchdog.start(number)
             self._dealer.seat(number)
         if self.ready() and not self._said_ready:
             self._said_ready = True
@@ -207,11 +220,22 @@ class Supervisor:
             self._exit_code = 1
             self._stopping.set()
             return
+        self._incidents.restarts[child.end].inc()
         log.error(
-            "worker ended, starting another",
+            "worker %s, starting another",
+            child.end,
             extra={"worker": number, "exit_code": child.process.exitcode},
         )
         loop.call_later(RESTART_S, self._start, number)
+
+    async def _watch(self) -> None:
+        """Kill workers that hang; they are replaced like any that ends."""
+        while True:
+            await asyncio.sleep(min(1.0, self._watchdog.allowed_s / 4))
+            for number, child in self._workers.items():
+                if child.seated and not child.leaving and self._watchdog.hung(number):
+                    child.end = "hung"
+                    child.process.kill()
 
     async def _stop(self) -> None:
         log.info("draining", extra={"workers": len(self._workers)})

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from app import schemas
 from app.errors import Unavailable
-from app.routing import Endpoint, Route, problems
+from app.routing import DEADLINE_PARAMETER, Endpoint, Route, problems
 from app.service import Service, json_response
 from app.v2 import metadata
 
@@ -136,9 +136,12 @@ def _of_model(inquiry: Inquiry, path: str, suffix: str) -> list[Route]:
                         "description": "as JSON, or as JSON followed by the output's bytes",
                         "content": {"application/octet-stream": {}},
                     },
-                    **problems(400, 404, 413, 415, 422, 503),
+                    **problems(400, 404, 413, 415, 422, 503, 504),
                 },
-                "openapi_extra": {"parameters": [LENGTH_HEADER], "requestBody": INFER_BODY},
+                "openapi_extra": {
+                    "parameters": [LENGTH_HEADER, DEADLINE_PARAMETER],
+                    "requestBody": INFER_BODY,
+                },
             },
         ),
     ]

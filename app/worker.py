@@ -12,18 +12,18 @@ import socket
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from app import logs
+from app.connections import Connection
 from app.dealer import Hand
 from app.errors import ConfigError
 from app.settings import Settings
 from app.tls import Certificate, open_certificate
+from app.watchdog import Pulse
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from app.access import Access
 
 WATCH_S = 1.0
+TICKS_PER_CHECK = 10
 log = logging.getLogger("scumble")
 
 
@@ -43,18 +44,20 @@ class WorkerServer(uvicorn.Server):
 
     def __init__(
         self,
-        config: uvicorn.Config,
+        settings: Settings,
         app: FastAPI,
         hand: Hand,
-        pipe: Connection,
+        pulse: Pulse,
+        pipe: Pipe,
         certificate: Certificate | None = None,
-        handshake_timeout_s: float = 10.0,
-    ):
-        super().__init__(config)
+    ) -> None:
+        super().__init__(config_for(app, settings))
+        self._limits = settings.http
         self._certificate = certificate
-        self._handshake_timeout_s = handshake_timeout_s
+        self._handshake_timeout_s = settings.tls_handshake_timeout_s
         self._app = app
         self._hand = hand
+        self._pulse = pulse
         self._pipe = pipe
         self._opening: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[None] | None = None
@@ -84,6 +87,15 @@ class WorkerServer(uvicorn.Server):
                     self._pipe.send("ready" if ready else "not ready")
                 said = ready
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: show the supervisor that nothing hangs, look for slow clients."""
+        self._pulse.beat(self._app.state.service.running_s())
+        if counter % TICKS_PER_CHECK == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                connection.check(now)  # type: ignore[union-attr]  # all are made by `_protocol`
+        return await super().on_tick(counter)
+
     @contextmanager
     def capture_signals(self) -> Generator[None]:
         """A terminal's Ctrl-C reaches all processes; only the supervisor acts on it."""
@@ -105,7 +117,7 @@ class WorkerServer(uvicorn.Server):
         self.should_exit = True
 
     async def _open(self, connection: socket.socket) -> None:
-        protocol = Counted(self._hand, self.config, self.server_state, self.lifespan.state)
+        protocol = self._protocol()
         tls: dict[str, Any] = {}
         if self._certificate is not None:
             tls["ssl"] = self._certificate.context()
@@ -118,29 +130,20 @@ class WorkerServer(uvicorn.Server):
             if protocol.transport is None:  # it was never told of the connection, nor of its end
                 self._hand.count_closed()
 
+    def _protocol(self) -> Connection:
+        return Connection(
+            self._hand,
+            self._limits,
+            self._app.state.service.metrics.rejections,
+            self.config,
+            self.server_state,
+            self.lifespan.state,
+        )
+
     def _drain(self) -> None:
         self._app.state.service.state.draining = True
         with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
             self._pipe.send("draining")
-
-
-class Counted(HttpToolsProtocol):
-    """HTTP on one connection, and a mark where it ends."""
-
-    def __init__(
-        self,
-        hand: Hand,
-        config: uvicorn.Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-    ) -> None:
-        super().__init__(config, server_state, app_state)
-        self._hand = hand
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The connection has ended."""
-        super().connection_lost(exc)
-        self._hand.count_closed()
 
 
 def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -154,11 +157,12 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=settings.http.keep_alive_s,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
     )
 
 
-def run(settings: Settings, hand: Hand, pipe: Connection) -> None:
+def run(settings: Settings, hand: Hand, pulse: Pulse, pipe: Pipe) -> None:
     """Entry point of the process; exits 0 after draining, 1 when the settings cannot be served."""
     logs.configure(settings.log_level)
     # Imported here: the supervisor imports this module too, and starts faster without the service.
@@ -171,9 +175,7 @@ def run(settings: Settings, hand: Hand, pipe: Connection) -> None:
         log.error("%s", exc)  # a sentence for a person, not a traceback
         sys.exit(1)
     _give_back()
-    WorkerServer(
-        config_for(app, settings), app, hand, pipe, certificate, settings.tls_handshake_timeout_s
-    ).run([])
+    WorkerServer(settings, app, hand, pulse, pipe, certificate).run([])
 
 
 def _give_back() -> None:

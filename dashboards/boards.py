@@ -207,9 +207,16 @@ SERVICE = Board(
             ),
             Graph(
                 "Workers",
-                "Running worker processes. A dip is a worker that was replaced.",
+                "Running worker processes, and how many were replaced in an hour, by what ended them.",
                 "short",
-                (Query('sum by (job) (scumble_workers{job=~"$job"})', "{{job}}"),),
+                (
+                    Query('sum by (job) (scumble_workers{job=~"$job"})', "{{job}}"),
+                    Query(
+                        "sum by (job, reason) "
+                        '(increase(scumble_worker_restarts_total{job=~"$job"}[1h]))',
+                        "{{job}} {{reason}}",
+                    ),
+                ),
             ),
             SERVED,
         ),

@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry
 
 from app.admin import ProcessMetrics
+from app.incidents import Incidents
 from app.metrics import Metrics
 
 
@@ -20,5 +21,5 @@ def metric_names() -> set[str]:
     """Every metric, as it is scraped; histograms without `_bucket`, `_sum`, `_count`."""
     registry = CollectorRegistry()
     Metrics(registry)
-    families = [*registry.collect(), *ProcessMetrics(NoWorkers()).collect()]
+    families = [*registry.collect(), *ProcessMetrics(NoWorkers()).collect(), *Incidents().collect()]
     return {f"{f.name}_total" if f.type == "counter" else f.name for f in families}

@@ -158,6 +158,17 @@ def test_a_full_queue_is_503_with_retry_after(make_client):
     check_problem(answer)
 
 
+@pytest.mark.parametrize("value", ["0", "-5", "1.5", "soon", "", "1" * 5000])
+def test_a_deadline_that_is_none_is_refused(client, value):
+    headers = {**HEADERS, "X-Deadline-Ms": value}
+    answer = client.post("/v1/predict", content=PNG, headers=headers)
+    assert answer.status_code == 422
+    assert "X-Deadline-Ms" in answer.json()["detail"]
+    check_problem(answer)
+    headers["X-Deadline-Ms"] = " 5000 "
+    assert client.post("/v1/predict", content=PNG, headers=headers).status_code == 200
+
+
 def samples(client) -> dict[str, float]:
     client.app.state.service.metrics.flush()
     registry = client.app.state.service.metrics.registry

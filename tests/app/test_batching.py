@@ -1,6 +1,7 @@
 """The micro-batcher: who shares a batch, what waits, what is refused, what fails alone."""
 
 import asyncio
+import math
 import threading
 import time
 
@@ -10,9 +11,10 @@ from prometheus_client import CollectorRegistry
 
 from app.batching import Batcher
 from app.defenses import make
-from app.errors import Unavailable
+from app.errors import ClientGone, TooLate, Unavailable
 from app.metrics import Metrics
 from app.pace import Pace
+from app.patience import STAYS, Line, Patience
 from app.pipeline import Pipeline, padded, size_for, sizes
 
 pytestmark = pytest.mark.anyio
@@ -249,3 +251,73 @@ async def test_clients_with_other_defenses_share_a_batch():
     np.testing.assert_array_equal(rows[1], [[0, 1]])
     np.testing.assert_allclose(rows[2], [[0.2, 0.8]] * 2, atol=1e-6)
     np.testing.assert_allclose(rows[3], [[60 / 255, 195 / 255]], atol=1e-6)
+
+
+class Clock:
+    """Time as the test says."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+async def test_a_deadline_that_passes_while_waiting_is_refused_before_inference(inline):
+    clock, engine = Clock(), Echo()
+    batcher = make_batcher(engine, inline=inline, clock=clock)
+    late = asyncio.create_task(batcher(images(1), patience=Patience(5.0, STAYS)))
+    early = asyncio.create_task(batcher(images(2), patience=Patience(50.0, STAYS)))
+    asyncio.get_running_loop().call_soon(setattr, clock, "now", 5.0)  # before their turn
+    with pytest.raises(TooLate):
+        await late
+    assert (await early).probabilities[0, 0] * 255 == pytest.approx(2)
+    batcher.close()
+    assert engine.batches == [1]
+
+
+async def test_a_deadline_is_answered_while_a_long_batch_runs():
+    engine = Echo(seconds=0.3)
+    batcher = make_batcher(engine, inline=False)
+    first = asyncio.create_task(batcher(images(0)))
+    await asyncio.sleep(0.01)
+    start = time.perf_counter()
+    with pytest.raises(TooLate):
+        await batcher(images(1), patience=Patience(start + 0.05, STAYS))
+    assert time.perf_counter() - start < 0.2
+    await first
+    await batcher(images(2))
+    batcher.close()
+    assert engine.batches == [1, 1]
+
+
+async def test_what_has_begun_is_answered_after_its_deadline():
+    batcher = make_batcher(Echo(seconds=0.05), inline=False)
+    patience = Patience(time.perf_counter() + 0.01, STAYS)
+    assert (await batcher(images(1), patience=patience)).probabilities.shape == (1, 2)
+    batcher.close()
+
+
+async def test_all_parts_of_a_request_fall_to_its_deadline():
+    engine = Echo(seconds=0.1)
+    batcher = make_batcher(engine, inline=False)
+    first = asyncio.create_task(batcher(images(0)))
+    await asyncio.sleep(0.01)
+    with pytest.raises(TooLate):
+        await batcher.all([images(1), images(2)], None, Patience(time.perf_counter(), STAYS))
+    await first
+    batcher.close()
+    assert engine.batches == [1]
+
+
+async def test_a_client_that_hung_up_is_dropped_and_makes_room(inline):
+    engine, line = Echo(), Line()
+    batcher = make_batcher(engine, inline=inline, max_queue=2)
+    patience = Patience(math.inf, line)
+    waiting = [asyncio.create_task(batcher(images(n), patience=patience)) for n in range(2)]
+    asyncio.get_running_loop().call_soon(setattr, line, "gone", True)
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ClientGone] * 2
+    assert (await batcher(images(1, 2))).probabilities.shape == (2, 2)
+    batcher.close()
+    assert engine.batches == [2]

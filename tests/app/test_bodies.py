@@ -9,7 +9,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from app.bodies import read_body, read_buffer
-from app.errors import BadFraming, TooLarge
+from app.errors import BadFraming, ClientGone, TooLarge
 from tests.pictures import PNG, encoded, picture
 
 LIMITS = {"limits": {"max_body_bytes": 20_000, "max_images": 3, "max_pixels": 10_000}}
@@ -182,5 +182,5 @@ def test_the_client_went_away():
         return {"type": "http.disconnect"}
 
     for reader in (read_body, read_buffer):
-        with pytest.raises(BadFraming, match="after 0 bytes"):
+        with pytest.raises(ClientGone, match="after 0 bytes"):
             asyncio.run(reader(Headers({"content-length": "5"}), gone, 6))

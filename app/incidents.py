@@ -1,0 +1,30 @@
+"""What happens to workers, counted by the supervisor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+End = Literal["ended", "hung"]
+
+
+class Incidents(Collector):
+    """The counters, in this process only."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        restarts = Counter(
+            "scumble_worker_restarts_total",
+            "Workers that were replaced because they ended or hung.",
+            ["reason"],
+            registry=self._registry,
+        )
+        self.restarts = {reason: restarts.labels(reason) for reason in get_args(End)}
+
+    def collect(self) -> Iterable[Metric]:
+        """What prometheus_client asks for."""
+        return self._registry.collect()

@@ -1,0 +1,229 @@
+"""Slow, broken and greedy clients on raw sockets, against a real server."""
+
+import contextlib
+import json
+import socket
+import time
+
+import pytest
+
+from tests.app.test_faults import connect, post, raw
+from tests.pictures import PNG
+
+pytestmark = pytest.mark.server
+FAST = {
+    "http__header_timeout_s": 1,
+    "http__body_timeout_s": 2,
+    "http__write_timeout_s": 1,
+    "http__keep_alive_s": 1,
+}
+HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+
+
+@pytest.fixture
+def fast(serve):
+    return serve(workers=1, **FAST)
+
+
+def rejections(server, reason: str) -> float:
+    return server.metrics()[f'scumble_rejections_total{{reason="{reason}"}}']
+
+
+def everything(connection) -> bytes:
+    """What arrives until the server closes."""
+    found = b""
+    try:
+        while piece := connection.recv(65536):
+            found += piece
+    except ConnectionResetError:
+        pass
+    return found
+
+
+def whole(connection, answers: int = 1) -> bytes:
+    """So many predictions, head and body."""
+    found = b""
+    while found.count(b"]}]}") < answers:
+        piece = connection.recv(65536)
+        assert piece, found
+        found += piece
+    return found
+
+
+def problem(answer: bytes, status: int) -> dict:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), answer
+    assert b"content-type: application/problem+json" in head
+    assert b"connection: close" in head
+    assert json.loads(body)["status"] == status
+    return json.loads(body)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/pre", HEAD], ids=["nothing", "line", "headers"])
+def test_headers_that_do_not_arrive_are_given_up(fast, sent):
+    started = time.monotonic()
+    with connect(fast) as connection:
+        connection.sendall(sent)
+        problem(everything(connection), 408)
+    assert 1 <= time.monotonic() - started < 4
+    assert rejections(fast, "slow") == 1
+    assert post(fast).status_code == 200
+
+
+def test_headers_that_trickle_are_given_up(fast):
+    started = time.monotonic()
+    with connect(fast) as connection:
+        connection.settimeout(0.2)
+        connection.sendall(HEAD)
+        answer = b""
+        while not answer and time.monotonic() - started < 10:
+            connection.sendall(b"X-A: b\r\n")
+            try:
+                answer = connection.recv(1000)
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert time.monotonic() - started < 4
+
+
+def test_a_body_that_does_not_arrive_is_given_up(fast):
+    started = time.monotonic()
+    with connect(fast) as connection:
+        connection.sendall(raw()[:-5])
+        problem(everything(connection), 408)
+    assert 2 <= time.monotonic() - started < 5
+    assert rejections(fast, "slow") == rejections(fast, "gone") == 1
+    assert fast.metrics()["scumble_inflight"] == 0
+    assert post(fast).status_code == 200
+
+
+def test_a_body_that_trickles_after_its_refusal_is_given_up(fast):
+    started = time.monotonic()
+    with connect(fast) as connection:
+        connection.sendall(HEAD + b"Content-Length: 100000000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+        while time.monotonic() - started < 10:
+            try:
+                connection.sendall(b"x")
+            except OSError:
+                break
+            time.sleep(0.1)
+    assert time.monotonic() - started < 6
+
+
+def test_a_body_in_time_is_answered(fast):
+    request = raw()
+    with connect(fast) as connection:
+        for first in range(0, len(request), 40):
+            connection.sendall(request[first : first + 40])
+            time.sleep(0.1 if first < 400 else 0)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_an_idle_connection_is_closed_and_empty_lines_do_not_keep_it(fast):
+    for line in (b"", b"\r\n"):
+        started = time.monotonic()
+        with connect(fast) as connection:
+            connection.sendall(raw())
+            assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
+            connection.settimeout(0.3)
+            while time.monotonic() - started < 10:
+                try:
+                    connection.sendall(line)
+                    if not connection.recv(1000):
+                        break
+                except TimeoutError:
+                    continue
+                except OSError:
+                    break
+        assert 0.9 < time.monotonic() - started < 6
+
+
+def test_answers_that_are_not_read_are_cut_off(fast):
+    with connect(fast) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(1)
+        question = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100
+        started = time.monotonic()
+        while time.monotonic() - started < 15:
+            try:
+                connection.sendall(question)
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+    assert time.monotonic() - started < 10
+    assert rejections(fast, "slow") == 1
+    assert fast.metrics()["scumble_inflight"] == 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b"".join(b"X-%d: y\r\n" % n for n in range(101)),
+        b"X-Long: " + b"y" * 17_000 + b"\r\n",
+        b"X-Endless: " + b"y" * 300_000,
+    ],
+    ids=["many", "long", "endless"],
+)
+def test_too_much_header_is_431(serve, more):
+    server = serve(workers=1)
+    with connect(server) as connection:
+        with contextlib.suppress(OSError):  # closed already
+            connection.sendall(HEAD + more + b"\r\n")
+        answer = everything(connection)
+    if answer:  # a reset for bytes that nobody read may have taken the answer with it
+        assert "allowed: 100, 16384 bytes" in problem(answer, 431)["detail"]
+    assert rejections(server, "headers") == 1
+    assert post(server).status_code == 200
+
+
+def test_a_long_path_counts_as_header(serve):
+    server = serve(workers=1)
+    with connect(server) as connection:
+        connection.sendall(b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        problem(everything(connection), 431)
+
+
+def test_headers_just_within_the_limits_are_read_beside_any_body(serve):
+    server = serve(workers=1)
+    more = {f"X-{n}": "y" * 150 for n in range(90)}
+    big = PNG + bytes(100_000)
+    with connect(server) as connection:
+        for _ in range(2):
+            connection.sendall(raw(big, **more))
+            assert whole(connection).startswith(b"HTTP/1.1 200")
+        # The end of a body and the next request in one piece.
+        both = raw(big, **more) + raw(**more)
+        connection.sendall(both[:50_000])
+        time.sleep(0.1)
+        connection.sendall(both[50_000:])
+        found = whole(connection, answers=2)
+        assert found.count(b"HTTP/1.1 200") == 2
+
+
+def test_what_is_no_http_is_a_problem_too(serve):
+    server = serve(workers=1)
+    with connect(server) as connection:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        problem(everything(connection), 400)
+    assert rejections(server, "framing") == 1
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"X-Long: " + b"y" * 10_000, b"\r\n".join(b"X-%d: y" % n for n in range(20))],
+    ids=["long", "many"],
+)
+def test_headers_of_parts_are_bounded(client, header):
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n'
+        + header
+        + b"\r\n\r\n"
+        + PNG
+        + b"\r\n--b--\r\n"
+    )
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = client.post("/v1/predict", content=body, headers=kind)
+    assert answer.status_code == 400
+    assert answer.json()["status"] == 400

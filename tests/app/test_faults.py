@@ -1,0 +1,201 @@
+"""Real servers whose engines are slow or hang, and clients that do not wait."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from app.keys import KeyFile, write_keys
+from tests.app.stubborn import HUNG, NAME, SLOW, SLOW_S, plain
+from tests.app.test_access import row
+from tests.pictures import PNG
+
+pytestmark = pytest.mark.server
+IMAGE = {"Content-Type": "image/png"}
+
+
+def post(server, content=PNG, **headers) -> httpx2.Response:
+    url = f"{server.url}/v1/predict"
+    return httpx2.post(url, content=content, headers={**IMAGE, **headers}, timeout=30)
+
+
+def connect(server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def raw(content=PNG, **headers) -> bytes:
+    """The request as bytes."""
+    lines = {"Host": "x", **IMAGE, "Content-Length": len(content), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"POST /v1/predict HTTP/1.1\r\n{head}\r\n".encode() + content
+
+
+@contextlib.contextmanager
+def busy(server, **headers):
+    """Meanwhile a slow batch runs; its answer must come in the end."""
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(post, server, plain(SLOW), **headers)
+        time.sleep(SLOW_S / 4)
+        yield
+        assert slow.result().status_code == 200
+
+
+@pytest.fixture
+def stubborn(serve, tmp_path):
+    """`stubborn(**settings)` -> a server with the stubborn defense."""
+
+    def start(**settings):
+        settings = {"workers": 1, "defense": NAME, "tensor_input": False, **settings}
+        return serve(**settings)
+
+    return start
+
+
+@pytest.fixture
+def budgeted(stubborn, tmp_path):
+    """The same with a key `five` that may have five images, and `slow` that may have any."""
+    path = tmp_path / "keys.json"
+    rows = [row("five", limits={"total_images": 5}, defense=NAME), row("slow", defense=NAME)]
+    write_keys(path, KeyFile(keys=rows))
+
+    def start(**settings):
+        return stubborn(keys_file=path, **settings)
+
+    return start
+
+
+def five_are_left(server):
+    codes = [post(server, **{"X-API-Key": "five"}).status_code for _ in range(6)]
+    assert codes == [200] * 5 + [429]
+
+
+def test_a_deadline_is_kept_and_costs_nothing(budgeted):
+    server = budgeted(batch__execution="thread")
+    with busy(server, **{"X-API-Key": "slow"}):
+        answer = post(server, **{"X-API-Key": "five", "X-Deadline-Ms": "50"})
+        assert answer.status_code == 504
+        assert answer.json()["status"] == 504
+    found = server.metrics()
+    assert found['scumble_rejections_total{reason="deadline"}'] == 1
+    assert found['scumble_images_total{model="tiny",precision="float32"}'] == 1
+    five_are_left(server)
+
+
+def test_the_servers_deadline_holds_for_all_and_clients_only_shorten_it(stubborn):
+    server = stubborn(batch__execution="thread", limits__deadline_ms=100)
+    assert httpx2.get(f"{server.url}/v1/model").json()["limits"]["deadline_ms"] == 100
+    with busy(server):
+        started = time.monotonic()
+        assert post(server, **{"X-Deadline-Ms": "60000"}).status_code == 504
+        assert time.monotonic() - started < SLOW_S / 2
+    assert post(server).status_code == 200
+
+
+@pytest.mark.parametrize("execution", ["inline", "thread"])
+def test_a_client_that_goes_while_it_waits_costs_nothing(budgeted, execution):
+    server = budgeted(batch__execution=execution)
+    with busy(server, **{"X-API-Key": "slow"}), connect(server) as connection:
+        connection.sendall(raw(**{"X-API-Key": "five"}))
+        if execution == "thread":
+            time.sleep(SLOW_S / 4)
+    # Inline, request and hang-up arrive together, once the loop turns again.
+    deadline = time.monotonic() + 5
+    gone = 'scumble_rejections_total{reason="gone"}'
+    while not server.metrics().get(gone) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = server.metrics()
+    assert found[gone] == 1
+    assert found['scumble_images_total{model="tiny",precision="float32"}'] == 1
+    assert found["scumble_queue_depth"] == found["scumble_inflight"] == 0
+    five_are_left(server)
+
+
+def test_liveness_is_answered_while_a_batch_runs_on_its_thread(stubborn):
+    server = stubborn(batch__execution="thread")
+    with busy(server):
+        started = time.monotonic()
+        for url in (server.url, server.admin):
+            assert httpx2.get(f"{url}/livez").status_code == 200
+        assert time.monotonic() - started < SLOW_S / 2
+
+
+def test_liveness_waits_for_an_inline_batch_and_never_on_the_admin_port(stubborn):
+    server = stubborn(batch__execution="inline")
+    with busy(server):
+        started = time.monotonic()
+        assert httpx2.get(f"{server.admin}/livez").status_code == 200
+        assert time.monotonic() - started < SLOW_S / 2
+        assert httpx2.get(f"{server.url}/livez", timeout=20).status_code == 200
+        assert time.monotonic() - started < 2 * SLOW_S
+
+
+def test_others_serve_on_while_a_killed_worker_is_replaced(serve):
+    server = serve(workers=2)
+    codes, lost = [], []
+    stop = threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            try:
+                codes.append(post(server).status_code)
+            except httpx2.TransportError:
+                lost.append(time.monotonic())
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.3)
+    before = len(codes)
+    kill_one(server)
+    time.sleep(0.4)  # a worker is started again after 0.5 s
+    during = len(codes) - before
+    stop.set()
+    asking.join()
+    assert during > 0
+    assert set(codes) == {200}
+    assert len(lost) <= 1  # the one that was being answered
+
+
+def kill_one(server) -> None:
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("execution", ["inline", "thread"])
+def test_a_worker_that_hangs_is_replaced_while_the_other_serves(stubborn, execution):
+    server = stubborn(workers=2, watchdog_s=2, batch__execution=execution)
+    with connect(server) as victim, httpx2.Client(base_url=server.url, headers=IMAGE) as other:
+        victim.sendall(raw(plain(HUNG)))
+        assert other.post("/v1/predict", content=PNG).status_code == 200  # the other worker's
+        codes, ready = [], set()
+        hung = 'scumble_worker_restarts_total{reason="hung"}'
+        deadline = time.monotonic() + 20
+        while not server.metrics()[hung] and time.monotonic() < deadline:
+            codes.append(other.post("/v1/predict", content=PNG).status_code)
+            ready.add(httpx2.get(f"{server.admin}/readyz").status_code)
+            time.sleep(0.02)
+        assert set(codes) == {200}
+        assert ready == {200, 503}
+        assert victim.recv(100) == b""
+    while httpx2.get(f"{server.admin}/readyz").status_code != 200:
+        time.sleep(0.05)
+    assert server.metrics()[hung] == 1
+    assert any(entry["event"].startswith("worker hung") for entry in server.log)
+    assert [post(server).status_code for _ in range(4)] == [200] * 4
+
+
+def test_a_slow_worker_gets_no_new_connections(stubborn):
+    server = stubborn(workers=2, watchdog_s=1.2, batch__execution="inline")
+    with busy(server):
+        time.sleep(SLOW_S / 4)
+        started = time.monotonic()
+        assert [post(server).status_code for _ in range(8)] == [200] * 8
+        assert time.monotonic() - started < SLOW_S / 2
+    assert server.metrics()['scumble_worker_restarts_total{reason="hung"}'] == 0
