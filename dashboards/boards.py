@@ -207,7 +207,7 @@ SERVICE = Board(
             ),
             Graph(
                 "Workers",
-                "Running worker processes, and how many were replaced in an hour, by what ended them.",
+                "Running worker processes, and those replaced in an hour, by what ended them.",
                 "short",
                 (
                     Query('sum by (job) (scumble_workers{job=~"$job"})', "{{job}}"),
@@ -310,10 +310,16 @@ DEFENSE = Board(
                 width=6,
             ),
             Graph(
-                "Budgets not counted",
-                "Times that the store of budgets did not answer: it should be none.",
+                "Not written down",
+                "Budgets that the store did not count, and lines that the audit log lost: it should "
+                "be none.",
                 "reqps",
-                (Query(_rate("scumble_store_failures_total", "job"), "{{job}}"),),
+                (
+                    Query(_rate("scumble_store_failures_total", "job"), "{{job}} budgets"),
+                    Query(
+                        _rate("scumble_audit_lines_total", "job, outcome"), "{{job}} {{outcome}}"
+                    ),
+                ),
                 width=6,
             ),
             SERVED,
