@@ -107,10 +107,12 @@ def _plain(data: bytes) -> tuple[int, int, int] | None:
 def _quick(data: bytes, plain: tuple[int, int, int]) -> Pixels | None:
     """Pixels (H, W, C) of a plain file; None where they are not what its header promised."""
     width, height, channels = plain
-    read = imagecodecs.png_decode if data[0] == PNG_START[0] else imagecodecs.jpeg8_decode
+    # Not its png_decode: with a broken file that keeps the whole array, and gives back a reference
+    # to None that it does not have, so that broken files fill the memory and end the process.
+    read = imagecodecs.spng_decode if data[0] == PNG_START[0] else imagecodecs.jpeg8_decode
     try:
         pixels: Pixels = read(data)
-    except (imagecodecs.PngError, imagecodecs.Jpeg8Error, ValueError):
+    except (imagecodecs.SpngError, imagecodecs.Jpeg8Error, ValueError):
         return None  # Pillow says what is wrong, or can read it after all
     if pixels.dtype != np.uint8 or pixels.size != height * width * channels:
         return None

@@ -1,7 +1,12 @@
+import contextlib
 import io
+import os
+import random
 import struct
+import sys
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +16,7 @@ from PIL import Image
 
 from app.bundle import InputShape, Preprocessing
 from app.decode import _plain, _quick, decode, to_pixels
-from app.errors import TooLarge, Unprocessable
+from app.errors import RequestError, TooLarge, Unprocessable
 from tests.pictures import PNG, encoded, picture
 
 RGB = InputShape(height=8, width=8, channels=3)
@@ -220,3 +225,23 @@ def test_a_file_that_was_cut_off_is_refused(kind):
     for size in range(len(data) // 3, len(data) - 12, 97):
         with pytest.raises(Unprocessable):
             decode(data[:size], RGB, STRETCH, MAX)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_broken_files_leave_nothing_behind(kind):
+    """A codec kept each broken image, and gave back references to None that it did not have."""
+    draw = random.Random(1)  # noqa: S311  # no secret
+    source = encoded(picture(400, 400), kind)
+    none, memory = sys.getrefcount(None), resident_mb()
+    for _ in range(300):
+        data = bytearray(source)
+        data[draw.randrange(33, len(source))] ^= 1 << draw.randrange(8)
+        with contextlib.suppress(RequestError):
+            decode(bytes(data), RGB, STRETCH, MAX)
+    assert sys.getrefcount(None) > none - 100
+    assert resident_mb() < memory + 30  # 300 of them are 137 MB
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

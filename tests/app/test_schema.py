@@ -3,6 +3,7 @@
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -11,8 +12,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from app.access import OPEN
+from app.keys import KeyFile, write_keys
 from app.main import create_app
 from app.settings import Settings
+from tests.app.test_access import row
 
 CHECKS = [
     not_a_server_error,
@@ -40,10 +44,26 @@ ROUTES = [
 
 @pytest.fixture(scope="module")
 def operations(models):
-    app = create_app(Settings(model_dir=models, model="tiny"))
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    return driven(Settings(model_dir=models, model="tiny"))
+
+
+def driven(options):
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(options))
     found = [result.ok() for result in schema.get_all_operations()]
     return {f"{operation.method.upper()} {operation.path}": operation for operation in found}
+
+
+@pytest.fixture(scope="module")
+def keyed(models, tmp_path_factory):
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    keys = (
+        row("plain"),
+        row("three", limits={"window_images": 3, "total_images": 4}),
+        row("gone", revoked="2026-01-02T00:00:00+00:00"),
+        row("narrow", routes=["/v1/model"]),
+    )
+    write_keys(path, KeyFile(keys=keys))
+    return driven(Settings(model_dir=models, model="tiny", keys_file=path, workers=1))
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
@@ -61,15 +81,52 @@ def test_every_answer_is_as_the_document_says(operations, route, mode):
         statuses.add(answer.status_code)
         case.validate_response(answer, checks=CHECKS)
 
+    run(check)
+    if route == "POST /v1/predict":
+        assert statuses & {400, 413, 415, 422}
+
+
+def run(check):
     try:
         check()
     except Exception as exc:
         # A route without parameters or body has no request that is wrong by the document.
         if type(exc).__name__ != "Unsatisfiable":
             raise
-    if route == "POST /v1/predict":
-        assert statuses & {400, 413, 415, 422}
 
 
-def test_all_routes_are_driven(operations):
-    assert set(operations) == set(ROUTES)
+def test_all_routes_are_driven(operations, keyed):
+    assert set(operations) == set(keyed) == set(ROUTES)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_same_with_keys_on(keyed, route, mode):
+    """With a key, with one whose images are soon spent, a revoked one, a made-up one and none."""
+    statuses = set()
+
+    @settings(
+        max_examples=40,
+        suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+    )
+    @given(
+        case=keyed[route].as_strategy(generation_mode=mode),
+        key=st.sampled_from(["plain", "plain", "three", "gone", "narrow", "nobody", None]),
+    )
+    def check(case, key):
+        case.headers = {
+            name: value
+            for name, value in (case.headers or {}).items()
+            if name.lower() not in ("authorization", "x-api-key")
+        }
+        answer = case.call(headers={"X-API-Key": key} if key else {})
+        statuses.add(answer.status_code)
+        case.validate_response(answer, checks=CHECKS)
+        if route.partition(" ")[2] in OPEN:
+            assert answer.status_code == 200
+        elif key in ("nobody", None):
+            assert answer.status_code == 401
+        elif key == "gone":
+            assert answer.status_code == 403
+
+    run(check)
