@@ -32,6 +32,10 @@ class Workers(Protocol):
         """Every worker is ready and nobody is draining."""
         ...
 
+    async def reload(self) -> bool:
+        """Serve the bundle as it is now, or go on as before; which of them."""
+        ...
+
     def pids(self) -> dict[int, int]:
         """Process id by worker number."""
         ...
@@ -89,13 +93,25 @@ def create_admin(workers: Workers, metrics_dir: str, incidents: Incidents) -> St
             return json_response({"status": "ready"})
         return json_response({"status": "not ready"}, 503)
 
+    async def reload(request: Request) -> Response:
+        if "origin" in request.headers:  # a page in a browser on this machine
+            error: errors.RequestError = errors.Forbidden("not for web pages")
+        elif await workers.reload():
+            return json_response({"status": "reloaded"})
+        else:
+            error = errors.Internal("the new model cannot be served; the log says why")
+        return Response(error.body(), error.status, media_type=errors.MEDIA_TYPE)
+
     routes: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/metrics": metrics,
         "/livez": live,
         "/readyz": ready,
     }
     return Starlette(
-        routes=[Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()],
+        routes=[
+            *(Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()),
+            Route("/reload", reload, methods=["POST"]),
+        ],
         exception_handlers={HTTPException: _refused},
     )
 
@@ -104,8 +120,12 @@ async def _refused(request: Request, exc: Exception) -> Response:
     del request
     assert isinstance(exc, HTTPException)  # noqa: S101  # registered for nothing else
     error = (
-        errors.MethodNotAllowed("allowed: GET", {"Allow": "GET"})
+        errors.MethodNotAllowed(f"allowed: {_allowed(exc)}", {"Allow": _allowed(exc)})
         if exc.status_code == 405
-        else errors.NotFound("no such route; there are /metrics, /livez and /readyz")
+        else errors.NotFound("no such route; there are /metrics, /livez, /readyz and /reload")
     )
     return Response(error.body(), error.status, error.headers, media_type=errors.MEDIA_TYPE)
+
+
+def _allowed(exc: HTTPException) -> str:
+    return (exc.headers or {}).get("Allow", "")

@@ -39,6 +39,9 @@ def metric_names() -> set[str]:
         def ready(self):
             return True
 
+        async def reload(self):
+            return True
+
         def pids(self):
             return {}
 
