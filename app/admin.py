@@ -37,6 +37,10 @@ class Workers(Protocol):
         """Every worker is ready and nobody is draining."""
         ...
 
+    async def reload(self) -> bool:
+        """Serve the bundle as it is now, or go on as before; which of them."""
+        ...
+
     def pids(self) -> dict[int, int]:
         """Process id by worker number."""
         ...
@@ -104,12 +108,24 @@ def create_admin(
             return json_response({"status": "ready"})
         return json_response({"status": "not ready"}, 503)
 
+    async def reload(request: Request) -> Response:
+        if "origin" in request.headers:  # a page in a browser on this machine
+            error: errors.RequestError = errors.Forbidden("not for web pages")
+        elif await workers.reload():
+            return json_response({"status": "reloaded"})
+        else:
+            error = errors.Internal("the new model cannot be served; the log says why")
+        return Response(error.body(), error.status, media_type=errors.MEDIA_TYPE)
+
     routes: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/metrics": metrics,
         "/livez": live,
         "/readyz": ready,
     }
-    served = [Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()]
+    served = [
+        *(Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()),
+        Route("/reload", reload, methods=["POST"]),
+    ]
     middleware = []
     if helper is not None:
         served += console_routes(settings, workers, registry, helper)
@@ -127,7 +143,7 @@ async def _refused(request: Request, exc: Exception) -> Response:
     error = (
         errors.MethodNotAllowed(f"allowed: {allowed}", {"Allow": allowed})
         if exc.status_code == 405
-        else errors.NotFound("no such route; there are /metrics, /livez and /readyz")
+        else errors.NotFound("no such route; there are /metrics, /livez, /readyz and /reload")
     )
     return await _problem(request, error)
 

@@ -1,4 +1,4 @@
-"""`scumble serve` and `scumble check`."""
+"""`scumble serve`, `scumble reload` and `scumble check`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import click
 
 from app.errors import ConfigError
 from app.settings import Settings, load_settings, shown, variables
+
+RELOAD_S = 600
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,6 +49,31 @@ def serve(**arguments: Any) -> None:
     except ConfigError as exc:
         raise click.ClickException(str(exc)) from exc
     raise SystemExit(code)
+
+
+@click.command()
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--admin-port", type=int)
+def reload(**arguments: Any) -> None:
+    """Let the server of this machine serve its model's files as they are now.
+
+    Nothing is interrupted. If they cannot be served, the server goes on as before, and this exits
+    with 1.
+    """
+    import httpx2
+
+    try:
+        settings = _settings(arguments)
+        host = "127.0.0.1" if settings.admin_host in ("0.0.0.0", "::") else settings.admin_host  # noqa: S104  # compared, not bound
+        url = f"http://[{host}]" if ":" in host else f"http://{host}"
+        answer = httpx2.post(f"{url}:{settings.admin_port}/reload", timeout=RELOAD_S)
+    except ConfigError as exc:
+        raise click.ClickException(str(exc)) from exc
+    except httpx2.HTTPError as exc:
+        raise click.ClickException(f"no answer from the admin port: {exc}") from exc
+    if answer.status_code != 200:
+        raise click.ClickException(answer.json()["error"])
+    click.echo("reloaded")
 
 
 @click.command()

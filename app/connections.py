@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from prometheus_client import Counter
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -21,6 +19,9 @@ from app.dealer import Hand
 from app.errors import MEDIA_TYPE, BadFraming, HeadersTooLarge, RequestError, TooSlow
 from app.patience import Line
 from app.settings import HttpSettings
+
+if TYPE_CHECKING:
+    from app.service import Service
 
 AROUND = 4  # bytes of a header beside its name and value: colon, space, line end
 
@@ -31,7 +32,7 @@ class Connection(HttpToolsProtocol):
     Args:
         hand: where its end is counted.
         limits: of headers and times.
-        rejections: the metrics' counters of refusals that no request sees, by reason.
+        service: whose metrics count refusals that no request sees, and which may be draining.
         config, server_state, app_state: uvicorn's.
     """
 
@@ -39,7 +40,7 @@ class Connection(HttpToolsProtocol):
         self,
         hand: Hand,
         limits: HttpSettings,
-        rejections: Mapping[str, Counter],
+        service: Service,
         config: uvicorn.Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -47,7 +48,8 @@ class Connection(HttpToolsProtocol):
         super().__init__(config, server_state, app_state)
         self._hand = hand
         self._limits = limits
-        self._rejections = rejections
+        self._state = service.state
+        self._rejections = service.metrics.rejections
         self._line = Line()
         self._since: float | None = self.loop.time()  # when what is awaited from the client began
         self._heading = True  # what comes next is a part of headers
@@ -84,6 +86,8 @@ class Connection(HttpToolsProtocol):
             self._refusal = self._too_large()
             raise self._refusal
         super().on_headers_complete()
+        if self._state.draining:
+            self.cycle.keep_alive = False  # the next request is for somebody else
 
     def on_message_complete(self) -> None:
         """The request is there, body and all."""

@@ -1,4 +1,4 @@
-"""What happens to workers, counted by the supervisor."""
+"""What happens to workers and models, counted by the supervisor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 End = Literal["ended", "hung"]
+Reload = Literal["done", "failed"]
 
 
 class Incidents(Collector):
@@ -23,6 +24,10 @@ class Incidents(Collector):
             ["reason"],
             registry=self._registry,
         )
+        reloads = Counter(
+            "scumble_reloads_total", "Reloads of the model.", ["result"], registry=self._registry
+        )
+        self.reloads = {result: reloads.labels(result) for result in get_args(Reload)}
         self.restarts = {reason: restarts.labels(reason) for reason in get_args(End)}
 
     def collect(self) -> Iterable[Metric]:

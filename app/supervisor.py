@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
@@ -27,10 +29,14 @@ from app.dealer import Dealer
 from app.errors import ConfigError
 from app.incidents import End, Incidents
 from app.settings import Settings
+from app.snapshot import take
 from app.tls import open_certificate
 from app.watchdog import Watchdog
 
 RESTART_S = 0.5
+LOAD_S = 300  # for the workers of a reload
+POLL_S = 0.05
+GRACE_S = 5  # beyond what a worker allows itself
 log = logging.getLogger("scumble")
 
 
@@ -42,12 +48,17 @@ def serve(settings: Settings) -> int:
     """
     logs.configure(settings.log_level)
     open_certificate(settings)  # the workers open it themselves; a wrong one is better said once
-    with tempfile.TemporaryDirectory(prefix="scumble-metrics-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="scumble-metrics-") as folder,
+        tempfile.TemporaryDirectory(prefix="scumble-model-") as copies,
+    ):
+        served = take(settings, Path(copies, "0"))
         # Workers inherit it; prometheus_client reads it when it is imported there.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         public = bind(settings.host, settings.port)
         admin = bind(settings.admin_host, settings.admin_port)
-        return asyncio.run(Supervisor(settings, public, admin, folder).run())
+        supervisor = Supervisor(settings, served, public, admin, folder, Path(copies))
+        return asyncio.run(supervisor.run())
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -72,7 +83,7 @@ def bind(host: str, port: int) -> socket.socket:
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    seated: bool = False
+    loaded: bool = False
     ready: bool = False
     leaving: bool = False
     end: End = "ended"
@@ -88,15 +99,39 @@ class AdminServer(uvicorn.Server):
 
 
 class Supervisor:
-    """Starts, watches, restarts and drains the workers."""
+    """Starts, watches, restarts, replaces and drains the workers.
+
+    Workers have numbers; those of two generations do not overlap, so that a reload can start new
+    ones beside the old.
+
+    Args:
+        settings: as given.
+        served: the same with a copy of the bundle, which is what workers load.
+        public: socket of the public port.
+        admin: of the admin port.
+        metrics_dir: where workers keep their metrics.
+        copies: where copies of bundles go.
+    """
 
     def __init__(
-        self, settings: Settings, public: socket.socket, admin: socket.socket, metrics_dir: str
+        self,
+        settings: Settings,
+        served: Settings,
+        public: socket.socket,
+        admin: socket.socket,
+        metrics_dir: str,
+        copies: Path,
     ) -> None:
         self._settings = settings
+        self._served = served
+        self._copies = copies
         self._public = public
-        self._watchdog = Watchdog(settings.worker_count, settings.watchdog_s)
-        self._dealer = Dealer(public, settings.worker_count, self._watchdog.late)
+        self._watchdog = Watchdog(2 * settings.worker_count, settings.watchdog_s)
+        self._dealer = Dealer(public, 2 * settings.worker_count, self._watchdog.late)
+        self._serving = range(settings.worker_count)
+        self._arrived: asyncio.Future[bool] | None = None
+        self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[bool]] = set()
         self._incidents = Incidents()
         self._admin = admin
         self._metrics_dir = metrics_dir
@@ -107,13 +142,7 @@ class Supervisor:
 
     def ready(self) -> bool:
         """Every worker is ready and nobody is draining."""
-        workers = self._workers.values()
-        return (
-            not self._stopping.is_set()
-            and len(workers) == self._settings.worker_count
-            and all(child.ready and not child.leaving for child in workers)
-            and not any(map(self._watchdog.late, self._workers))
-        )
+        return not self._stopping.is_set() and all(map(self._well, self._serving))
 
     def pids(self) -> dict[int, int]:
         """Process id by worker number."""
@@ -129,8 +158,11 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for stop in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(stop, self._stopping.set)
-        for number in range(self._settings.worker_count):
-            self._start(number)
+        # On a terminal this signal says that the terminal is gone.
+        on_hangup = self._stopping.set if os.isatty(2) else self._reload_soon
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        for number in self._serving:
+            self._start(number, self._served)
         from app.admin import create_admin  # here: the workers load meanwhile
         from app.console.helper import Helper
 
@@ -149,7 +181,8 @@ class Supervisor:
         serving = asyncio.create_task(server.serve([self._admin]))
         watching = asyncio.create_task(self._watch())
         await self._stopping.wait()
-        watching.cancel()
+        for task in (watching, *self._reloads):
+            task.cancel()
         await self._stop()
         if helper is not None:
             helper.close()
@@ -157,7 +190,71 @@ class Supervisor:
         await serving
         return self._exit_code
 
-    def _start(self, number: int) -> None:
+    async def reload(self) -> bool:
+        """Replace all workers by ones that serve the bundle as it is now, or keep the old ones.
+
+        Gives whether they were replaced. Old ones go on until all new ones are ready, and then
+        finish what they have.
+        """
+        async with self._reloading:
+            while self._workers.keys() - set(self._serving):  # noqa: ASYNC110  # _ended removes them
+                await asyncio.sleep(POLL_S)
+            done = self._said_ready and await self._replace()
+        self._incidents.reloads["done" if done else "failed"].inc()
+        if done:
+            log.info("reloaded", extra={"workers": len(self._serving)})
+        else:
+            log.error("reload failed, all goes on as before")
+        return done
+
+    def _reload_soon(self) -> None:
+        task = asyncio.get_running_loop().create_task(self.reload())
+        self._reloads.add(task)  # or nobody would hold it
+        task.add_done_callback(self._reloads.discard)
+
+    async def _replace(self) -> bool:
+        old = self._serving
+        new = range(len(old)) if old.start else range(len(old), 2 * len(old))
+        copy = Path(tempfile.mkdtemp(dir=self._copies))
+        served = await self._prepare(new, copy)
+        if served is None:
+            shutil.rmtree(copy)
+            return False
+        shutil.rmtree(self._served.model_dir)
+        self._served, self._serving = served, new
+        for number in new:
+            self._seat_or_start(number)
+        for number in old:
+            self._retire(number)
+        return True
+
+    async def _prepare(self, numbers: range, copy: Path) -> Settings | None:
+        try:
+            served = await asyncio.to_thread(take, self._settings, copy / "models")
+        except ConfigError as exc:
+            log.error("%s", exc)
+            return None
+        return served if await self._load(numbers, served) else None
+
+    async def _load(self, numbers: range, served: Settings) -> bool:
+        """Start workers beside those that serve; whether all could load."""
+        self._arrived = asyncio.get_running_loop().create_future()
+        for number in numbers:
+            self._start(number, served)
+        try:
+            done = await asyncio.wait_for(self._arrived, LOAD_S)
+        except TimeoutError:
+            log.error("the new workers are not ready after %d s", LOAD_S)
+            done = False
+        finally:
+            self._arrived = None
+        if not done:
+            for number in numbers:
+                if number in self._workers:
+                    self._workers[number].process.kill()
+        return done
+
+    def _start(self, number: int, served: Settings) -> None:
         if self._stopping.is_set():
             return
         context = get_context("spawn")
@@ -165,7 +262,7 @@ class Supervisor:
         hand = self._dealer.hand(number)
         process = context.Process(
             target=worker.run,
-            args=(self._settings, hand, self._watchdog.pulse(number), theirs),
+            args=(served, hand, self._watchdog.pulse(number), theirs),
             name=f"worker-{number}",
         )
         process.start()
@@ -189,10 +286,12 @@ class Supervisor:
                 self._dealer.leave(number)
             return
         child.ready = said == "ready"
-        if not child.seated:
-            child.seated = True
-            self._watchdog.start(number)
-            self._dealer.seat(number)
+        if not child.loaded:
+            child.loaded = True
+            if number in self._serving:
+                self._seat(number)
+            else:
+                self._arrive()
         if self.ready() and not self._said_ready:
             self._said_ready = True
             log.info(
@@ -215,7 +314,11 @@ class Supervisor:
         mark_process_dead(child.process.pid, self._metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
         if self._stopping.is_set():
             return
-        if not self._said_ready and not child.seated:
+        if number not in self._serving:
+            if self._arrived is not None and not self._arrived.done():
+                self._arrived.set_result(False)
+            return
+        if not self._said_ready and not child.loaded:
             # None ever was: the settings are at fault, and starting it again would fail as well.
             self._exit_code = 1
             self._stopping.set()
@@ -226,14 +329,58 @@ class Supervisor:
             child.end,
             extra={"worker": number, "exit_code": child.process.exitcode},
         )
-        loop.call_later(RESTART_S, self._start, number)
+        loop.call_later(RESTART_S, self._restart, number)
+
+    def _restart(self, number: int) -> None:
+        if number in self._serving:  # no reload has replaced it meanwhile
+            self._start(number, self._served)
+
+    def _well(self, number: int) -> bool:
+        child = self._workers.get(number)
+        return (
+            child is not None
+            and child.ready
+            and not child.leaving
+            and not self._watchdog.late(number)
+        )
+
+    def _seat(self, number: int) -> None:
+        self._watchdog.start(number)
+        self._dealer.seat(number)
+
+    def _arrive(self) -> None:
+        """One of the new workers is loaded."""
+        new = [child for number, child in self._workers.items() if number not in self._serving]
+        if (
+            self._arrived is not None
+            and not self._arrived.done()
+            and len(new) == len(self._serving)
+            and all(child.loaded for child in new)
+        ):
+            self._arrived.set_result(True)
+
+    def _seat_or_start(self, number: int) -> None:
+        if number in self._workers:
+            self._seat(number)
+        else:  # it ended in the moment between
+            self._start(number, self._served)
+
+    def _retire(self, number: int) -> None:
+        """No more connections: the worker finishes what it has, and ends."""
+        child = self._workers.get(number)
+        if child is None:
+            return
+        child.leaving = True
+        self._dealer.leave(number)
+        allowed = self._settings.http.keep_alive_s + self._settings.shutdown_timeout_s + GRACE_S
+        asyncio.get_running_loop().call_later(allowed, child.process.kill)
 
     async def _watch(self) -> None:
         """Kill workers that hang; they are replaced like any that ends."""
         while True:
             await asyncio.sleep(min(1.0, self._watchdog.allowed_s / 4))
             for number, child in self._workers.items():
-                if child.seated and not child.leaving and self._watchdog.hung(number):
+                if child.loaded and not child.leaving and self._watchdog.hung(number):
                     child.end = "hung"
                     child.process.kill()
 
@@ -243,7 +390,7 @@ class Supervisor:
             child.process.terminate()
         await asyncio.sleep(self._settings.drain_delay_s)
         self._dealer.close()
-        deadline = asyncio.get_running_loop().time() + self._settings.shutdown_timeout_s + 5
+        deadline = asyncio.get_running_loop().time() + self._settings.shutdown_timeout_s + GRACE_S
         while self._workers and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110  # _ended empties it
             await asyncio.sleep(0.02)
         for number, child in self._workers.items():

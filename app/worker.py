@@ -39,7 +39,10 @@ class WorkerServer(uvicorn.Server):
     """Takes its connections from the supervisor; says when it is ready and when it wants no more.
 
     On SIGTERM it is no longer ready and says so; it goes on answering. When the supervisor sends no
-    more connections, or is gone, it finishes its requests and ends.
+    more connections, it finishes its requests and ends. Without SIGTERM others are there for its
+    clients, and it lets each finish: an answer says that the connection closes, and a connection
+    that waits for a request stays open as long as an idle one may. To close it at once could meet
+    a request that is already on its way.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class WorkerServer(uvicorn.Server):
         self._pipe = pipe
         self._opening: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[None] | None = None
+        self._told = False
+        self._end_by: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, then tell the supervisor."""
@@ -90,8 +95,11 @@ class WorkerServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: show the supervisor that nothing hangs, look for slow clients."""
         self._pulse.beat(self._app.state.service.running_s())
+        now = asyncio.get_running_loop().time()
+        if self._end_by is not None:
+            open_ones = self.server_state.connections or self._opening
+            self.should_exit = self._told or not open_ones or now >= self._end_by
         if counter % TICKS_PER_CHECK == 0:
-            now = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
                 connection.check(now)  # type: ignore[union-attr]  # all are made by `_protocol`
         return await super().on_tick(counter)
@@ -114,7 +122,7 @@ class WorkerServer(uvicorn.Server):
             return
         loop.remove_reader(self._hand.channel.fileno())
         self._app.state.service.state.draining = True
-        self.should_exit = True
+        self._end_by = loop.time() + (0 if self._told else self._limits.keep_alive_s + 1)
 
     async def _open(self, connection: socket.socket) -> None:
         protocol = self._protocol()
@@ -134,13 +142,14 @@ class WorkerServer(uvicorn.Server):
         return Connection(
             self._hand,
             self._limits,
-            self._app.state.service.metrics.rejections,
+            self._app.state.service,
             self.config,
             self.server_state,
             self.lifespan.state,
         )
 
     def _drain(self) -> None:
+        self._told = True
         self._app.state.service.state.draining = True
         with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
             self._pipe.send("draining")
@@ -164,6 +173,7 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 def run(settings: Settings, hand: Hand, pulse: Pulse, pipe: Pipe) -> None:
     """Entry point of the process; exits 0 after draining, 1 when the settings cannot be served."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor acts on it
     logs.configure(settings.log_level)
     # Imported here: the supervisor imports this module too, and starts faster without the service.
     from app.main import create_app

@@ -207,10 +207,15 @@ SERVICE = Board(
             ),
             Graph(
                 "Workers",
-                "Running worker processes, and those replaced in an hour, by what ended them.",
+                "Running worker processes; those replaced in an hour, by what ended them; and "
+                "reloads of the model in an hour, by how they went.",
                 "short",
                 (
                     Query('sum by (job) (scumble_workers{job=~"$job"})', "{{job}}"),
+                    Query(
+                        'sum by (job, result) (increase(scumble_reloads_total{job=~"$job"}[1h]))',
+                        "{{job}} reload {{result}}",
+                    ),
                     Query(
                         "sum by (job, reason) "
                         '(increase(scumble_worker_restarts_total{job=~"$job"}[1h]))',
@@ -311,8 +316,8 @@ DEFENSE = Board(
             ),
             Graph(
                 "Not written down",
-                "Budgets that the store did not count, and lines that the audit log lost: it should "
-                "be none.",
+                "Budgets that the store did not count, and lines that the audit log lost: it "
+                "should be none.",
                 "reqps",
                 (
                     Query(_rate("scumble_store_failures_total", "job"), "{{job}} budgets"),

@@ -101,6 +101,7 @@ def _package(module: str) -> str:
 
 COMMANDS = {
     "serve": Row("app.commands:serve", "Serve a model over HTTP."),
+    "reload": Row("app.commands:reload", "Let a server take its model anew."),
     "check": Row("app.commands:check", "Show the settings a server would start with."),
     "keys": Row("app.key_commands:keys", "Make, list and revoke API keys."),
     "audit": Row("app.audit_commands:audit", "Check audit logs."),

@@ -13,6 +13,9 @@ class NoWorkers:
     def ready(self):
         return True
 
+    async def reload(self):
+        return True
+
     def pids(self):
         return {}
 

@@ -1,0 +1,36 @@
+"""A copy of the served bundle: all workers serve the same one, whatever happens to its folder.
+
+A worker that is replaced loads the model again. Without a copy it would take whatever the folder
+holds by then: another version than its neighbours, half of one, or nothing that can be served.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from app.bundle import ONNX_FILE, open_bundle
+from app.settings import Settings
+
+
+def take(settings: Settings, folder: Path) -> Settings:
+    """Settings that serve a copy of the bundle as it is now.
+
+    Args:
+        settings: which bundle.
+        folder: where the copy goes; made.
+
+    Raises:
+        BundleError: there is none, or a file that is needed is missing or not what its card says.
+    """
+    bundle = open_bundle(settings.model_dir, settings.model)
+    target = folder / settings.model
+    target.mkdir(parents=True)
+    shutil.copyfile(bundle.folder / "card.json", target / "card.json")
+    needed = {ONNX_FILE[settings.precision], "golden.json"}
+    for name in needed:
+        (target / name).write_bytes(bundle.read(name))
+    for name in bundle.card.files.keys() - needed:
+        if (bundle.folder / name).is_file():  # who needs one that is missing says so
+            shutil.copyfile(bundle.folder / name, target / name)
+    return settings.model_copy(update={"model_dir": folder})
