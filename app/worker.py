@@ -28,7 +28,7 @@ from app.watchdog import Pulse
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from app.access import Access
+    from app.service import Service
 
 WATCH_S = 1.0
 TICKS_PER_CHECK = 10
@@ -74,19 +74,17 @@ class WorkerServer(uvicorn.Server):
         loop.add_signal_handler(signal.SIGTERM, self._drain)
         self._hand.channel.setblocking(False)
         loop.add_reader(self._hand.channel.fileno(), self._take)
-        access: Access | None = self._app.state.service.access
-        if access is None:
-            self._pipe.send("ready")
-        else:
-            ready = await access.ready()
-            self._pipe.send("ready" if ready else "not ready")
-            self._watching = loop.create_task(self._watch(access, ready))
+        service: Service = self._app.state.service
+        ready = await service.obstacle() is None
+        self._pipe.send("ready" if ready else "not ready")
+        if service.access is not None or service.audit is not None:
+            self._watching = loop.create_task(self._watch(service, ready))
 
-    async def _watch(self, access: Access, said: bool) -> None:
+    async def _watch(self, service: Service, said: bool) -> None:
         """Tell the supervisor, who speaks for all workers, whenever readiness changes."""
-        while not self._app.state.service.state.draining:
+        while not service.state.draining:
             await asyncio.sleep(WATCH_S)
-            ready = await access.ready()
+            ready = await service.obstacle() is None
             if ready != said:
                 with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
                     self._pipe.send("ready" if ready else "not ready")

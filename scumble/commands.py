@@ -73,8 +73,9 @@ def predict(
 
     Each IMAGE (PNG, JPEG or WebP) is one request. The exit code is 1 if one of them got no answer.
     """
+    key = key_file.read().strip() if key_file else None
     try:
-        client = Client(url, key=key_file.read().strip() if key_file else None, ca_file=ca_file)
+        client = Client(url, key=key, ca_file=ca_file)
     except OSError as exc:  # the ssl module's own errors are such, too
         raise click.BadParameter(f"{ca_file}: {exc}", param_hint="--ca-file") from exc
     except ValueError as exc:

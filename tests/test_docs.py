@@ -95,6 +95,16 @@ def test_links_lead_somewhere_and_readme_lists_the_page(page):
         assert (DOCS / target).exists(), target
 
 
+def test_every_promise_of_the_threat_model_names_tests_that_exist():
+    text = (DOCS / "threat-model.md").read_text()
+    promises = text.partition("## Promises")[2].partition("## What is not promised")[0]
+    named = r"`(tests/\S+\.py)::(\w+)`"
+    for promise in re.findall(r"^- .*(?:\n  .*)*", promises, re.MULTILINE):
+        assert re.search(named, promise), promise
+    for file, name in re.findall(named, text):
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE), name
+
+
 def test_no_image_set_is_committed():
     """Only the handful of digits from scikit-learn's wheel; no other pictures, no Parquet."""
     pictures = [

@@ -320,7 +320,7 @@ def test_predict_sends_the_key_of_a_file(run, monkeypatch, url):
     monkeypatch.setattr(scumble.commands, "Client", client)
     Path("key").write_text("scumble_x\n")
     assert run("predict", url, "car.png", "--key-file", "key").exit_code == 0
-    assert given == [{"key": "scumble_x"}]
+    assert given == [{"key": "scumble_x", "ca_file": None}]
     Path("key").write_text("two words")
     result = run("predict", url, "car.png", "--key-file", "key")
     assert result.exit_code == 2
