@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help serve test install check lint format demo results-ci bench clean
+.PHONY: help serve test install check lint format demo results-ci bench chaos clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,6 +34,9 @@ demo: .venv/.dev ## steal a model, undefended and defended, and compare; a few m
 results-ci: .venv/.dev ## a small comparison of defenses, made again and compared with the committed one
 	$(BIN)/scumble evaluate --plan ci --out runs/results-ci
 	$(BIN)/python -m evaluation.reproduce runs/results-ci evaluation/results/ci
+
+chaos: .venv/.dev ## break a server in every way under load; three minutes
+	$(BIN)/python -m loadtest.chaos
 
 bench: .venv/.dev ## request latency, defense on against off
 	$(BIN)/python loadtest/latency.py

@@ -1,0 +1,416 @@
+"""Everything that goes wrong at once, for a few minutes, on this machine: `make chaos`.
+
+    python -m loadtest.chaos --minutes 3
+
+Honest clients, a thief with a budget, broken bodies and slow clients ask a real server, while its
+workers are killed, its model is reloaded (good files and bad), the store of budgets is killed and
+started again, and in the end it gets SIGTERM under load. Exit code 1 unless
+
+- no request is lost: one whose connection died before a byte of its answer is asked once more, as
+  any client may, and is lost if that fails as well;
+- the thief gets no image beyond his budget;
+- no answer is a 5xx but the documented 503 and 504, and no broken body is accepted;
+- no worker grows by more than 20 % after it is warm;
+- the server ends with 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx2
+
+from app.keys import Key, KeyFile, KeyLimits, digest, write_keys
+from scumble.local import Server, serving
+
+ROOT = Path(__file__).parents[1]
+DIGIT = (ROOT / "docs" / "digits" / "3.png").read_bytes()
+PNG = {"Content-Type": "image/png"}
+BUDGET = 2000
+HONEST = 4
+GROWTH = 0.20
+AGAIN_S = 0.1  # a worker that dies takes with it what it is dealt in that very moment
+WARM_S = 15.0  # of a worker's life
+DOCUMENTED = {200, 429, 503, 504}
+BROKEN: list[tuple[bytes, dict[str, str]]] = [
+    (b"", PNG),
+    (DIGIT[:60], PNG),
+    (bytes(100_000), PNG),
+    (b"[" * 10_000, {"Content-Type": "application/json"}),
+    (b"--b\r\n\r\n", {"Content-Type": "multipart/form-data; boundary=b"}),
+    (DIGIT, {"Content-Type": "text/plain"}),
+    (DIGIT, {**PNG, "Content-Encoding": "gzip"}),
+    (DIGIT, {**PNG, "X-Deadline-Ms": "soon"}),
+]
+SLOW = [
+    b"POST /v1/pre",
+    b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+    b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-API-Key: honest\r\nContent-Length: 9\r\n\r\nabc",
+    b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 500,
+]
+
+
+@dataclass
+class Tally:
+    """What clients asked and got.
+
+    Attributes:
+        attempted: requests, without those asked again.
+        answers: by status.
+        again: requests whose connection died, asked once more.
+        lost: of these, those that got no answer either.
+        stolen: images that the thief got.
+        wrong: answers that must not be, in words.
+    """
+
+    attempted: int = 0
+    answers: Counter[int] = field(default_factory=Counter)
+    again: int = 0
+    lost: int = 0
+    stolen: int = 0
+    wrong: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, status: int, allowed: set[int], images: int = 0) -> None:
+        """Count an answer."""
+        with self.lock:
+            self.answers[status] += 1
+            self.stolen += images
+            if status not in allowed:
+                self.wrong.append(f"status {status}; allowed: {sorted(allowed)}")
+
+
+def ask(client: httpx2.Client, tally: Tally, body: Any) -> httpx2.Response | None:
+    """One request, asked again if its connection died; None if it is lost."""
+    with tally.lock:
+        tally.attempted += 1
+    for attempt in range(2):
+        try:
+            return client.post("/v1/predict", **body)
+        except httpx2.TransportError:
+            with tally.lock:
+                tally.again += attempt == 0
+                tally.lost += attempt == 1
+            time.sleep(AGAIN_S)
+    return None
+
+
+def honest(server: Server, tally: Tally, stop: threading.Event) -> None:
+    """A picture after the other, sometimes with a deadline."""
+    headers = {**PNG, "X-API-Key": "honest"}
+    body = {"content": DIGIT}
+    with httpx2.Client(base_url=server.url, headers=headers, timeout=60) as client:
+        while not stop.is_set():
+            hurry = {"X-Deadline-Ms": "500"} if random.random() < 0.2 else {}  # noqa: S311  # no secret
+            answer = ask(client, tally, {**body, "headers": hurry})
+            if answer is not None:
+                tally.note(answer.status_code, {200, 503, 504})
+            time.sleep(0.005)
+
+
+def thief(server: Server, tally: Tally, stop: threading.Event) -> None:
+    """Eight at a time until nothing is left, and then he tries on."""
+    body = {"files": [("image", ("x.png", DIGIT, "image/png"))] * 8}
+    with httpx2.Client(base_url=server.url, headers={"X-API-Key": "thief"}, timeout=60) as client:
+        while not stop.is_set():
+            answer = ask(client, tally, body)
+            if answer is not None:
+                good = answer.status_code == 200
+                got = len(answer.json()["predictions"]) if good else 0
+                tally.note(answer.status_code, DOCUMENTED, got)
+            time.sleep(0.02 if answer is None or answer.status_code == 200 else 0.2)
+
+
+def vandal(server: Server, tally: Tally, stop: threading.Event) -> None:
+    """Bodies and headers that are wrong in some way."""
+    with httpx2.Client(base_url=server.url, timeout=60) as client:
+        while not stop.is_set():
+            for content, headers in BROKEN:
+                headers = {**headers, "X-API-Key": "honest"}
+                answer = ask(client, tally, {"content": content, "headers": headers})
+                if answer is not None:
+                    tally.note(answer.status_code, {400, 413, 415, 422, 503})
+            time.sleep(0.05)
+
+
+def sloth(server: Server, tally: Tally, stop: threading.Event) -> None:
+    """Connections that send half a request, or read nothing; each must be closed on him."""
+    host, port = server.url.removeprefix("http://").split(":")
+    while not stop.is_set():
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=20) as line:
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            line.sendall(random.choice(SLOW))  # noqa: S311  # no secret
+            if stop.wait(8):
+                return
+            try:
+                while line.recv(65536):
+                    pass
+            except TimeoutError:
+                with tally.lock:
+                    tally.wrong.append("a slow connection was left open")
+
+
+class Memory:
+    """Resident memory of each worker over its life."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._born: dict[int, float] = {}
+        self._warm: dict[int, int] = {}
+        self.growth: dict[int, float] = {}
+
+    def look(self, pids: list[int]) -> None:
+        """Measure these now."""
+        for pid in pids:
+            try:
+                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            except (OSError, IndexError):
+                continue
+            age = self._clock() - self._born.setdefault(pid, self._clock())
+            if age < WARM_S:
+                self._warm[pid] = max(pages, self._warm.get(pid, 0))
+            else:
+                self.growth[pid] = pages / self._warm[pid] - 1
+
+
+def workers(server: Server) -> list[int]:
+    """Process ids of the workers, oldest first."""
+    pid = server.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+
+
+class Redis:
+    """A real one that writes everything down before it answers."""
+
+    def __init__(self, folder: Path, program: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        options = f"--port {self.port} --bind 127.0.0.1 --appendonly yes --appendfsync always"
+        self._command = [program, *options.split(), "--dir", str(folder), "--save", ""]
+        self.start()
+
+    def start(self) -> None:
+        """Run it; also what it wrote before it was killed is there again."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)  # noqa: S603  # our own arguments
+        for _ in range(200):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.05)
+        raise RuntimeError("redis does not answer")
+
+    def kill(self) -> None:
+        """As a machine that fails would."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def redis_in(folder: Path) -> Iterator[Redis]:
+    """A Redis of our own; ended at the end."""
+    program = shutil.which("redis-server")
+    assert program is not None  # noqa: S101  # the caller has looked
+    server = Redis(folder, program)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def set_version(models: Path, version: str) -> None:
+    """A new version of the bundle."""
+    path = models / "mnist" / "card.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
+
+
+def reload(server: Server) -> int:
+    """Status of the answer."""
+    return httpx2.post(f"{server.admin}/reload", timeout=120).status_code
+
+
+def good_reload(server: Server, models: Path, tally: Tally, version: str) -> None:
+    """Must be taken."""
+    set_version(models, version)
+    if reload(server) != 200:
+        tally.wrong.append("a good reload failed")
+
+
+def bad_reload(server: Server, models: Path, tally: Tally) -> None:
+    """Must be refused."""
+    path = models / "mnist" / "float32.onnx"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
+    if reload(server) != 500:
+        tally.wrong.append("a tampered model was served")
+    path.write_bytes(content)
+
+
+def kill_worker(server: Server) -> None:
+    """The oldest."""
+    with suppress(ProcessLookupError, IndexError):
+        os.kill(workers(server)[0], signal.SIGKILL)
+
+
+def plan(
+    server: Server, models: Path, tally: Tally, redis: Redis | None
+) -> list[tuple[float, str, Callable[[], object]]]:
+    """(part of the time, what, how); the last third is quiet: memory can be seen to stay."""
+    faults: list[tuple[float, str, Callable[[], object]]] = [
+        (0.08, "kill -9 a worker", lambda: kill_worker(server)),
+        (0.16, "reload", lambda: good_reload(server, models, tally, "2")),
+        (0.28, "reload a tampered model", lambda: bad_reload(server, models, tally)),
+        (0.34, "kill -9 a worker", lambda: kill_worker(server)),
+        (0.50, "reload", lambda: good_reload(server, models, tally, "3")),
+        (0.58, "kill -9 a worker", lambda: kill_worker(server)),
+    ]
+    if redis is not None:
+        faults += [(0.20, "kill -9 redis", redis.kill), (0.24, "start redis", redis.start)]
+    return sorted(faults, key=lambda fault: fault[0])
+
+
+def rampage(
+    server: Server, seconds: float, faults: list[tuple[float, str, Callable[[], object]]]
+) -> Memory:
+    """Do the faults in their time, and watch the workers' memory."""
+    memory, start = Memory(), time.monotonic()
+    waiting = list(faults)
+    while (passed := time.monotonic() - start) < seconds:
+        if waiting and passed >= waiting[0][0] * seconds:
+            _, name, act = waiting.pop(0)
+            click.echo(f"{passed:6.1f} s  {name}")
+            act()
+        memory.look(workers(server))
+        time.sleep(0.5)
+    return memory
+
+
+def write_grants(path: Path) -> None:
+    """An honest client without a budget, and a thief."""
+    rows = tuple(
+        Key(
+            id=name,
+            sha256=digest(name.encode()).hex(),
+            client=name,
+            created="2026-01-01T00:00:00+00:00",
+            limits=limits,
+        )
+        for name, limits in (("honest", KeyLimits()), ("thief", KeyLimits(total_images=BUDGET)))
+    )
+    write_keys(path, KeyFile(keys=rows))
+
+
+def end(server: Server, stop: threading.Event, crowd: list[threading.Thread]) -> int:
+    """SIGTERM under load; clients turn away when readiness says so. Gives the exit code."""
+    server.process.send_signal(signal.SIGTERM)
+    while httpx2.get(f"{server.admin}/readyz", timeout=20).status_code == 200:
+        time.sleep(0.01)
+    stop.set()
+    for thread in crowd:
+        thread.join(60)
+    return server.wait(60)
+
+
+def run(seconds: float, folder: Path) -> dict[str, Any]:
+    """All of it; gives the report."""
+    models, keys = folder / "models", folder / "keys.json"
+    shutil.copytree(ROOT / "models" / "mnist", models / "mnist")
+    write_grants(keys)
+    tally, stop = Tally(), threading.Event()
+    has_redis = shutil.which("redis-server") is not None
+    with redis_in(folder) if has_redis else nullcontext() as redis:
+        store = f"redis://127.0.0.1:{redis.port}/0" if redis else f"sqlite:///{folder}/budgets"
+        with serving(
+            model_dir=models,
+            workers=2,
+            keys_file=keys,
+            store=store,
+            drain_delay_s=5,
+            http__header_timeout_s=3,
+            http__body_timeout_s=4,
+            http__write_timeout_s=3,
+        ) as server:
+            roles = [honest] * HONEST + [thief] * 2 + [vandal] + [sloth] * 4
+            crowd = [threading.Thread(target=role, args=(server, tally, stop)) for role in roles]
+            for thread in crowd:
+                thread.start()
+            try:
+                memory = rampage(server, seconds, plan(server, models, tally, redis))
+                rejections = {
+                    name.split('"')[1]: int(count)
+                    for name, count in server.metrics().items()
+                    if name.startswith("scumble_rejections_total") and count
+                }
+                code = end(server, stop, crowd)
+            finally:
+                stop.set()
+    return {
+        "seconds": seconds,
+        "store": "redis" if has_redis else "sqlite",
+        "attempted": tally.attempted,
+        "served": tally.answers[200],
+        "answers": {str(status): n for status, n in sorted(tally.answers.items())},
+        "rejections": rejections,
+        "asked_again": tally.again,
+        "lost": tally.lost,
+        "over_served": max(0, tally.stolen - BUDGET),
+        "stolen": tally.stolen,
+        "wrong": sorted(set(tally.wrong)),
+        "growth": {str(pid): round(part, 3) for pid, part in memory.growth.items()},
+        "exit_code": code,
+    }
+
+
+def verdict(report: dict[str, Any]) -> list[str]:
+    """What must not be; empty if all is well."""
+    faults = list(report["wrong"])
+    if report["lost"]:
+        faults.append(f"{report['lost']} requests lost")
+    if report["over_served"]:
+        faults.append(f"{report['over_served']} images over the budget")
+    if not report["growth"] or max(report["growth"].values()) > GROWTH:
+        faults.append(f"memory is not flat, or no worker lived long enough: {report['growth']}")
+    if report["exit_code"]:
+        faults.append(f"the server ended with {report['exit_code']}")
+    return faults
+
+
+@click.command()
+@click.option("--minutes", type=click.FloatRange(0.5, 10), default=3.0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Where the report goes, as JSON.")
+def main(minutes: float, out: Path | None) -> None:
+    """Break a server of our own in every way for so long, and say what came of it."""
+    with tempfile.TemporaryDirectory(prefix="scumble-chaos-") as folder:
+        report = run(minutes * 60, Path(folder))
+    text = json.dumps(report, indent=2)
+    click.echo(text)
+    if out is not None:
+        out.write_text(text + "\n")
+    faults = verdict(report)
+    click.echo("\n".join(faults) or "all is well")
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
