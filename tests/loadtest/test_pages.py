@@ -1,0 +1,114 @@
+"""Targets judged by hand-made figures."""
+
+import pytest
+
+from loadtest import pages
+from loadtest.bench import Rounds, worse
+
+
+def service(rps):
+    return {str(c): {"rps": rps, "p50_ms": 1.0, "p99_ms": 3.0} for c in (1, 8, 32, 64)}
+
+
+def case(model="cifar10", **ratios):
+    return {
+        "model": model,
+        "precision": "int8",
+        "errors": 0,
+        "per_second": {
+            "model_only": {"1": 1000, "32": 1200, "256": 1100},
+            "whole_without_http": 900,
+            "tensors_of_256": 1000,
+            "one_worker_c32": 500,
+        },
+        "service": {"none": service(910), "dcp": service(900)},
+        "stage_us_c1": {d: dict.fromkeys(pages.STAGES, 10.0) for d in ("none", "dcp")},
+        "memory_mb": {"one_worker": 200, "each_more": 90},
+        "ratios": {
+            f"c{c} {name}": 0.95
+            for c in (1, 8, 32, 64)
+            for name in ("over whole", "over model-only batch 1", "over model-only batch 32")
+        }
+        | {f"c{c} dcp over none {what}": 0.99 for c in (1, 8, 32, 64) for what in ("rps", "p50")}
+        | {"tensors over model-only": 0.7, "all workers over one": 1.8}
+        | ratios,
+    }
+
+
+def peer(name, setting, rps, **more):
+    row = {"connections": 32, "rps": rps, "p99_ms": 10.0, "errors": 0}
+    if name != "scumble":
+        row["scumble_over_it"] = {"defended": {"rps": 900 / rps, "p99_ms": 0.4}}
+    return {
+        "server": name,
+        "setting": setting,
+        "memory_mb": 200.0 if name == "scumble" else 400.0,
+        "ready_s": 2.0,
+        "loads": [row],
+        "failures": [],
+    } | more
+
+
+BENCH = {"command": "bench", "cores": 2, "processor": "p", "cases": [case()]}
+PEERS = {
+    "command": "peers",
+    "cores": 2,
+    "processor": "p",
+    "model_only_per_s": 1000,
+    "servers": [
+        peer("scumble", "defended", 900.0),
+        peer("one", "stock", 100.0),
+        peer("two", "stock", 200.0),
+        peer("one", "tuned", 300.0),
+        {"server": "three", "setting": "tuned", "failures": ["round 1: it did not start"]},
+    ],
+}
+
+
+def reached(words, bench=BENCH, peers=PEERS):
+    (target,) = [target for target in pages.TARGETS if target.words == words]
+    return target.row(bench, peers)[2:]
+
+
+def test_targets():
+    assert reached("64 connections over model-only at batch 1") == ["0.95", "yes"]
+    assert reached("64 connections over the loop without HTTP") == ["0.95", "**no**"]
+    assert reached("tensors of 256 over model-only") == ["0.7", "**no**"]
+    assert reached("memory of one more worker, MB") == ["90", "yes"]
+    assert reached("best stock peer, answers per second") == ["4.5", "**no**"]  # of two's 200
+    assert reached("best tuned peer, answers per second") == ["3", "yes"]
+    assert reached("memory over the smallest peer") == ["0.5", "yes"]
+    assert reached("errors in minutes of load") == ["not measured", ""]
+    assert reached("best tuned peer, p99", peers={}) == ["not measured", ""]
+
+
+def test_a_page_says_what_did_not_run():
+    page = pages.page(BENCH, PEERS)
+    assert "| three | tuned | — |" in page
+    assert "it did not start" in page
+    assert "| scumble | defended | 900 | 10.0 | 200 | 2.0 | 0 |  |" in page
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios():
+    found = Rounds()
+    for one, other in ((1, 2), (9, 3), (4, 4)):
+        found.add("one", one)
+        found.add("other", other)
+    assert found.ratio("one", "other") == 1.0
+    assert found.median("one") == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "counts"),
+    [
+        ("tensors over model-only", 0.55, True),
+        ("tensors over model-only", 0.65, False),
+        ("tensors over model-only", 0.9, False),
+        ("c1 dcp over none p50", 1.3, True),
+        ("c1 dcp over none p50", 0.5, False),
+    ],
+)
+def test_only_what_got_worse_is_told(name, value, counts):
+    found = worse({"cases": [case(**{name: value})]}, BENCH, 0.15)
+    assert bool(found) == counts
+    assert all(name in line for line in found)
