@@ -4,17 +4,20 @@ import asyncio
 import socket
 import ssl
 import time
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 import trustme
 import uvloop
 from click.testing import CliRunner
+from fastapi import FastAPI
 
 from app.errors import ConfigError
+from app.service import State
 from app.settings import Settings
 from app.tls import Certificate, open_certificate
-from app.worker import WorkerServer, config_for
+from app.worker import WorkerServer
 from scumble import AsyncClient, Client, Unreachable
 from scumble.cli import main
 from scumble.local import start
@@ -142,13 +145,14 @@ class CountingHand:
 def test_a_handshake_that_fails_is_counted_as_ended(issue, sent):
     """Or its worker would seem to have a connection more than it has, for ever."""
     hand = CountingHand()
-    settings = Settings(**issue())
+    settings = Settings(**issue(), tls_handshake_timeout_s=0.2)
+    app = FastAPI()
+    app.state.service = SimpleNamespace(metrics=SimpleNamespace(rejections={}), state=State())
 
     async def run() -> None:
-        config = config_for(lambda *_: None, settings)
-        config.load()
-        server = WorkerServer(config, None, hand, None, open_certificate(settings), 0.2)
-        server.lifespan = config.lifespan_class(config)
+        server = WorkerServer(settings, app, hand, None, None, open_certificate(settings))
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         with ours:
