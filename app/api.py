@@ -1,9 +1,8 @@
 """Routes and errors of the public port, around a `Service`.
 
 The handlers take the request and give the response themselves: validation by FastAPI's models would
-cost more than a small network. Predictions do not even pass FastAPI's stack and router, which take
-as long as a small network's decoding and inference together. The OpenAPI document still describes
-every route, and every route has the same errors.
+cost more than a small network. Predictions do not even pass FastAPI's stack and router. The OpenAPI
+document still describes every route, and every route has the same errors.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Workers that share a listening socket take from it whoever wakes first: of eight kept-alive
 connections all can land on one worker while the other idles. Here the supervisor accepts, and sends
 the open socket over a Unix socket to its worker, which then talks to the client alone. That costs
-some 50 us per connection, nothing per request, and evens out whatever clients do.
+a little per connection, nothing per request, and evens out whatever clients do.
 """
 
 from __future__ import annotations

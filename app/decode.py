@@ -4,8 +4,8 @@ The header is read first: format and number of pixels are checked before any pix
 decompression bomb costs nothing. Pixels are not normalised here; that is inside the graph.
 
 Plain files, 8 bits a channel and as many channels as the network takes, are decoded by imagecodecs,
-which is three times as quick as Pillow on small images, as it makes no objects on the way. All
-others, and all that it refuses, are Pillow's, which gives the same pixels.
+which is quicker than Pillow on small images, as it makes no objects on the way. All others, and all
+that it refuses, are Pillow's, which gives the same pixels.
 """
 
 from __future__ import annotations

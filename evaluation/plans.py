@@ -1,6 +1,6 @@
 """The comparisons that can be asked for by name, each a list of cells.
 
-`ci` is small. The others, about seven hours on two cores together, make `docs/results.md`.
+`ci` is small. The others, several hours on two cores together, make `docs/results.md`.
 Attackers on the way from naive to adaptive: the paper's loss (soft cross-entropy), the `centred`
 loss, which reads more out of a clean answer, and the modifiers of `attacker.adapt`.
 """
