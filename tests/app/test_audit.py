@@ -180,9 +180,10 @@ def test_killed_workers_leave_whole_chains_and_their_successors_go_on(serve, log
 
     with ThreadPoolExecutor(4) as pool:
         thieves = pool.map(steal, range(4))
-        while not log.with_name("log.worker-1").exists():
+        second = log.with_name("log.worker-1")
+        while not (second.exists() and b"\n" in second.read_bytes()):
             time.sleep(0.001)
-        start = orjson.loads(log.with_name("log.worker-1").read_bytes().splitlines()[0])
+        start = orjson.loads(second.read_bytes().splitlines()[0])
         os.kill(start["pid"], signal.SIGKILL)
         served = sum(thieves)
     while httpx2.get(f"{server.admin}/readyz").status_code != 200:
