@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +28,7 @@ from app.patience import FOREVER, LATE, Patience
 from app.pipeline import Answers, Compute, Pipeline
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """One request's part of a batch: (n, K) probabilities and the seconds of each stage."""
 
     probabilities: Probs
@@ -37,7 +37,7 @@ class Served:
     defend_s: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # frozen would take three times as long to make
 class _Job:
     batch: Batch
     future: asyncio.Future[Served]
@@ -128,6 +128,8 @@ class Batcher:
             loop.call_soon(self._start)
         if patience.deadline < math.inf:
             return await self._within(patience.deadline - now, jobs)
+        if len(jobs) == 1:  # nearly always
+            return [await jobs[0].future]
         return await _answers(jobs)
 
     @property
@@ -249,8 +251,6 @@ class Batcher:
 
 
 async def _answers(jobs: list[_Job]) -> list[Served]:
-    if len(jobs) == 1:
-        return [await jobs[0].future]
     return await asyncio.gather(*(job.future for job in jobs))
 
 

@@ -305,7 +305,7 @@ class Supervisor:
 
     def _ended(self, number: int) -> None:
         child = self._workers.pop(number)
-        self._dealer.leave(number)
+        self._dealer.gone(number)
         loop = asyncio.get_running_loop()
         loop.remove_reader(child.process.sentinel)
         loop.remove_reader(child.pipe.fileno())

@@ -26,6 +26,7 @@ class Table:
     def join(self, number):
         if number in self.hands:
             self.rise(number)
+            self.dealer.gone(number)
         self.hands[number] = self.dealer.hand(number)
         self.hands[number].channel.setblocking(False)
         self.taken[number] = []
@@ -58,6 +59,7 @@ class Table:
         self.dealer.close()
         for number in self.hands:
             self.rise(number)
+            self.dealer.gone(number)
         for client in self.clients:
             client.close()
 
@@ -77,6 +79,12 @@ def with_table(workers):
         return run
 
     return decorate
+
+
+def sorted_by_peer(table, connections):
+    """For each client its connection, None for those that have none."""
+    by_peer = {connection.getpeername(): connection for connection in connections}
+    return [by_peer.get(client.getsockname()) for client in table.clients]
 
 
 async def settled():
@@ -159,6 +167,54 @@ async def test_a_worker_that_died_unheard_is_passed_over(table):
     table.connect(4)
     await settled()
     assert len(table.take(1)) == 4
+
+
+@with_table(2)
+async def test_what_was_on_its_way_to_a_worker_that_died_is_dealt_to_another(table):
+    table.connect(6)
+    await settled()
+    table.hands[0].take()[0].close()  # this one it had: it is lost with the worker
+    table.hands[0].channel.close()
+    table.dealer.gone(0)
+    assert len(table.take(1)) == 5
+    assert table.dealer.open_connections() == {1: 5}
+    for client, connection in zip(
+        table.clients, sorted_by_peer(table, table.taken[1]), strict=True
+    ):
+        if connection is not None:
+            connection.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+
+
+@with_table(1)
+async def test_what_nobody_can_take_waits_for_who_comes(table):
+    table.connect(2)
+    await settled()
+    table.hands[0].channel.close()
+    table.dealer.gone(0)
+    table.join(0)
+    assert len(table.take(0)) == 2
+
+
+@with_table(1)
+async def test_a_connection_that_a_worker_ends_has_ended(table):
+    table.connect(1)
+    await settled()
+    table.take(0)
+    table.hang_up(0, 1)
+    await settled()  # the confirmation arrives: no copy holds it open
+    assert table.clients[0].recv(1) == b""
+
+
+@with_table(2)
+async def test_who_leaves_still_takes_what_is_on_its_way(table):
+    table.connect(4)
+    await settled()
+    table.dealer.leave(0)
+    assert len(table.take(0)) == 3  # two connections, and the end
+    table.rise(0)
+    table.dealer.gone(0)
+    assert len(table.take(1)) == 2
 
 
 @pytest.mark.server
