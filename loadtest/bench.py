@@ -284,17 +284,20 @@ def worse(document: dict[str, Any], baseline: dict[str, Any], tolerance: float) 
 
 
 @click.command()
-@click.option("--models", type=click.Path(path_type=Path), default=None, help="Folder of bundles.")
-@click.option("--cases", default="mnist:int8,cifar10:int8,cifar10:float32", show_default=True)
+@click.option(
+    "--cases",
+    default="cifar10:int8,mnist:int8,cifar10:float32",
+    show_default=True,
+    help="Names of bundles or folders of ones, with a precision each.",
+)
 @click.option("--connections", default="1,8,32,64", show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--seconds", default=2, show_default=True, help="Of each measurement.")
-@click.option("--soak", "minutes", default=0, show_default=True, help="Minutes, of the last case.")
+@click.option("--soak", "minutes", default=0, show_default=True, help="Minutes, of the first case.")
 @click.option("--baseline", type=click.Path(exists=True, path_type=Path))
 @click.option("--tolerance", default=0.15, show_default=True, help="Of a ratio to the baseline's.")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
 def main(
-    models: Path | None,
     cases: str,
     connections: str,
     rounds: int,
@@ -305,15 +308,14 @@ def main(
     out: Path,
 ) -> None:
     """Measure, print, write JSON, and compare with a baseline if there is one."""
-    folder = models or default_model_dir()
     counts = [int(count) for count in connections.split(",")]
-    chosen: list[tuple[str, Any]] = []
+    chosen: list[tuple[Path, str, Any]] = []
     for case in cases.split(","):
-        model, _, precision = case.partition(":")
-        chosen.append((model, precision))
-    measured = [
-        compare(folder, model, precision, counts, rounds, seconds) for model, precision in chosen
-    ]  # fmt: skip
+        where, _, precision = case.partition(":")
+        # A name is a bundle of ours, anything longer the place of another.
+        place = Path(where) if "/" in where else default_model_dir() / where
+        chosen.append((place.parent, place.name, precision))
+    measured = [compare(*case, counts, rounds, seconds) for case in chosen]
     document = {
         "command": f"python -m loadtest.bench --cases {cases} --connections {connections} "
         f"--rounds {rounds} --seconds {seconds} --soak {minutes}",
@@ -324,8 +326,7 @@ def main(
         "cases": measured,
     }
     if minutes:
-        model, precision = chosen[-1]
-        document["soak"] = soak(folder, model, precision, minutes)
+        document["soak"] = soak(*chosen[0], minutes)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
     click.echo(json.dumps([case["ratios"] for case in measured], indent=1))

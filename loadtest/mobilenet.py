@@ -1,7 +1,7 @@
 """The bundle `mobilenet` for benchmarks: torchvision's mobilenet_v2 at 224x224, float32 and int8.
 
     python -m loadtest.mobilenet            writes runs/bench/models/mobilenet
-    python -m loadtest.bench --models runs/bench/models --cases mobilenet:int8
+    python -m loadtest.bench --cases runs/bench/models/mobilenet:int8
 
 Its weights are random, so its times are right and its answers mean nothing; batch norms are set by
 made-up pictures, as they would otherwise let the numbers shrink to nothing.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import random
 import sys
@@ -283,6 +284,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, help="ask these once more")
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=None, help="[default: the time]")
+    parser.add_argument("--out", type=Path, help="where the counts go, as JSON")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     seed = int(time.time()) if options.seed is None else options.seed
@@ -295,6 +297,14 @@ def main() -> None:
     counts = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))
     seconds = time.monotonic() - start
     sys.stdout.write(f"{options.requests} requests of seed {seed} in {seconds:.0f} s: {counts}\n")
+    if options.out is not None:
+        report = {
+            "command": f"python -m tests.fuzz --requests {options.requests} --seed {seed}",
+            "requests": options.requests,
+            "seconds": round(seconds),
+            "answers": {str(status): count for status, count in sorted(statuses.items())},
+        }
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
