@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from app import quota
+from app.clients import Clients
 from app.defenses import Defense
 from app.errors import ConfigError, Forbidden, OverBudget, Unauthorized, Unavailable
 from app.keys import digest
@@ -114,6 +115,8 @@ class Visit:
                 raise Unavailable("budgets cannot be counted at the moment") from exc
             return
         self.asked = charge
+        if self.grant.client:
+            self.access.clients.charged(self.grant.client, buckets, charge)
         self.headers = quota.fields(buckets, charge)
         if not charge.granted:
             raise OverBudget(*quota.refusal(buckets, charge, images))
@@ -139,6 +142,7 @@ class Access:
         anybody: what a request without a key may do where there are no keys.
         store: of the budgets.
         failures: counts requests that the store did not answer.
+        clients: counts what clients with keys get.
     """
 
     def __init__(
@@ -149,6 +153,7 @@ class Access:
         anybody: Grant,
         store: StateStore,
         failures: Counter,
+        clients: Clients,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
@@ -156,6 +161,7 @@ class Access:
         self._file = file
         self._anybody = anybody
         self._failures = failures
+        self.clients = clients
         self._clock = clock
         self._said = -SAY_S
         self._seen = self._signature()
@@ -197,11 +203,16 @@ class Access:
                 response = await endpoint(request)
             except OverBudget as exc:
                 exc.headers.update(visit.headers)
+                if visit.grant.client:
+                    self.clients.refused(visit.grant.client)
                 raise
             except Exception:
                 await visit.refund()
                 raise
             response.headers.update(visit.headers)
+            images = request.scope["state"].get("images", 0)
+            if images and visit.grant.client:
+                self.clients.answered(visit.grant.client, images)
             return response
 
         return guarded

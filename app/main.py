@@ -187,6 +187,7 @@ def make_access(
         anybody=Grant(buckets=common, policy=settings.defense),
         store=open_store(settings.store),
         failures=metrics.store_failures,
+        clients=metrics.clients,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
+from app.clients import Clients
 from app.errors import REASONS
 
 Stage = Literal["read", "decode", "queue", "infer", "defend", "encode"]
@@ -125,6 +126,7 @@ class Metrics:
             "Times that the store of budgets did not answer.",
             registry=registry,
         )
+        self.clients = Clients(registry)
         audit_lines = Counter(
             "scumble_audit_lines_total",
             "Lines of the audit log.",

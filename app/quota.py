@@ -8,7 +8,7 @@ tell one client of the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from app.stores import Bucket, Charge
 
@@ -48,11 +48,14 @@ def fields(buckets: Sequence[Bucket], charge: Charge) -> dict[str, str]:
 
 def left(buckets: Sequence[Bucket], charge: Charge) -> dict[str, int]:
     """Images that are left of the client's own budgets, by their names."""
-    return {
-        bucket.name.rpartition(":")[2]: max(0, bucket.limit - level.used)
-        for bucket, level in zip(buckets, charge.levels, strict=True)
-        if not bucket.name.startswith(EVERYBODY)
-    }
+    return {name: images for name, _, images in by_client(buckets, charge)}
+
+
+def by_client(buckets: Sequence[Bucket], charge: Charge) -> Iterator[tuple[str, Bucket, int]]:
+    """The client's own budgets: name, bucket, images that are left."""
+    for bucket, level in zip(buckets, charge.levels, strict=True):
+        if not bucket.name.startswith(EVERYBODY):
+            yield bucket.name.rpartition(":")[2], bucket, max(0, bucket.limit - level.used)
 
 
 def refusal(buckets: Sequence[Bucket], charge: Charge, images: int) -> tuple[str, dict[str, str]]:

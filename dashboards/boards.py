@@ -290,8 +290,8 @@ DEFENSE = Board(
         "Who asks": (
             Graph(
                 "Images answered",
-                "Of all clients together: there is no metric per client. A copy takes tens of "
-                "thousands of images, so a plateau far above the usual is worth a look.",
+                "Of all clients together. A copy takes tens of thousands of images, so a plateau "
+                "far above the usual is worth a look.",
                 "suffix: images/s",
                 (Query(_rate("scumble_images_total"), "{{job}}"),),
                 width=6,
@@ -328,6 +328,54 @@ DEFENSE = Board(
                 width=6,
             ),
             SERVED,
+        ),
+        "Clients with keys": (
+            Graph(
+                "Images by client",
+                "Images answered with probabilities.",
+                "suffix: images/s",
+                (Query(_rate("scumble_client_images_total", "job, client"), "{{job}} {{client}}"),),
+                width=6,
+            ),
+            Graph(
+                "Images by client in 24 hours",
+                "What each client could have learned from in a day.",
+                "suffix: images",
+                (
+                    Query(
+                        "sum by (job, client) "
+                        '(increase(scumble_client_images_total{job=~"$job"}[24h]))',
+                        "{{job}} {{client}}",
+                    ),
+                ),
+                width=6,
+            ),
+            Graph(
+                "Budget left",
+                "Part of each budget that was left after the client's last request.",
+                "percentunit",
+                (
+                    Query(
+                        "min by (job, client, budget) "
+                        '(scumble_client_budget_left_images{job=~"$job"}'
+                        ' / (scumble_client_budget_images{job=~"$job"} > 0))',
+                        "{{job}} {{client}} {{budget}}",
+                    ),
+                ),
+                width=6,
+                maximum=1,
+            ),
+            Graph(
+                "Refused for want of budget",
+                "429 by client.",
+                "reqps",
+                (
+                    Query(
+                        _rate("scumble_client_refused_total", "job, client"), "{{job}} {{client}}"
+                    ),
+                ),
+                width=6,
+            ),
         ),
     },
 )

@@ -14,6 +14,34 @@ from app.metrics import BATCH, STAGE_SECONDS, STAGES
 CLASSES = ("2xx", "3xx", "4xx", "5xx")
 
 
+def by_client(families: Iterable[Metric]) -> list[dict[str, Any]]:
+    """What each client with a key has got, the one with most images first.
+
+    Args:
+        families: all metrics of the admin port.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for family in families:
+        for sample in family.samples:
+            name = sample.labels.get("client")
+            if name is None:
+                continue
+            row = found.setdefault(
+                name, {"name": name, "images": 0, "refused": 0, "limits": {}, "left": {}}
+            )
+            value, budget = int(sample.value), sample.labels.get("budget")
+            match sample.name:
+                case "scumble_client_images_total":
+                    row["images"] = value
+                case "scumble_client_refused_total":
+                    row["refused"] = value
+                case "scumble_client_budget_images":
+                    row["limits"][budget] = value
+                case "scumble_client_budget_left_images":
+                    row["left"][budget] = value
+    return sorted(found.values(), key=lambda row: (-row["images"], row["name"]))
+
+
 def numbers(families: Iterable[Metric], connections: dict[int, int], pids: dict[int, int]) -> Any:
     """What the page draws.
 

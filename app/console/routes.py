@@ -17,7 +17,7 @@ from app.bodies import read_images, small_number
 from app.bundle import GOLDEN_COUNT
 from app.console.facts import about, policy
 from app.console.helper import Helper
-from app.console.numbers import numbers
+from app.console.numbers import by_client, numbers
 from app.console.preview import Question
 from app.errors import MEDIA_TYPE, ConfigError, NotFound, Unavailable, Unprocessable
 from app.service import json_response
@@ -75,7 +75,8 @@ def console_routes(
 
     async def clients(request: Request) -> Response:
         del request
-        return json_response({"clients": [], "note": KEYS_OFF})
+        note = KEYS_OFF if settings.keys_file is None else ""
+        return json_response({"clients": by_client(registry.collect()), "note": note})
 
     async def preview(request: Request) -> Response:
         question = _question(request, settings)

@@ -253,6 +253,25 @@ def test_our_fault_and_a_full_queue_are_refunded(keyed, monkeypatch):
     assert left(client, "five") == 4
 
 
+def test_what_a_client_gets_is_counted_under_his_name(keyed, keys_file):
+    rows = (row("a", client="acme", limits={"total_images": 5}), row("b", client="other"))
+    write_keys(keys_file, KeyFile(keys=rows))
+    client = keyed()
+    for key, n, status in (("a", 2, 200), ("a", 2, 200), ("a", 2, 429), ("b", 3, 200)):
+        assert ask(client, key, n).status_code == status
+    ask(client, "unknown")
+    assert client.post("/v1/predict", files=[BAD], headers={"X-API-Key": "b"}).status_code == 422
+    client.get("/v1/model", headers={"X-API-Key": "b"})
+    found = {name: value for name, value in samples(client).items() if "client" in name}
+    assert found == {
+        'scumble_client_images_total{"client": "acme"}': 4,
+        'scumble_client_images_total{"client": "other"}': 3,
+        'scumble_client_refused_total{"client": "acme"}': 1,
+        'scumble_client_budget_images{"budget": "total", "client": "acme"}': 5,
+        'scumble_client_budget_left_images{"budget": "total", "client": "acme"}': 1,
+    }
+
+
 def test_keys_of_one_client_share_his_budget(keyed, keys_file):
     both = [row(key, client="one", limits={"total_images": 5}) for key in ("old", "new")]
     write_keys(keys_file, KeyFile(keys=both))

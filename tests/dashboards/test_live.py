@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import yaml
 
+from app.keys import KeyFile, write_keys
 from dashboards.__main__ import FOLDER
 from dashboards.boards import BOARDS
 from scumble.local import Server, serving
+from tests.app.test_access import row
 from tests.docker.test_prometheus import FOLDER as CONFIG
 from tests.docker.test_prometheus import rules
 from tests.pictures import PNG
@@ -38,7 +40,7 @@ SETTLE_S = 4  # a scrape after the last request, and the rules after that
 PATIENCE_S = 30
 GRAFANA_FILLS_IN = {"$job": ".+", "$__rate_interval": "1m"}
 # Known after an hour of history only; rules_test.yml has it.
-LATER = "job:scumble_images:usual_rate1d"
+LATER = {"job:scumble_images:usual_rate1d", "job_client:scumble_client_images:usual_rate1d"}
 
 
 @dataclass
@@ -98,22 +100,30 @@ def configuration(servers: dict[str, Server]) -> str:
 
 
 def send(server: Server) -> None:
-    """Good images one by one and as a tensor, bad input, a route that is not there."""
+    """Good images one by one and as a tensor, bad input, no route, a client without a budget."""
     pixels = np.full((4, 8, 8, 3), 9).ravel().tolist()
     tensor = {"name": "pixels", "datatype": "UINT8", "shape": [4, 8, 8, 3], "data": pixels}
-    with httpx2.Client(base_url=server.url) as client:
+    with httpx2.Client(base_url=server.url, headers={"X-API-Key": "rich"}) as client:
         for body, status in ((PNG, 200), (b"no image", 422)):
             answer = client.post("/v1/predict", content=body, headers={"Content-Type": "image/png"})
             assert answer.status_code == status
         answer = client.post("/v2/models/tiny/infer", json={"inputs": [tensor]})
         assert answer.status_code == 200, answer.text
         assert client.get("/nowhere").status_code == 404
+        poor = {"Content-Type": "image/png", "X-API-Key": "poor"}
+        assert client.post("/v1/predict", content=PNG, headers=poor).status_code in (200, 429)
 
 
 @pytest.fixture(scope="module")
-def servers(models):
-    """An undefended and a defended one, by job."""
-    common = {"model_dir": models, "model": "tiny", "workers": 1}
+def servers(models, tmp_path_factory):
+    """An undefended and a defended one, by job, with a rich and a poor client."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.json"
+    rows = (
+        row("rich", limits={"window_images": 10**6}),
+        row("poor", limits={"total_images": 3}),
+    )
+    write_keys(keys, KeyFile(keys=rows))
+    common = {"model_dir": models, "model": "tiny", "workers": 1, "keys_file": keys}
     with (
         serving(**common) as victim,
         serving(**common, defense="dcp", defense_params={"beta": 1.2}) as defended,
@@ -161,7 +171,7 @@ def test_a_panel_has_figures_of_both_services(prometheus, expr):
     assert prometheus.settled(filled_in(expr)).keys() == JOBS, filled_in(expr)
 
 
-@pytest.mark.parametrize("name", sorted({r["record"] for r in rules() if "record" in r} - {LATER}))
+@pytest.mark.parametrize("name", sorted({r["record"] for r in rules() if "record" in r} - LATER))
 def test_a_rule_records_both_services(prometheus, name):
     assert prometheus.settled(name).keys() == JOBS
 
@@ -182,8 +192,10 @@ def test_the_figures_are_those_of_what_was_done(prometheus):
     assert one("job:scumble_response_l1:mean_rate5m", "victim") == 0
     assert 0 < one("job:scumble_response_l1:mean_rate5m", "defended") <= 2
     assert one("job:scumble_errors:ratio_rate5m", "victim") == 0
-    for job in JOBS:  # two of four requests
-        assert one("job:scumble_refused:ratio_rate5m", job) == pytest.approx(0.5, abs=0.1)
+    for job in JOBS:  # three of five requests
+        assert one("job:scumble_refused:ratio_rate5m", job) == pytest.approx(0.6, abs=0.1)
+        left = 'min by (job) (scumble_client_budget_left_images{client="poor"})'
+        assert one(left, job) == 0
     assert {
         s["metric"]["alertname"] for s in prometheus.ask('ALERTS{alertstate="firing"}')
     } == set()

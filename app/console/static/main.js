@@ -6,25 +6,49 @@ import { showFacts } from "./facts.js";
 import { startLive } from "./live.js";
 import { startPreview } from "./preview.js";
 
+const CLIENTS_MS = 5000;
+
 async function start() {
   startLive();
   try {
     const facts = await about();
     showFacts(facts);
     startPreview(facts);
-    showClients(await clients());
+    followClients();
   } catch (error) {
     say($("failure"), error.message);
   }
 }
 
+async function followClients() {
+  try {
+    if (!document.hidden) showClients(await clients());
+  } catch {
+    // The live part says that the service is not reached.
+  }
+  setTimeout(followClients, CLIENTS_MS);
+}
+
 function showClients({ clients: list, note }) {
   if (!list.length) {
-    $("clients").replaceChildren(make("p", { className: "hint" }, note));
+    const text = note || "No client with a key has asked yet.";
+    $("clients").replaceChildren(make("p", { className: "hint" }, text));
     return;
   }
-  const head = make("tr", {}, make("th", {}, "Client"), make("th", { className: "n" }, "queries"));
-  const rows = list.map(({ name, queries }) => row([name], [queries.toLocaleString("en"), "n"]));
+  const number = (value) => value.toLocaleString("en");
+  const titles = ["images", "refused", "left"].map((title) => make("th", { className: "n" }, title));
+  const head = make("tr", {}, make("th", {}, "Client"), ...titles);
+  const rows = list.map(({ name, images, refused, limits, left }) => {
+    const budgets = Object.keys(limits).map(
+      (budget) => `${number(left[budget])} of ${number(limits[budget])} (${budget})`,
+    );
+    return row(
+      [name],
+      [number(images), "n"],
+      [number(refused), "n"],
+      [budgets.join(", ") || "no budget", "n"],
+    );
+  });
   $("clients").replaceChildren(
     make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)),
   );

@@ -6,7 +6,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from app.keys import KeyFile, write_keys
 from scumble.local import start as start_server
+from tests.app.test_access import row
 from tests.pictures import PNG, encoded, picture
 
 pytestmark = pytest.mark.server
@@ -110,6 +112,24 @@ def test_about_tells_what_is_served_and_masks_secrets(server):
     assert settings["SCUMBLE_SECRET"] == "**********"
     assert settings["SCUMBLE_ADMIN_HOSTS"] == '["console.example"]'
     assert "very-secret-value" not in answer.text
+
+
+def test_clients_with_keys_are_counted_over_all_workers(serve, tmp_path):
+    keys, store = tmp_path / "keys.json", f"sqlite:///{tmp_path}/budgets"
+    rows = (row("a", client="acme", limits={"total_images": 40}), row("b", client="other"))
+    write_keys(keys, KeyFile(keys=rows))
+    server = serve(workers=2, keys_file=keys, store=store)
+    for key, times in (("a", 9), ("b", 4)):
+        for _ in range(times):
+            headers = {**KIND, "X-API-Key": key}  # a connection each: both workers get some
+            answer = httpx2.post(f"{server.url}/v1/predict", content=PNG, headers=headers)
+            assert answer.status_code == 200
+    found = httpx2.get(f"{server.admin}/console/clients").json()
+    budget = {"limits": {"total": 40}, "left": {"total": 31}}
+    assert found["clients"] == [
+        {"name": "acme", "images": 9, "refused": 0, **budget},
+        {"name": "other", "images": 4, "refused": 0, "limits": {}, "left": {}},
+    ]
 
 
 def test_clients_are_not_counted_while_keys_are_off(server):
