@@ -24,6 +24,7 @@ from app.incidents import Incidents
 from app.keys import KeyFile, write_keys
 from app.settings import Settings, load_settings
 from app.supervisor import GRACE_S
+from loadtest.scaling import USE
 from scumble.local import Server, serving
 from tests.app.test_access import IMAGE, row
 from tests.docker.test_prometheus import PROMTOOL, promtool
@@ -142,6 +143,14 @@ def test_what_keda_takes_over_from_an_autoscaler_is_a_valid_one():
     kubernetes_validate.validate(autoscaler, VERSIONS[-1], strict=True)
     # Two autoscalers of one deployment would fight.
     assert not [d for d in rendered(KEDA) if d["kind"] == "HorizontalPodAutoscaler"]
+
+
+def test_autoscalers_aim_at_the_share_that_the_costs_are_for():
+    metric = one(BUDGETS, "HorizontalPodAutoscaler")["spec"]["metrics"][0]["resource"]["target"]
+    trigger = one(KEDA, "ScaledObject")["spec"]["triggers"][1]
+    aims = {metric["averageUtilization"], int(trigger["metadata"]["value"])}
+    assert aims | {one(KSERVE, "InferenceService")["spec"]["predictor"]["scaleTarget"]} == {70}
+    assert USE == 0.7
 
 
 def query() -> str:

@@ -1,0 +1,117 @@
+"""The figures in docs/scaling.md, made of the committed JSON: nothing is typed in.
+
+python -m loadtest.scaling --price 0.04            price of one core for one hour
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from loadtest.pages import read, table
+
+PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+CONNECTIONS = "32"
+USE = 0.7  # of its processor time; what the autoscalers of deploy/kubernetes aim at
+Document = dict[str, Any]
+
+
+def cost(price: float, per_second: float, use: float = USE) -> float:
+    """Of a million images: `price` per core and hour, `per_second` images of a busy core."""
+    return price * 1e6 / (3600 * per_second * use)
+
+
+def capacity(bench: Document, price: float) -> str:
+    """What a core does and costs; a sentence where nothing was measured."""
+    if not bench:
+        return (
+            "**Not measured yet.** `python -m loadtest.bench` writes `loadtest/bench.json`, and "
+            f"`python -m loadtest.scaling --price {price:g}` this table."
+        )
+    head = ["model", "undefended", "`dcp`", f"`dcp` at {USE:.0%}", "cores for 1,000 images/s"]
+    return "\n\n".join(
+        [
+            f"Images per second and core, one image per request, {CONNECTIONS} connections, of "
+            f"`{bench['command']}`, [bench.json](../loadtest/bench.json): {bench['cores']} cores, "
+            f"{bench['processor']}. Client and service share the cores, so a server on its own "
+            f"does more. A million images at {price:g} per core and hour:",
+            table([*head, "a million images"], capacity_rows(bench, price)),
+        ]
+    )
+
+
+def capacity_rows(bench: Document, price: float) -> Iterator[list[str]]:
+    """One row per model."""
+    for case in bench["cases"]:
+        none, dcp = (
+            case["service"][defense][CONNECTIONS]["rps"] / bench["cores"]
+            for defense in ("none", "dcp")
+        )
+        yield [
+            f"`{case['model']}` {case['precision']}",
+            f"{none:,.0f}",
+            f"{dcp:,.0f}",
+            f"{USE * dcp:,.0f}",
+            f"{1000 / (USE * dcp):.2f}",
+            f"{cost(price, dcp):.4f}",
+        ]
+
+
+def budgets(document: Document) -> str:
+    """The simulation's rows in which replicas were replaced, for most replicas and for two."""
+    counts = (2, max(document["replicas"]))
+    head = ["strategy", "replicas", "most beyond the budget", "bound", "most left when refused"]
+    return "\n\n".join(
+        [
+            f"`{document['command']}`, [budgets.json](../loadtest/budgets.json): "
+            f"{document['clients']:,} clients, {document['thieves']} of them thieves, "
+            f"{document['budget']} images each, requests of 1 to {document['largest_request']}; "
+            "every replica is replaced once.",
+            table(
+                [*head, "bound", "calls of the store per answer"],
+                (budget_row(row) for row in document["rows"] if row["replicas"] in counts
+                 and row["replaced"]),
+            ),
+        ]
+    )  # fmt: skip
+
+
+def budget_row(row: Document) -> list[str]:
+    """One strategy."""
+    name = f"{row['strategy']} of {row['lease']}" if row["lease"] else row["strategy"]
+    figures = ("replicas", "worst_over", "bound_over", "worst_left", "bound_left")
+    return [name, *(f"{row[figure]:,}" for figure in figures), f"{row['calls_per_answer']:.2f}"]
+
+
+def written(page: str, price: float, bench: Document, simulated: Document) -> str:
+    """The page with both parts made anew."""
+    parts = {
+        "capacity": (f"python -m loadtest.scaling --price {price:g}", capacity(bench, price)),
+        "budgets": (str(simulated["command"]), budgets(simulated)),
+    }
+    for name, (command, text) in parts.items():
+        found = re.findall(
+            rf"<!-- {name}: .* -->\n.*?<!-- end of {name} -->", page, flags=re.DOTALL
+        )
+        if len(found) != 1:
+            raise click.ClickException(f"the page has {len(found)} places for {name}")
+        page = page.replace(
+            found[0], f"<!-- {name}: {command} -->\n\n{text}\n\n<!-- end of {name} -->"
+        )
+    return page
+
+
+@click.command()
+@click.option("--price", default=0.04, show_default=True, help="Of one core for one hour.")
+@click.option("--page", type=click.Path(exists=True, path_type=Path), default=PAGE)
+def main(price: float, page: Path) -> None:
+    """Write the figures into the page."""
+    page.write_text(written(page.read_text(), price, read("bench.json"), read("budgets.json")))
+
+
+if __name__ == "__main__":
+    main()
