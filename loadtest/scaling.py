@@ -61,6 +61,27 @@ def capacity_rows(bench: Document, price: float) -> Iterator[list[str]]:
         ]
 
 
+def charges(document: Document) -> str:
+    """What one Redis counts; a sentence where nothing was measured."""
+    if not document:
+        return (
+            "How many charges a second one Redis counts was **not measured yet**: "
+            "`python -m loadtest.charges` writes `loadtest/charges.json`."
+        )
+    rows = (
+        [count, f"{row['per_second']:,}", f"{row['p50_ms']:.2f} / {row['p99_ms']:.2f}"]
+        for count, row in document["connections"].items()
+    )
+    return "\n\n".join(
+        [
+            f"`{document['command']}`, [charges.json](../loadtest/charges.json): "
+            f"{document['cores']} cores, {document['processor']}, each charge on the disk before "
+            "its answer. Redis and those who ask share the cores.",
+            table(["connections", "charges per second", "p50 / p99, ms"], rows),
+        ]
+    )
+
+
 def budgets(document: Document) -> str:
     """The simulation's rows in which replicas were replaced, for most replicas and for two."""
     counts = (2, max(document["replicas"]))
@@ -87,10 +108,13 @@ def budget_row(row: Document) -> list[str]:
     return [name, *(f"{row[figure]:,}" for figure in figures), f"{row['calls_per_answer']:.2f}"]
 
 
-def written(page: str, price: float, bench: Document, simulated: Document) -> str:
-    """The page with both parts made anew."""
+def written(
+    page: str, price: float, bench: Document, counted: Document, simulated: Document
+) -> str:
+    """The page with all parts made anew."""
     parts = {
         "capacity": (f"python -m loadtest.scaling --price {price:g}", capacity(bench, price)),
+        "charges": ("python -m loadtest.charges", charges(counted)),
         "budgets": (str(simulated["command"]), budgets(simulated)),
     }
     for name, (command, text) in parts.items():
@@ -110,7 +134,8 @@ def written(page: str, price: float, bench: Document, simulated: Document) -> st
 @click.option("--page", type=click.Path(exists=True, path_type=Path), default=PAGE)
 def main(price: float, page: Path) -> None:
     """Write the figures into the page."""
-    page.write_text(written(page.read_text(), price, read("bench.json"), read("budgets.json")))
+    documents = (read(f"{name}.json") for name in ("bench", "charges", "budgets"))
+    page.write_text(written(page.read_text(), price, *documents))
 
 
 if __name__ == "__main__":
