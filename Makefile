@@ -11,8 +11,8 @@ help: ## this list
 serve: .venv/.base ## serve the default model on port 8000, metrics on port 9000
 	$(BIN)/scumble serve
 
-test: .venv/.dev ## run the whole suite
-	$(BIN)/pytest
+test: .venv/.dev ## run the whole suite, a part on each core
+	$(BIN)/pytest --numprocesses logical --dist loadfile
 
 install: .venv/.dev ## everything for development, in .venv
 

@@ -247,7 +247,7 @@ class Batcher:
 
     def _count(self, images: int) -> None:
         self._waiting += images
-        self._metrics.queue_depth.inc(images)  # a worker may have several batchers
+        self._metrics.queue_depth.add(images)  # a worker may have several batchers
 
 
 async def _answers(jobs: list[_Job]) -> list[Served]:

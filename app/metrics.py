@@ -4,10 +4,10 @@
 made at start, and the hot path only calls `observe` and `inc` on them. Under several workers
 prometheus_client keeps the values in files that the supervisor adds up (`app.supervisor`).
 
-Counters and gauges are written at once, so that a client's count of its images and ours are the
-same at any time. Histograms are not: a request makes nine observations, each of which takes 3 us in
-such a file, a tenth of a small request. They gather in the process and are handed over together
-`FLUSH_S` later.
+Counters are written at once, so that a client's count of its images and ours are the same at any
+time. Histograms and gauges are not: a request makes nine observations and moves two gauges up and
+down, each of which takes 1 to 3 us in such a file, a tenth of a small request. They gather in the
+process and are handed over together `FLUSH_S` later.
 """
 
 from __future__ import annotations
@@ -65,6 +65,24 @@ class Gathered:
             self._sum = 0.0
 
 
+class Level:
+    """A gauge on the way up and down; what it ends at is handed over."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        self._gauge = gauge
+        self._value = self._told = 0
+
+    def add(self, amount: int) -> None:
+        """Move it."""
+        self._value += amount
+
+    def flush(self) -> None:
+        """Hand it over."""
+        if self._value != self._told:
+            self._gauge.set(self._value)
+            self._told = self._value
+
+
 class Metrics:
     """The metrics of one worker."""
 
@@ -88,7 +106,7 @@ class Metrics:
             buckets=STAGE_SECONDS,
             registry=registry,
         )
-        self._gathered: list[Gathered] = []
+        self._gathered: list[Gathered | Level] = []
         self._flushing = False
         self.stage = {stage: self._gather(stage_seconds.labels(stage)) for stage in STAGES}
         self.batch_size = self._gather(
@@ -99,18 +117,8 @@ class Metrics:
                 registry=registry,
             )
         )
-        self.queue_depth = Gauge(
-            "scumble_queue_depth",
-            "Images that wait for the engine.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.inflight = Gauge(
-            "scumble_inflight",
-            "Requests being answered.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
+        self.queue_depth = self._level("scumble_queue_depth", "Images that wait for the engine.")
+        self.inflight = self._level("scumble_inflight", "Requests being answered.")
         self.images = Counter(
             "scumble_images_total",
             "Images answered with probabilities: what a client's query budget counts.",
@@ -161,10 +169,10 @@ class Metrics:
         return self._gather(self._request_seconds.labels(route))
 
     def flush(self) -> None:
-        """Hand over what the histograms have gathered."""
+        """Hand over what has gathered."""
         self._flushing = False
-        for histogram in self._gathered:
-            histogram.flush()
+        for gathered in self._gathered:
+            gathered.flush()
 
     def flush_soon(self) -> None:
         """The same in `FLUSH_S`, on the running event loop."""
@@ -173,5 +181,12 @@ class Metrics:
             asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
     def _gather(self, histogram: Histogram) -> Gathered:
-        self._gathered.append(Gathered(histogram))
-        return self._gathered[-1]
+        gathered = Gathered(histogram)
+        self._gathered.append(gathered)
+        return gathered
+
+    def _level(self, name: str, help_: str) -> Level:
+        gauge = Gauge(name, help_, multiprocess_mode="livesum", registry=self.registry)
+        level = Level(gauge)
+        self._gathered.append(level)
+        return level

@@ -76,11 +76,12 @@ class Observe:
                 message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
-        self._metrics.inflight.inc()
+        self._metrics.inflight.add(1)
+        self._metrics.flush_soon()
         try:
             await self._app(scope, receive, observe)
         finally:
-            self._metrics.inflight.dec()
+            self._metrics.inflight.add(-1)
             seconds = self._clock() - start
             route = self._routes.get(scope["path"], "other")
             self._seconds[route].observe(seconds)

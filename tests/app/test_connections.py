@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from app.metrics import FLUSH_S
 from tests.app.test_faults import connect, post, raw
 from tests.pictures import PNG
 
@@ -93,6 +94,7 @@ def test_a_body_that_does_not_arrive_is_given_up(fast):
         problem(everything(connection), 408)
     assert 2 <= time.monotonic() - started < 5
     assert rejections(fast, "slow") == rejections(fast, "gone") == 1
+    time.sleep(4 * FLUSH_S)
     assert fast.metrics()["scumble_inflight"] == 0
     assert post(fast).status_code == 200
 
@@ -154,6 +156,7 @@ def test_answers_that_are_not_read_are_cut_off(fast):
                 break
     assert time.monotonic() - started < 10
     assert rejections(fast, "slow") == 1
+    time.sleep(4 * FLUSH_S)
     assert fast.metrics()["scumble_inflight"] == 0
 
 

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 
 from app.keys import KeyFile, write_keys
+from app.metrics import FLUSH_S
 from tests.app.stubborn import HUNG, NAME, SLOW, SLOW_S, plain
 from tests.app.test_access import row
 from tests.pictures import PNG
@@ -111,6 +112,7 @@ def test_a_client_that_goes_while_it_waits_costs_nothing(budgeted, execution):
     gone = 'scumble_rejections_total{reason="gone"}'
     while not server.metrics().get(gone) and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(4 * FLUSH_S)
     found = server.metrics()
     assert found[gone] == 1
     assert found['scumble_images_total{model="tiny",precision="float32"}'] == 1

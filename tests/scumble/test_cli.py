@@ -208,7 +208,7 @@ def test_ctrl_c_to_a_process(group, tmp_path):
     with process:
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=10) == ("", "\n")
+        assert process.communicate(timeout=60) == ("", "\n")
     assert process.returncode == 130
 
 
