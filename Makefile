@@ -28,8 +28,8 @@ format: .venv/.dev ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: .venv/.dev ## steal a model, undefended and defended, and compare; a few minutes
-	$(BIN)/python -m evaluation.demo
+demo: .venv/.dev ## steal a model, undefended and defended, and compare; a few minutes (ARGS='--queries 1000' for less)
+	$(BIN)/python -m evaluation.demo $(ARGS)
 
 results-ci: .venv/.dev ## a small comparison of defenses, made again and compared with the committed one
 	$(BIN)/scumble evaluate --plan ci --out runs/results-ci

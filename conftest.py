@@ -1,8 +1,9 @@
 """The code blocks of README and docs run as tests.
 
 `python` blocks run in one namespace per file; `bash` blocks run in a shell with `scumble` on its
-path. `localhost:8000` and `localhost:9000` stand for a real server on free ports. A block that
-cannot run here is preceded by `<!--- skip: next, reason="..." -->`.
+path. `localhost:8000` and `localhost:9000` stand for a real server on free ports; 8001 and 9001 are
+free ports for a server that a block starts itself. A block that cannot run here is preceded by
+`<!--- skip: next, reason="..." -->`.
 """
 
 import os
@@ -15,6 +16,7 @@ from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
 from scumble.local import serving
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parent
 
@@ -32,6 +34,8 @@ def _localized(example: Example) -> str:
     for name in ("localhost", "127.0.0.1"):
         for port, url in ((8000, server.url), (9000, server.admin)):
             text = text.replace(f"{name}:{port}", url.removeprefix("http://"))
+    for name, port in zip(("8001", "9001"), free_ports(2), strict=True):
+        text = text.replace(name, str(port))
     return text
 
 

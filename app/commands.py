@@ -15,20 +15,28 @@ from app.settings import Settings, load_settings, shown, variables
 RELOAD_S = 600
 
 
+config_option = click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file of settings.",
+)
+admin_port_option = click.option("--admin-port", type=int, help="Of metrics and console.")
+
+
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The settings that people set by hand; the others come from the environment or a file."""
     decorators = [
-        click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+        config_option,
         click.option("--model", help="Bundle in the model folder."),
-        click.option("--model-dir", type=click.Path(path_type=Path)),
+        click.option("--model-dir", type=click.Path(path_type=Path), help="Folder of bundles."),
         click.option("--precision", type=click.Choice(["float32", "bf16", "int8"])),
         click.option("--engine", type=click.Choice(["auto", "openvino", "onnxruntime", "torch"])),
         click.option("--defense", help="Name of the defense."),
         click.option("--defense-params", help="Its parameters, a JSON object."),
         click.option("--workers", help="Processes, or auto."),
-        click.option("--host"),
-        click.option("--port", type=int),
-        click.option("--admin-port", type=int),
+        click.option("--host", help="Address of the public port."),
+        click.option("--port", type=int, help="The public port."),
+        admin_port_option,
     ]
     for decorate in reversed(decorators):
         command = decorate(command)
@@ -52,8 +60,8 @@ def serve(**arguments: Any) -> None:
 
 
 @click.command()
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--admin-port", type=int)
+@config_option
+@admin_port_option
 def reload(**arguments: Any) -> None:
     """Let the server of this machine serve its model's files as they are now.
 

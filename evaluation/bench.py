@@ -71,7 +71,10 @@ def bench() -> None:
     help="Of the reference forms.",
 )
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), default=OUT, show_default=True
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=OUT,
+    help="File of the figures.  [default: evaluation/results/bench.json]",
 )
 def defenses(models: str, precisions: str, rounds: int, slow_rounds: int, out: Path) -> None:
     """Milliseconds per image that each defense adds, as ratios to dcp and to inference."""

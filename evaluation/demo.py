@@ -128,6 +128,7 @@ def main(out: Path, queries: int, epochs: int, seed: int, data: Path) -> None:
             "undefended": stack.enter_context(serving(model="mnist", precision="int8")),
             "defended": stack.enter_context(serving(model="mnist", precision="int8", **DCP)),
         }
+        watch(servers, out / "targets.json")
         served = measure(servers, tests)
         lines = list(steal(servers, transfer, out, tests, queries, epochs, seed))
     seconds = round(time.perf_counter() - start, 1)
@@ -179,6 +180,16 @@ def save(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64
         files.append({"bytes": buffer.getvalue(), "path": None})
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     pq.write_table(pa.table({"image": pa.array(files, kind), "label": labels}), path)
+
+
+def watch(servers: dict[str, Server], path: Path) -> None:
+    """Tell a Prometheus with `docker/prometheus/demo.yml` where both servers' metrics are."""
+    jobs = {"victim": servers["undefended"].admin, "defended": servers["defended"].admin}
+    targets = [
+        {"targets": [admin.removeprefix("http://")], "labels": {"job": job}}
+        for job, admin in jobs.items()
+    ]
+    path.write_text(json.dumps(targets))
 
 
 def measure(servers: dict[str, Server], tests: dict[str, Dataset]) -> dict[str, Served]:

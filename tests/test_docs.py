@@ -19,6 +19,7 @@ from attacker.transports import TRANSPORTS
 from evaluation.steal import CELLS, RESULTS
 from scumble.cli import COMMANDS
 from scumble.data import DIGITS, TORCHVISION
+from scumble.pages import PAGE, page
 from tests.exported import metric_names
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,11 @@ def test_every_transport_student_and_data_set_is_named():
     text = (DOCS / "attacks.md").read_text()
     assert all(f"| `{name}` |" in text for name in TRANSPORTS)
     assert all(f"`{name}`" in text for name in (*STUDENTS, *TORCHVISION, DIGITS))
+
+
+@pytest.mark.torch
+def test_every_command_and_option_is_in_the_reference():
+    assert PAGE.read_text().split() == page().split(), "run python -m scumble.pages"
 
 
 def test_every_command_is_in_the_readme():

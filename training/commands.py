@@ -23,7 +23,7 @@ data_option = click.option(
     "--data",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with NAME_train.parquet and NAME_test.parquet. Without it the images are "
-    "downloaded by torchvision into ~/.cache/scumble.",
+    "downloaded by torchvision into ~/.cache/scumble; digits come with scikit-learn.",
 )
 
 # What the sources state; see docs/training.md. Only weights are shipped, never an image.
@@ -32,6 +32,8 @@ DATA_LICENCE = {
     "states; no image is shipped",
     "cifar10": "CIFAR-10 (Krizhevsky 2009): no licence stated, research data; no image is shipped",
     "gtsrb": "GTSRB (Stallkamp et al. 2012): no licence stated, research data; no image is shipped",
+    "digits": "Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), CC BY 4.0 as "
+    "the UCI repository states; no image is shipped",
 }
 
 

@@ -226,4 +226,8 @@ RECIPES: dict[str, Recipe] = {
     "mnist": Recipe("small_cnn", epochs=18, lr=0.2, augment="digits", ema=0.99),
     "cifar10": Recipe("resnet9", epochs=30, lr=0.3, augment="objects"),
     "gtsrb": Recipe("resnet9", epochs=60, lr=0.2, augment="signs", batch=128),
+    # Small and offline, for the tutorial.
+    "digits": Recipe(
+        "small_cnn", epochs=6, lr=0.05, augment="digits", batch=32, ema=0.98, holdout=0.1
+    ),
 }

@@ -6,11 +6,7 @@ interval are the test's own.
 
 import json
 import math
-import re
-import shutil
-import subprocess
 import time
-from dataclasses import dataclass
 
 import httpx2
 import numpy as np
@@ -20,56 +16,42 @@ import yaml
 from app.keys import KeyFile, write_keys
 from dashboards.__main__ import FOLDER
 from dashboards.boards import BOARDS
+from dashboards.prometheus import PATIENCE_S, PROGRAM, Prometheus, filled_in, running
 from scumble.local import Server, serving
 from tests.app.test_access import row
 from tests.docker.test_prometheus import FOLDER as CONFIG
 from tests.docker.test_prometheus import rules
 from tests.pictures import PNG
 
-PROMETHEUS = shutil.which("prometheus")
 pytestmark = [
     pytest.mark.server,
     pytest.mark.skipif(
-        PROMETHEUS is None, reason="prometheus is not installed (Debian's package prometheus)"
+        PROGRAM is None, reason="prometheus is not installed (Debian's package prometheus)"
     ),
 ]
 JOBS = {"victim", "defended"}
-LISTENS = re.compile(r'"Listening on" address=(\S+)')
 LOAD_S = 6
 SETTLE_S = 4  # a scrape after the last request, and the rules after that
-PATIENCE_S = 30
-GRAFANA_FILLS_IN = {"$job": ".+", "$__rate_interval": "1m"}
 # Known after an hour of history only; rules_test.yml has it.
 LATER = {"job:scumble_images:usual_rate1d", "job_client:scumble_client_images:usual_rate1d"}
 
 
-@dataclass
-class Prometheus:
-    """A running one."""
+def figures(prometheus: Prometheus, expr: str) -> dict[str, list[float]]:
+    """Numbers by job; what is not a number is left out."""
+    found: dict[str, list[float]] = {}
+    for series in prometheus.ask(expr):
+        value = float(series["value"][1])
+        if not math.isnan(value):
+            found.setdefault(series["metric"]["job"], []).append(value)
+    return found
 
-    url: str
 
-    def ask(self, expr: str) -> list[dict]:
-        """Series of an instant query."""
-        answer = httpx2.get(f"{self.url}/api/v1/query", params={"query": expr}).json()
-        assert answer["status"] == "success", answer
-        return answer["data"]["result"]
-
-    def figures(self, expr: str) -> dict[str, list[float]]:
-        """Numbers by job; what is not a number is left out."""
-        found: dict[str, list[float]] = {}
-        for series in self.ask(expr):
-            value = float(series["value"][1])
-            if not math.isnan(value):
-                found.setdefault(series["metric"]["job"], []).append(value)
-        return found
-
-    def settled(self, expr: str) -> dict[str, list[float]]:
-        """The same, once there are some of both jobs, or at the end of all patience."""
-        end = time.monotonic() + PATIENCE_S
-        while (found := self.figures(expr)).keys() != JOBS and time.monotonic() < end:
-            time.sleep(0.5)
-        return found
+def settled(prometheus: Prometheus, expr: str) -> dict[str, list[float]]:
+    """The same, once there are some of both jobs, or at the end of all patience."""
+    end = time.monotonic() + PATIENCE_S
+    while (found := figures(prometheus, expr)).keys() != JOBS and time.monotonic() < end:
+        time.sleep(0.5)
+    return found
 
 
 def expressions() -> list:
@@ -79,13 +61,6 @@ def expressions() -> list:
         for panel in json.loads((FOLDER / f"{board.uid}.json").read_text())["panels"]
         for target in panel.get("targets", [])
     ]
-
-
-def filled_in(expr: str) -> str:
-    for name, value in GRAFANA_FILLS_IN.items():
-        expr = expr.replace(name, value)
-    assert "$" not in expr
-    return expr
 
 
 def configuration(servers: dict[str, Server]) -> str:
@@ -135,45 +110,25 @@ def servers(models, tmp_path_factory):
 def prometheus(servers, tmp_path_factory):
     """One that scrapes both, after a mixed load."""
     folder = tmp_path_factory.mktemp("prometheus")
-    (folder / "prometheus.yml").write_text(configuration(servers))
-    log = folder / "log"
-    with log.open("w") as written:
-        process = subprocess.Popen(
-            [
-                PROMETHEUS,
-                "--config.file=prometheus.yml",
-                "--storage.tsdb.path=data",
-                "--web.listen-address=127.0.0.1:0",
-            ],
-            cwd=folder,
-            stderr=written,
-        )
-    try:
-        end = time.monotonic() + PATIENCE_S
-        while not (found := LISTENS.search(log.read_text())):
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.1)
-        running = Prometheus(f"http://{found[1]}")
-        assert running.settled("scumble_workers").keys() == JOBS  # the zeros before the load
+    with running(configuration(servers), folder) as started:
+        # The zeros before the load.
+        assert settled(started, "scumble_workers").keys() == JOBS
         end = time.monotonic() + LOAD_S
         while time.monotonic() < end:
             for server in servers.values():
                 send(server)
         time.sleep(SETTLE_S)
-        yield running
-    finally:
-        process.terminate()
-        process.wait(30)
+        yield started
 
 
 @pytest.mark.parametrize("expr", expressions())
 def test_a_panel_has_figures_of_both_services(prometheus, expr):
-    assert prometheus.settled(filled_in(expr)).keys() == JOBS, filled_in(expr)
+    assert settled(prometheus, filled_in(expr)).keys() == JOBS, filled_in(expr)
 
 
 @pytest.mark.parametrize("name", sorted({r["record"] for r in rules() if "record" in r} - LATER))
 def test_a_rule_records_both_services(prometheus, name):
-    assert prometheus.settled(name).keys() == JOBS
+    assert settled(prometheus, name).keys() == JOBS
 
 
 def test_every_rule_is_evaluated_without_an_error(prometheus):
@@ -184,7 +139,7 @@ def test_every_rule_is_evaluated_without_an_error(prometheus):
 
 def test_the_figures_are_those_of_what_was_done(prometheus):
     def one(expr: str, job: str) -> float:
-        (value,) = prometheus.settled(expr)[job]
+        (value,) = settled(prometheus, expr)[job]
         return value
 
     assert one("job:scumble_defended_rows:share_rate5m", "victim") == 0

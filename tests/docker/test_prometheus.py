@@ -35,7 +35,13 @@ def alerts() -> dict[str, dict]:
 
 @promtool
 @pytest.mark.parametrize(
-    "words", ["check config prometheus.yml", "check rules rules.yml", "test rules rules_test.yml"]
+    "words",
+    [
+        "check config prometheus.yml",
+        "check config demo.yml",
+        "check rules rules.yml",
+        "test rules rules_test.yml",
+    ],
 )
 def test_promtool_is_content(words):
     done = subprocess.run(

@@ -1,0 +1,60 @@
+"""The tutorial's commands, run in one shell in an empty folder, print what the page shows.
+
+Figures are compared in kind only: they differ between releases of torch, and ports are others here.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ports import free_ports
+
+PAGE = Path(__file__).parent.parent / "docs" / "tutorial.md"
+# `timeout` ends the servers as well.
+LIMITED_BASH = ["timeout", "300", "bash", "-euo", "pipefail", "-c"]
+END = "~~~ end of a block ~~~"
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Commands, each with the output shown below them."""
+    return re.findall(
+        r"^```sh\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", page, re.MULTILINE | re.DOTALL
+    )
+
+
+def run(commands: list[str], folder: Path) -> list[str]:
+    """What each block prints."""
+    ports = dict(zip(("8000", "8001", "9000", "9001"), free_ports(4), strict=True))
+    script = "".join(f"{block}echo '{END}'\n" for block in commands)
+    for name, port in ports.items():
+        script = script.replace(name, str(port))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [*LIMITED_BASH, f"trap 'kill $(jobs -p)' ERR\n{script}"],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [output.strip("\n") for output in done.stdout.split(f"{END}\n")[:-1]]
+
+
+def kind(text: str) -> str:
+    """Without its figures, and what depends on them: widths, and which of two files is better."""
+    text = re.sub(r"ptq-(server|mobile)|─+", "", text)
+    return " ".join(re.sub(r"[0-9a-f]{64}|[█▉▊▋▌▍▎▏]+|-?\d[\d.,e+-]*", "#", text).split())
+
+
+@pytest.mark.torch
+@pytest.mark.server
+def test_the_commands_print_what_the_page_shows(tmp_path):
+    shown = blocks(PAGE.read_text())
+    printed = run([commands for commands, _ in shown], tmp_path)
+    for (commands, output), real in zip(shown, printed, strict=True):
+        assert kind(output) == kind(real), f"{commands}\nprints:\n{real}"
