@@ -1,6 +1,6 @@
-"""`docs/performance.md` and its plot, made of the committed JSON: nothing is typed in.
+"""`docs/performance.md`, its plot, and the figures of `docs/threat-model.md`, of committed JSON.
 
-python -m loadtest.pages            writes both
+python -m loadtest.pages            writes them; nothing is typed in
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ LIMIT_HEAD = (
     "`dcp` / batch 1",
     "`dcp` / `none`",
 )
+BEGIN, END = "<!-- measured: python -m loadtest.pages -->", "<!-- end of measured -->"
 Document = dict[str, Any]
 
 
@@ -304,6 +305,60 @@ def plot(peers: Document, path: Path) -> None:
     plt.close(figure)
 
 
+def promises(chaos: Document, abuse: Document, fuzz: Document) -> str:
+    """What came of the large runs against keys, budgets and bytes; `...` where one was not made."""
+    rows = []
+    if chaos:
+        answers = ", ".join(f"{code}: {count:,}" for code, count in chaos["answers"].items())
+        rows.append(
+            [
+                "`make chaos`",
+                f"{chaos['seconds'] / 60:g} minutes, {chaos['attempted']:,} requests ({answers})",
+                f"{chaos['lost']} lost, {chaos['over_served']} images over the budget, "
+                f"{len(chaos['wrong'])} answers that must not be, largest growth of a worker "
+                f"{max(chaos['growth'].values()):.1%}",
+                "[chaos.json](../loadtest/chaos.json)",
+            ]
+        )
+    if abuse:
+        theft, keys = abuse["theft"], abuse["wrong_keys"]
+        rows += [
+            [
+                "a thief",
+                f"a budget of {theft['budget']:,} images, {theft['replicas']} replicas, "
+                f"{theft['connections']} connections, Redis",
+                f"{theft['images_served']:,} images served",
+                "[abuse.json](../loadtest/abuse.json)",
+            ],
+            [
+                "wrong keys",
+                f"{keys['of_each_kind']:,} wrong in the first character, the last, or all",
+                "p50 "
+                + ", ".join(f"{us} µs" for us in keys["p50_us"].values())
+                + f"; no difference (p = {min(keys['p_value'].values()):.2f} or more), "
+                f"{keys['series_added']} series added",
+                "[abuse.json](../loadtest/abuse.json)",
+            ],
+        ]
+    if fuzz:
+        allowed = sum(count for code, count in fuzz["answers"].items() if code in ("503", "504"))
+        rows.append(
+            [
+                "fuzzing",
+                f"{fuzz['requests']:,} broken requests",
+                f"no crash, no 5xx but {allowed:,} documented ones",
+                "[fuzz.json](../loadtest/fuzz.json)",
+            ]
+        )
+    return table(["run", "what", "came of it", "figures"], rows)
+
+
+def within(text: str, figures: str) -> str:
+    """The page with `figures` between its markers."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{rest.split(END)[1]}"
+
+
 def read(name: str) -> Document:
     """A committed document; empty where there is none."""
     path = HERE / name
@@ -313,8 +368,12 @@ def read(name: str) -> Document:
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=DOCS)
 def main(out: Path) -> None:
-    """Write performance.md and its plot into OUT."""
+    """Write performance.md and its plot into OUT, and renew threat-model.md there."""
     bench, peers = read("bench.json"), read("peers.json")
+    threats = out / "threat-model.md"
+    if threats.exists():
+        documents = (read("chaos.json"), read("abuse.json"), read("fuzz.json"))
+        threats.write_text(within(threats.read_text(), promises(*documents)))
     (out / "performance.md").write_text(page(bench, peers))
     if peers:
         plot(peers, out / "performance-peers.png")

@@ -3,6 +3,7 @@
 import pytest
 
 from loadtest.abuse import verdict
+from loadtest.pages import DOCS, promises, read, within
 
 THEFT = {"budget": 10, "images_served": 10, "answers": {"200": 4, "429": 8}}
 KEYS = {"answers": {"401": 30}, "series_added": 0, "p_value": {"first character": 0.4}}
@@ -25,3 +26,10 @@ def test_all_is_well():
 )
 def test_what_must_not_be(theft, keys):
     assert len(verdict({"theft": THEFT | theft, "wrong_keys": KEYS | keys})) == 1
+
+
+def test_the_threat_model_has_the_committed_figures():
+    page = (DOCS / "threat-model.md").read_text()
+    documents = [read(name) for name in ("chaos.json", "abuse.json", "fuzz.json")]
+    assert all(documents)
+    assert within(page, promises(*documents)) == page, "run: python -m loadtest.pages"
