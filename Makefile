@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help serve test install check lint format demo results-ci bench chaos clean
+.PHONY: help serve test install check lint format demo results-ci bench chaos compose-demo clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 serve: .venv/.base ## serve the default model on port 8000, metrics on port 9000
 	$(BIN)/scumble serve
@@ -18,11 +18,14 @@ install: .venv/.dev ## everything for development, in .venv
 
 check: .venv/.dev lint test ## linters and suite
 
-lint: .venv/.dev ## ruff, mypy, import contracts
+lint: .venv/.dev ## ruff, mypy, import contracts, hadolint, shellcheck, yamllint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile docker/attacker/Dockerfile
+	$(BIN)/shellcheck .ci/run docker/*.sh
+	$(BIN)/yamllint --strict .yamllint.yml docker-compose.yml docker
 
 format: .venv/.dev ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
@@ -37,6 +40,9 @@ results-ci: .venv/.dev ## a small comparison of defenses, made again and compare
 
 chaos: .venv/.dev ## break a server in every way under load; three minutes
 	$(BIN)/python -m loadtest.chaos
+
+compose-demo: .venv/.dev ## build the images, play the story in containers and check it; ten minutes at most
+	$(BIN)/python docker/demo.py
 
 bench: .venv/.dev ## request latency, defense on against off
 	$(BIN)/python loadtest/latency.py

@@ -7,6 +7,9 @@ attacked with the answers as they come, under both losses; with their labels alo
 that keeps the label cannot touch; and by somebody who knows the defense and inverts it.
 
     python -m evaluation.demo --out runs/demo
+
+With `--undefended` and `--defended` it steals from two servers that run elsewhere, as those of
+`docker-compose.yml`, and sees only their public ports.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ import io
 import json
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import click
@@ -30,15 +33,16 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from attacker import students
+from attacker import consent, students
+from attacker.errors import AttackError
 from attacker.pool import pool
 from attacker.result import Result
 from attacker.run import Job, run
 from evaluation import scores
-from evaluation.referee import REQUESTS, ask, latencies
+from evaluation.referee import REQUESTS, UNTIMED, ask, latencies
 from scumble.data import Dataset, load
 from scumble.digits import SIDE, digits
-from scumble.local import Server, serving
+from scumble.local import serving
 from training.train import affine, as_tensors, chain, light
 
 DCP: dict[str, object] = {"defense": "dcp", "defense_params": {"beta": 1.2, "gamma": 0.2}}
@@ -62,6 +66,21 @@ ATTACKS: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
 
 
 @dataclass(frozen=True)
+class Target:
+    """A server, as the thief reaches it.
+
+    Attributes:
+        url: of the public port.
+        admin: of the admin port, for its count; None where only its owner reaches that.
+        headers: sent with every request.
+    """
+
+    url: str
+    admin: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Line:
     """One attack's outcome.
 
@@ -71,7 +90,8 @@ class Line:
         command: that does it by hand.
         stolen: accuracy of the copy by test set.
         agreement: with the server's answers, on the digits.
-        queries: spent, by the attacker's count and by the server's.
+        queries: spent, by the attacker's count and by the server's (None: not asked).
+        images: sent in all: the queries and the test set.
         seconds: of the attack.
     """
 
@@ -81,6 +101,7 @@ class Line:
     stolen: dict[str, float]
     agreement: float
     queries: tuple[int, int | None]
+    images: int
     seconds: float
 
 
@@ -89,16 +110,18 @@ class Served:
     """One server's side.
 
     Attributes:
-        settings: other than the defaults.
+        settings: other than the defaults; None of a server that runs elsewhere.
         accuracy: of its answers by test set.
         l1: mean L1 distance of its answers from the undefended ones by test set.
         latency_ms: median of single requests, taken by turns with the other server.
+        images: sent for these figures.
     """
 
-    settings: dict[str, object]
+    settings: dict[str, object] | None
     accuracy: dict[str, float]
     l1: dict[str, float]
     latency_ms: float
+    images: int
 
 
 @click.command()
@@ -118,18 +141,56 @@ class Served:
     show_default=True,
     help="Where MNIST may be.",
 )
-def main(out: Path, queries: int, epochs: int, seed: int, data: Path) -> None:
+@click.option("--undefended", metavar="URL", help="Of a server that runs, with --defended.")
+@click.option("--defended", metavar="URL", help="Of the other.  [default: own servers]")
+@click.option(
+    "--i-have-the-owners-consent",
+    "consented",
+    is_flag=True,
+    help="Needed, with --owner-token, for any host but this one.",
+)
+@click.option(
+    "--owner-token",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with the token that the owner of both gave you.",
+)
+def main(
+    out: Path,
+    queries: int,
+    epochs: int,
+    seed: int,
+    data: Path,
+    undefended: str | None,
+    defended: str | None,
+    consented: bool,
+    owner_token: Path | None,
+) -> None:
     """Steal the digit reader from an undefended and from a defended server, and compare."""
     start = time.perf_counter()
+    if (undefended is None) != (defended is None):
+        raise click.UsageError("--undefended and --defended belong together")
+    given = {"undefended": undefended, "defended": defended} if undefended and defended else {}
+    try:
+        servers = {
+            name: Target(url, headers=consent.check(url, consent=consented, token=owner_token))
+            for name, url in given.items()
+            if url
+        }
+    except AttackError as exc:
+        raise click.ClickException(str(exc)) from exc
+    settings: dict[str, dict[str, object] | None] = dict.fromkeys(servers)
     out.mkdir(parents=True, exist_ok=True)
     transfer, tests = material(out, queries, seed, data)
     with ExitStack() as stack:
-        servers = {
-            "undefended": stack.enter_context(serving(model="mnist", precision="int8")),
-            "defended": stack.enter_context(serving(model="mnist", precision="int8", **DCP)),
-        }
-        watch(servers, out / "targets.json")
-        served = measure(servers, tests)
+        if not servers:
+            settings = {"undefended": {}, "defended": DCP}
+            for name, ours in settings.items():
+                server = stack.enter_context(
+                    serving(model="mnist", precision="int8", **(ours or {}))
+                )
+                servers[name] = Target(server.url, server.admin)
+            watch(servers, out / "targets.json")
+        served = measure(servers, settings, tests)
         lines = list(steal(servers, transfer, out, tests, queries, epochs, seed))
     seconds = round(time.perf_counter() - start, 1)
     report = {
@@ -182,29 +243,34 @@ def save(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64
     pq.write_table(pa.table({"image": pa.array(files, kind), "label": labels}), path)
 
 
-def watch(servers: dict[str, Server], path: Path) -> None:
+def watch(servers: dict[str, Target], path: Path) -> None:
     """Tell a Prometheus with `docker/prometheus/demo.yml` where both servers' metrics are."""
     jobs = {"victim": servers["undefended"].admin, "defended": servers["defended"].admin}
     targets = [
         {"targets": [admin.removeprefix("http://")], "labels": {"job": job}}
         for job, admin in jobs.items()
+        if admin
     ]
     path.write_text(json.dumps(targets))
 
 
-def measure(servers: dict[str, Server], tests: dict[str, Dataset]) -> dict[str, Served]:
+def measure(
+    servers: dict[str, Target],
+    settings: dict[str, dict[str, object] | None],
+    tests: dict[str, Dataset],
+) -> dict[str, Served]:
     """Accuracy, distortion and latency of both servers."""
     shape = (1, SIDE, SIDE)
     images = {test: pool(data, shape).images for test, data in tests.items()}
     answers = {
-        name: {test: ask(server.url, images[test], None) for test in tests}
+        name: {test: ask(server.url, images[test], server.headers) for test in tests}
         for name, server in servers.items()
     }
     urls = {name: server.url for name, server in servers.items()}
-    latency = latencies(urls, tests["digits"], REQUESTS)
+    latency = latencies(urls, tests["digits"], REQUESTS, headers=servers["defended"].headers)
     return {
         name: Served(
-            settings={} if name == "undefended" else DCP,
+            settings=settings[name],
             accuracy={
                 test: scores.accuracy(answers[name][test], data.labels)
                 for test, data in tests.items()
@@ -214,13 +280,14 @@ def measure(servers: dict[str, Server], tests: dict[str, Dataset]) -> dict[str, 
                 for test in tests
             },
             latency_ms=latency[name]["p50"],
+            images=sum(map(len, tests.values())) + REQUESTS + UNTIMED,
         )
         for name in servers
     }
 
 
 def steal(
-    servers: dict[str, Server],
+    servers: dict[str, Target],
     transfer: Path,
     out: Path,
     tests: dict[str, Dataset],
@@ -251,7 +318,7 @@ def steal(
             + [word for change in job.changes for word in ("--set", change)]
             + (["--adapt", ",".join(modifiers)] if modifiers else [])
         )  # fmt: skip
-        result = run(job, folder, command=command, progress=True)
+        result = run(job, folder, command=command, headers=servers[server].headers, progress=True)
         yield Line(
             name=name,
             server=server,
@@ -259,6 +326,7 @@ def steal(
             stolen={test: accuracy(result, folder, data) for test, data in tests.items()},
             agreement=result.scores.agreement,
             queries=(result.ledger.spent, result.ledger.server),
+            images=result.ledger.spent + result.ledger.test,
             seconds=round(result.timing.wall_s, 1),
         )
 
@@ -298,10 +366,11 @@ def show(served: dict[str, Served], lines: list[Line], out: Path, seconds: float
             "MNIST's test images are not at hand (--data): the copies are measured only on the "
             "kind of digits that was asked about, where they learn most."
         )
+    counted = [line.queries[1] for line in lines]
     added = served["defended"].latency_ms / served["undefended"].latency_ms - 1
     console.print(
         f"{lines[0].queries[0]:,} queries each, counted by the servers as "
-        f"{', '.join(f'{line.queries[1]:,}' for line in lines)}. "
+        f"{', '.join('not asked' if n is None else f'{n:,}' for n in counted)}. "
         f"The defense changes a request's median latency by {added:+.1%}.\n"
         f"{seconds:.0f} s; written: {out / 'demo.json'}, {out / 'demo.png'}"
     )

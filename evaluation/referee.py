@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ from scumble.local import Server, serving
 SAMPLE = 2000  # of the queries, for what the attacker was told
 PERCENTILES: tuple[Percentile, ...] = ("p50", "p99")
 REQUESTS = 200  # for the latency, to each server
+UNTIMED = 10  # before them
 
 
 def judge(
@@ -178,7 +180,7 @@ def job(cell: Cell, url: str, admin: str | None, root: Path | None, threads: int
     )
 
 
-def ask(url: str, images: Images, headers: dict[str, str] | None) -> Probs:
+def ask(url: str, images: Images, headers: Mapping[str, str] | None) -> Probs:
     """Answers (N, K); these are no part of any budget."""
     with HttpOracle(url, budget=len(images), transport="pixels", headers=headers) as oracle:
         return oracle(images)
@@ -208,19 +210,26 @@ def compare(url: str, clean_url: str, test: Dataset, headers: dict[str, str] | N
 
 
 def latencies(
-    urls: dict[str, str], test: Dataset, requests: int
+    urls: dict[str, str],
+    test: Dataset,
+    requests: int,
+    *,
+    headers: Mapping[str, str] | None = None,
 ) -> dict[str, dict[Percentile, float]]:
     """p50 and p99 in ms of single PNG requests to each URL, by turns."""
+    token = (headers or {}).get("Authorization", "").removeprefix("Bearer ")
     found: dict[str, list[float]] = {name: [] for name in urls}
     with ExitStack() as stack:
-        clients = {name: stack.enter_context(Client(url)) for name, url in urls.items()}
-        for i in range(requests + 10):
+        clients = {
+            name: stack.enter_context(Client(url, key=token or None)) for name, url in urls.items()
+        }
+        for i in range(requests + UNTIMED):
             for name, client in clients.items():
                 start = time.perf_counter()
                 client.predict(test.images[i % len(test)])
                 found[name].append(time.perf_counter() - start)
     return {
-        name: {p: 1000 * float(np.percentile(values[10:], int(p[1:]))) for p in PERCENTILES}
+        name: {p: 1000 * float(np.percentile(values[UNTIMED:], int(p[1:]))) for p in PERCENTILES}
         for name, values in found.items()
     }
 

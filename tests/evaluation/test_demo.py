@@ -10,6 +10,7 @@ from PIL import Image
 from attacker.result import read
 from evaluation import demo, steal
 from scumble.data import load
+from scumble.local import serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,40 @@ def test_the_demo_steals_from_both_servers(tmp_path):
     assert stolen == [
         line["stolen"] for line in json.loads((tmp_path / "demo.json").read_text())["attacks"]
     ]
+
+
+@pytest.mark.server
+def test_the_demo_steals_from_servers_that_run_and_says_what_it_sent(tmp_path):
+    with (
+        serving(model="mnist", precision="int8", workers=1) as undefended,
+        serving(model="mnist", precision="int8", workers=1, **demo.DCP) as defended,
+    ):
+        servers = {"undefended": undefended, "defended": defended}
+        words = ["--out", str(tmp_path), "--queries", "100", "--epochs", "1", "--data", "nowhere"]
+        words += [f"--{name}={server.url}" for name, server in servers.items()]
+        done = CliRunner().invoke(demo.main, words)
+        assert done.exit_code == 0, done.output
+        report = json.loads((tmp_path / "demo.json").read_text())
+        assert [line["queries"] for line in report["attacks"]] == 6 * [[100, None]]
+        for name, server in servers.items():
+            sent = report["servers"][name]["images"] + sum(
+                line["images"] for line in report["attacks"] if line["server"] == name
+            )
+            counted = server.metrics()
+            assert sent == sum(v for k, v in counted.items() if k.startswith("scumble_images_tot"))
+            assert report["servers"][name]["settings"] is None
+    assert "not asked" in done.output
+
+
+def test_the_demo_asks_no_stranger_without_consent(tmp_path):
+    words = ["--out", str(tmp_path), "--undefended=http://victim:8000"]
+    done = CliRunner().invoke(demo.main, [*words, "--defended=http://defended:8000"])
+    assert done.exit_code == 1
+    assert "--i-have-the-owners-consent" in done.output
+    assert not list(tmp_path.iterdir())
+    done = CliRunner().invoke(demo.main, words)
+    assert done.exit_code == 2
+    assert "belong together" in done.output
 
 
 @pytest.mark.server

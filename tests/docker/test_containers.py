@@ -1,0 +1,265 @@
+"""The compose file and the Dockerfiles hold what docs/containers.md promises, and name what exists.
+
+Whether containers then run like that is for `make compose-demo` to show.
+"""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import imagecodecs
+import pytest
+import yaml
+from PIL import Image
+
+from app.defenses import make
+from app.settings import Settings, variables
+from dashboards import GRAFANA
+from evaluation import demo
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES = COMPOSE["services"]
+SCRAPED = ("victim", "defended")
+DOCKERFILES = [ROOT / "Dockerfile", ROOT / "docker" / "attacker" / "Dockerfile"]
+FIGURES = json.loads((ROOT / "docker" / "demo.json").read_text())
+PAGE = ROOT / "docs" / "containers.md"
+
+
+DOCKER = shutil.which("docker")
+
+
+def compose(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [DOCKER, "compose", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.skipif(
+    DOCKER is None or compose("version").returncode != 0, reason="docker compose is not installed"
+)
+def test_compose_accepts_the_file():
+    done = compose("--profile=*", "config", "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_confined(name):
+    service = SERVICES[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    limits = service["deploy"]["resources"]["limits"]
+    assert set(limits) == {"cpus", "memory", "pids"}
+    assert not service.keys() & {"privileged", "cap_add", "devices", "ulimits"}
+    ours = service["image"].startswith("scumble")
+    assert service.get("pull_policy") == ("never" if ours else None)
+    assert not any("docker.sock" in str(volume) for volume in service.get("volumes", ()))
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_ports_are_published_on_loopback_alone(name):
+    for port in SERVICES[name].get("ports", ()):
+        assert re.fullmatch(r"127\.0\.0\.1:\$\{[A-Z]+_PORT:-\d+\}:\d+", port), port
+        assert not port.endswith(":9000")
+
+
+def test_the_admin_ports_are_in_a_network_of_their_own():
+    assert COMPOSE["networks"]["admin"]["internal"] is True
+    members = {name for name, service in SERVICES.items() if "admin" in service["networks"]}
+    assert members == {*SCRAPED, "prometheus", "redis"}
+    assert SERVICES["attacker"]["networks"] == ["public"]
+    for name in SCRAPED:
+        host = SERVICES[name]["environment"]["SCUMBLE_ADMIN_HOST"]
+        # A name that only that network has, so the port is bound to the address there.
+        assert SERVICES[name]["networks"] == {"public": None, "admin": {"aliases": [host]}}
+
+
+def test_every_variable_is_a_setting():
+    named = {
+        name
+        for service in SERVICES.values()
+        for name in service.get("environment", {})
+        if name.startswith("SCUMBLE_")
+    }
+    text = "".join(file.read_text() for file in (*DOCKERFILES, PAGE, ROOT / "docker" / "health.py"))
+    named |= set(re.findall(r"SCUMBLE_[A-Z_]+[A-Z]", text))
+    assert "SCUMBLE_DEFENSE" in named
+    assert named <= set(variables())
+
+
+def test_the_thief_knows_the_defense_that_is_served():
+    environment = SERVICES["defended"]["environment"]
+    params = json.loads(environment["SCUMBLE_DEFENSE_PARAMS"])
+    assert {"defense": environment["SCUMBLE_DEFENSE"], "defense_params": params} == demo.DCP
+    assert make(environment["SCUMBLE_DEFENSE"], **params)
+    assert "SCUMBLE_DEFENSE" not in SERVICES["victim"]["environment"]
+
+
+def test_the_thief_is_started_with_options_that_exist():
+    words = [re.sub(r"\$\{\w+:-(\w+)\}", r"\1", word) for word in SERVICES["attacker"]["command"]]
+    assert words[:3] == ["python3", "-m", "evaluation.demo"]
+    parsed = demo.main.make_context(
+        "demo", [w.replace("/etc/scumble/", f"{ROOT}/docker/attacker/") for w in words[3:]]
+    ).params
+    assert parsed["undefended"] == "http://victim:8000"
+    assert parsed["defended"] == "http://defended:8000"
+    assert parsed["consented"]
+    assert str(parsed["out"]) == SERVICES["attacker"]["volumes"][0].partition(":")[2]
+
+
+def test_images_are_those_that_the_rest_is_made_for():
+    assert SERVICES["grafana"]["image"] == f"grafana/grafana:{GRAFANA}"
+    for name, service in SERVICES.items():
+        if "build" in service:
+            context, file = service["build"]["context"], service["build"].get("dockerfile")
+            assert (ROOT / context / (file or "Dockerfile")) in DOCKERFILES
+        elif service.get("pull_policy") != "never":
+            assert re.search(r":v?\d+\.\d+", service["image"]), name
+
+
+def test_prometheus_scrapes_the_services_by_their_names():
+    config = yaml.safe_load((ROOT / "docker" / "prometheus" / "prometheus.yml").read_text())
+    targets = {
+        target
+        for scraped in config["scrape_configs"]
+        for static in scraped["static_configs"]
+        for target in static["targets"]
+    }
+    assert targets == {f"{name}:{Settings().admin_port}" for name in SCRAPED}
+    assert set(SCRAPED) <= set(SERVICES)
+
+
+def test_what_is_mounted_is_there_and_where_it_is_looked_for():
+    mounted = {}
+    for service in SERVICES.values():
+        for volume in service.get("volumes", ()):
+            source, target, *mode = volume.split(":")
+            if source.startswith("."):
+                assert (ROOT / source).is_dir()
+                assert mode == ["ro"]
+                mounted[target] = ROOT / source
+            else:
+                assert source in COMPOSE["volumes"]
+    for config in COMPOSE["configs"].values():
+        assert (ROOT / config["file"]).is_file()
+    assert (mounted["/etc/prometheus"] / "prometheus.yml").is_file()
+    provider = mounted["/etc/grafana/provisioning"] / "dashboards" / "scumble.yml"
+    (found,) = yaml.safe_load(provider.read_text())["providers"]
+    assert list(mounted[found["options"]["path"]].glob("*.json"))
+    sources = mounted["/etc/grafana/provisioning"] / "datasources" / "prometheus.yml"
+    (source,) = yaml.safe_load(sources.read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+
+
+@pytest.mark.parametrize("file", DOCKERFILES, ids=str)
+def test_a_dockerfile_builds_with_old_engines_and_drops_root(file):
+    text = file.read_text()
+    assert not re.search(r"^# *syntax=|<<|--link", text, re.MULTILINE)
+    assert "ARG BASE_IMAGE=python:3.11-slim" in text
+    assert re.search(r"^USER [1-9]\d+:[1-9]\d+$", text, re.MULTILINE)
+    allowed = (ROOT / ".dockerignore").read_text().splitlines()
+    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
+        for source in line.split():
+            assert (ROOT / source).exists(), source
+            assert {f"!{source}", f"!{source.partition('/')[0]}"} & set(allowed), source
+
+
+def test_each_package_of_the_wheel_is_copied():
+    project = (ROOT / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^packages = (\[.+\])$", project, re.MULTILINE)
+    for file in DOCKERFILES:
+        for package in json.loads(listed):
+            assert f"COPY {package} {package}\n" in file.read_text()
+
+
+def test_what_the_service_never_loads_is_left_out_and_the_rest_stays(tmp_path):
+    installed = Path(imagecodecs.__file__).parents[1]
+    shutil.copytree(installed / "imagecodecs", tmp_path / "imagecodecs")
+    shutil.copytree(installed / "imagecodecs.libs", tmp_path / "imagecodecs.libs")
+    libraries = tmp_path / "openvino" / "libs"
+    libraries.mkdir(parents=True)
+    kept = ["libopenvino.so", "libopenvino_intel_cpu_plugin.so", "libopenvino_onnx_frontend.so"]
+    for name in (*kept, "libopenvino_intel_gpu_plugin.so", "libopenvino_pytorch_frontend.so"):
+        (libraries / name).touch()
+    (tmp_path / "onnx" / "backend" / "test").mkdir(parents=True)
+    (tmp_path / "numpy" / "ma" / "tests" / "tests").mkdir(parents=True)
+    subprocess.run([sys.executable, ROOT / "docker" / "slim.py", tmp_path], check=True)
+    assert sorted(path.name for path in libraries.iterdir()) == kept
+    assert not (tmp_path / "onnx" / "backend" / "test").exists()
+    assert not (tmp_path / "numpy" / "ma" / "tests").exists()
+    assert not list(tmp_path.glob("imagecodecs/_avif*"))
+    code = """
+import imagecodecs, sys
+from pathlib import Path
+print(imagecodecs.__file__)
+print(imagecodecs.spng_decode(Path("docs/digits/3.png").read_bytes()).shape)
+print(imagecodecs.jpeg8_decode(bytes.fromhex(sys.argv[1])).shape)
+"""
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 7)).save(picture, "JPEG")
+    said = subprocess.run(
+        [sys.executable, "-c", code, picture.getvalue().hex()],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\n")
+    assert said[:3] == [str(tmp_path / "imagecodecs" / "__init__.py"), "(28, 28)", "(7, 9, 3)"]
+
+
+class Health(BaseHTTPRequestHandler):
+    """An admin port."""
+
+    status = 200
+
+    def do_GET(self):
+        assert self.path == "/readyz"
+        self.send_response(self.status)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
+def test_the_health_check_asks_the_admin_port(status, healthy, monkeypatch):
+    monkeypatch.setattr(Health, "status", status)
+    server = HTTPServer(("127.0.0.1", 0), Health)
+    Thread(target=server.handle_request, daemon=True).start()
+    port = server.server_address[1]
+    done = subprocess.run(
+        [sys.executable, ROOT / "docker" / "health.py"],
+        env={"SCUMBLE_ADMIN_HOST": "127.0.0.1", "SCUMBLE_ADMIN_PORT": str(port)},
+        check=False,
+    )
+    server.server_close()
+    assert (done.returncode == 0) == healthy
+
+
+def test_the_health_check_fails_where_nobody_listens():
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        port = server.server_address[1]
+    done = subprocess.run(
+        [sys.executable, ROOT / "docker" / "health.py"],
+        env={"SCUMBLE_ADMIN_PORT": str(port)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode != 0
+
+
+def test_the_page_quotes_the_figures():
+    text = PAGE.read_text()
+    megabytes, seconds = FIGURES["images_mb"], FIGURES["seconds"]
+    assert f"| `scumble` | {megabytes['scumble']:,} MB |" in text
+    assert f"| `scumble-attacker` | {megabytes['scumble-attacker']:,} MB |" in text
+    assert f"took {seconds['all']:.0f} s" in text
+    assert megabytes["scumble"] < 450
