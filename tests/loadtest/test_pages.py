@@ -112,3 +112,10 @@ def test_only_what_got_worse_is_told(name, value, counts):
     found = worse({"cases": [case(**{name: value})]}, BENCH, 0.15)
     assert bool(found) == counts
     assert all(name in line for line in found)
+
+
+def test_the_committed_page_is_made_of_the_committed_figures():
+    committed = (pages.DOCS / "performance.md").read_text()
+    assert pages.page(pages.read("bench.json"), pages.read("peers.json")) == committed, (
+        "run: python -m loadtest.pages"
+    )
