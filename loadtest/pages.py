@@ -27,6 +27,7 @@ LIMIT_HEAD = (
     "p50 / p99, ms",
     "`dcp` / batch 1",
     "`dcp` / `none`",
+    "taken by the client",
 )
 BEGIN, END = "<!-- measured: python -m loadtest.pages -->", "<!-- end of measured -->"
 Document = dict[str, Any]
@@ -214,6 +215,7 @@ def limit_rows(bench: Document) -> Iterator[list[str]]:
                 f"{dcp['p50_ms']:.2f} / {dcp['p99_ms']:.2f}",
                 f"{case['ratios'][f'c{count} over model-only batch 1']:.2f}",
                 f"{case['ratios'][f'c{count} dcp over none rps']:.3f}",
+                f"{dcp['client_share']:.0%}",
             ]
 
 

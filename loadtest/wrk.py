@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # The body's path, the pause and the headers come as arguments: nothing needs quoting in the script.
@@ -53,6 +54,7 @@ class Load:
         errors: answers with a status of 400 or more, and socket errors: connections refused or
             broken, answers later than the timeout.
         seconds: how long it took.
+        client_cpu_s: processor time of wrk itself, which the server did not have.
     """
 
     rps: float
@@ -62,6 +64,7 @@ class Load:
     requests: int
     errors: int
     seconds: float
+    client_cpu_s: float = 0.0
 
 
 def load(
@@ -107,6 +110,7 @@ def load(
             options = [f"-t{threads}", f"-c{connections}", f"-d{math.ceil(duration)}s"]
             options += [f"--timeout={math.ceil(timeout)}s", f"--script={script}", url]
             words = [word for pair in named.items() for word in pair]
+            before = children_s()
             done = subprocess.run(  # noqa: S603 - the program just found, and our own arguments
                 [program, *options, "--", str(payload), str(pause_ms), *words],
                 capture_output=True,
@@ -116,11 +120,17 @@ def load(
             )
             if done.returncode:
                 raise RuntimeError(f"wrk: {(done.stderr or done.stdout).strip()}")
-            return parse(done.stdout)
+            return replace(parse(done.stdout), client_cpu_s=children_s() - before)
 
         before = once(warmup).errors if warmup > 0 else 0
         measured = once(seconds)
-    return Load(**{**vars(measured), "errors": measured.errors + before})
+    return replace(measured, errors=measured.errors + before)
+
+
+def children_s() -> float:
+    """Processor time of all children of this process that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def parse(output: str) -> Load:

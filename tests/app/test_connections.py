@@ -1,12 +1,15 @@
 """Slow, broken and greedy clients on raw sockets, against a real server."""
 
+import asyncio
 import contextlib
 import json
+import re
 import socket
 import time
 
 import pytest
 
+from app.connections import OneWrite
 from app.metrics import FLUSH_S
 from tests.app.test_faults import connect, post, raw
 from tests.pictures import PNG
@@ -230,3 +233,53 @@ def test_headers_of_parts_are_bounded(client, header):
     answer = client.post("/v1/predict", content=body, headers=kind)
     assert answer.status_code == 400
     assert answer.json()["status"] == 400
+
+
+class Written(asyncio.Transport):
+    """What a connection is asked to send, one entry per system call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def write(self, data):
+        self.calls.append(bytes(data))
+
+    def writelines(self, parts):
+        self.calls.append(b"".join(parts))
+
+    def close(self):
+        self.calls.append("close")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "calls"),
+    [
+        ([b"head", b"body"], [b"headbody"]),
+        ([b"head", b""], [b"head"]),
+        ([b"head", b"a", b"b"], [b"heada", b"b"]),
+        ([b"HTTP/1.1 100 Continue", b"head", b"body"], [b"HTTP/1.1 100 Continue", b"headbody"]),
+        ([b"head", "close"], [b"head", "close"]),
+        ([b"head", b"body", "close"], [b"headbody", "close"]),
+        (["close"], ["close"]),
+    ],
+)
+def test_an_answer_is_one_write(pieces, calls):
+    below = Written()
+    transport = OneWrite(below)
+    for piece in pieces:
+        transport.close() if piece == "close" else transport.write(piece)
+    assert below.calls == calls
+
+
+def test_pipelined_requests_of_all_methods_are_answered_in_order(fast):
+    with connect(fast) as connection:
+        connection.sendall(
+            b"HEAD /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+            b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+            + raw()
+            + b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        )
+        answers = everything(connection)
+    statuses = re.findall(rb"HTTP/1.1 (\d+)", answers)
+    assert statuses[1:] == [b"200", b"200", b"404"]
+    assert answers.endswith(b"}")

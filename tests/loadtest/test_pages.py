@@ -7,7 +7,10 @@ from loadtest.bench import Rounds, worse
 
 
 def service(rps):
-    return {str(c): {"rps": rps, "p50_ms": 1.0, "p99_ms": 3.0} for c in (1, 8, 32, 64)}
+    return {
+        str(c): {"rps": rps, "p50_ms": 1.0, "p99_ms": 3.0, "client_share": 0.1}
+        for c in (1, 8, 32, 64)
+    }
 
 
 def case(model="cifar10", **ratios):
