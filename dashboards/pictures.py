@@ -12,6 +12,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -46,6 +48,7 @@ LOAD_S = 40
 JOIN_S = 12  # after which somebody begins to ask for many images at once
 PAUSE_S = 0.02  # of an honest client between two requests
 MANY = 16
+BUDGETS = (("shop", 20_000), ("museum", 5_000), ("trial", 100), ("new", 2_500))
 RATE_INTERVAL = "5s"
 COLUMNS = 24
 NOTE = "Drawn from the dashboard file, not by Grafana"
@@ -78,17 +81,20 @@ def main(out: Path, seconds: int) -> None:
     """Draw the dashboards with figures of two real servers under real load."""
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        common: dict[str, Any] = {"model": "mnist", "precision": "int8", "workers": 1}
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        keys = {name: make_key(folder / "keys.json", name, budget) for name, budget in BUDGETS}
+        common: dict[str, Any] = {
+            "model": "mnist", "precision": "int8", "workers": 1, "keys_file": folder / "keys.json"
+        }  # fmt: skip
         dcp = {"defense": "dcp", "defense_params": {"beta": 1.2}}
         servers = {
             "victim": stack.enter_context(serving(**common)),
             "defended": stack.enter_context(serving(**common, **dcp)),
         }
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         prometheus = stack.enter_context(running(configuration(servers), folder))
         time.sleep(3)  # the zeros before the load
         start = time.time()
-        load(servers, seconds)
+        load(servers, keys, seconds)
         time.sleep(2)  # a scrape after the last request
         for board in BOARDS:
             shown = json.loads((FOLDER / f"{board.uid}.json").read_text())
@@ -113,14 +119,23 @@ def configuration(servers: Mapping[str, Server]) -> str:
     )
 
 
-def load(servers: Mapping[str, Server], seconds: float) -> None:
+def make_key(file: Path, client: str, budget: int) -> str:
+    """A key of a client who may ask about so many images."""
+    words = ["keys", "add", "--file", str(file), "--client", client, "--total-images", str(budget)]
+    made = subprocess.run(  # noqa: S603  # our own command
+        [sys.executable, "-m", "scumble.cli", *words], capture_output=True, text=True, check=True
+    )
+    return made.stdout.strip()
+
+
+def load(servers: Mapping[str, Server], keys: Mapping[str, str], seconds: float) -> None:
     """Ask both servers the same: honest clients, broken files, later somebody who asks for much."""
     digits = [file.read_bytes() for file in sorted((ROOT / "docs" / "digits").glob("*.png"))]
     end = time.monotonic() + seconds
     clients = [
-        threading.Thread(target=kind, args=(server.url, digits, end))
+        threading.Thread(target=kind, args=(server.url, keys[name], digits, end))
         for server in servers.values()
-        for kind in (honest, honest, clumsy, greedy)
+        for kind, name in ((honest, "shop"), (honest, "museum"), (clumsy, "trial"), (greedy, "new"))
     ]
     for client in clients:
         client.start()
@@ -128,9 +143,9 @@ def load(servers: Mapping[str, Server], seconds: float) -> None:
         client.join()
 
 
-def honest(url: str, digits: list[bytes], end: float) -> None:
+def honest(url: str, key: str, digits: list[bytes], end: float) -> None:
     """One digit after the other."""
-    with httpx2.Client(base_url=url) as client:
+    with httpx2.Client(base_url=url, headers={"X-API-Key": key}) as client:
         for i in range(10**9):
             if time.monotonic() > end:
                 return
@@ -138,20 +153,20 @@ def honest(url: str, digits: list[bytes], end: float) -> None:
             time.sleep(PAUSE_S)
 
 
-def clumsy(url: str, digits: list[bytes], end: float) -> None:
+def clumsy(url: str, key: str, digits: list[bytes], end: float) -> None:
     """Half of a file, now and then."""
-    with httpx2.Client(base_url=url) as client:
+    with httpx2.Client(base_url=url, headers={"X-API-Key": key}) as client:
         while time.monotonic() < end:
             post(client, digits[0][: len(digits[0]) // 2])
             time.sleep(0.5)
 
 
-def greedy(url: str, digits: list[bytes], end: float) -> None:
+def greedy(url: str, key: str, digits: list[bytes], end: float) -> None:
     """From `JOIN_S` on: tensors of many pictures of noise, as an attacker without images sends."""
     del digits
     rng = np.random.default_rng(0)
     time.sleep(JOIN_S)
-    with httpx2.Client(base_url=url) as client:
+    with httpx2.Client(base_url=url, headers={"X-API-Key": key}) as client:
         while time.monotonic() < end:
             pixels = rng.integers(0, 256, (MANY, 28, 28, 1), np.uint8)
             tensor = {
@@ -160,7 +175,7 @@ def greedy(url: str, digits: list[bytes], end: float) -> None:
                 "shape": pixels.shape,
                 "data": pixels.ravel().tolist(),
             }
-            client.post("/v2/models/mnist/infer", json={"inputs": [tensor]}).raise_for_status()
+            client.post("/v2/models/mnist/infer", json={"inputs": [tensor]})  # at last a 429
             time.sleep(0.1)
 
 

@@ -17,11 +17,12 @@ WIDTH = 100
 # ruff: noqa: E501  # the page has longer lines than code
 HEAD = """# Commands
 
-What `scumble COMMAND --help` says, of every command; written by `python -m scumble.pages`, and a test compares. Those that need an
-extra name it when it is missing: `pip install 'scumble[train]'`, `[attack]`, `[evaluate]`.
+What `scumble COMMAND --help` says, of every command; written by `python -m scumble.pages`, and a
+test compares. Those that need an extra name it when it is missing: `pip install 'scumble[train]'`,
+`[attack]`, `[evaluate]`.
 
-Options of `serve` and `check` stand above `SCUMBLE_*` variables, and these above the file of `--config`; all settings are in
-[settings.md](settings.md).
+Options of `serve` and `check` stand above `SCUMBLE_*` variables, and these above the file of
+`--config`; all settings are in [settings.md](settings.md).
 """
 
 
