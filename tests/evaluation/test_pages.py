@@ -90,7 +90,8 @@ BENCH = {
 }
 VERDICTS = {
     "It defends against KnockoffNets.": "held in part",  # 1.0: 5 points; 1.2: 40 and 34
-    "It defends against the data-free attacks DFME and MAZE.": "held",
+    "It defends against the data-free attack DFME.": "held",
+    "It defends against the data-free attack MAZE.": "not measured",
     "It works for quantized CNNs as for float ones.": "did not hold",  # 40 and 46
     "Its impact on accuracy is low.": "held in part",  # 1.2 in float32: 2 points
     "It is 37 times as fast as the state of the art.": "held in part",  # 50 and 36
@@ -104,7 +105,7 @@ VERDICTS = {
 def test_verdicts(claim):
     verdict, figures = claim(LINES, BENCH)
     assert verdict == VERDICTS[claim.words]
-    assert figures
+    assert bool(figures) == (verdict != "not measured")
     assert {figure.split(": ")[0] for figure in figures} <= {"yes", "no"}
 
 
