@@ -14,7 +14,6 @@ from scumble.cli import COMMANDS
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 WIDTH = 100
-# ruff: noqa: E501  # the page has longer lines than code
 HEAD = """# Commands
 
 What `scumble COMMAND --help` says, of every command; written by `python -m scumble.pages`, and a
