@@ -185,6 +185,7 @@ def page(bench: Document, peers: Document) -> str:
             LIMIT_HEAD,
             limit_rows(bench),
         ),
+        limit(case_of(bench, *MAIN), bench["cores"]),
         "## Where a request's time goes",
         "Mean microseconds in each stage at 1 connection, undefended and under `dcp`; what is left "
         "of p50 is HTTP, the event loop and the client. Under `dcp` the defense is part of the "
@@ -217,6 +218,22 @@ def limit_rows(bench: Document) -> Iterator[list[str]]:
                 f"{case['ratios'][f'c{count} dcp over none rps']:.3f}",
                 f"{dcp['client_share']:.0%}",
             ]
+
+
+def limit(case: Document, cores: int, count: str = "64") -> str:
+    """What keeps the service from more, in words."""
+    alone, dcp = case["per_second"]["model_only"], case["service"]["dcp"][count]
+    left = 1 - dcp["client_share"]
+    beside_us = 1e6 * cores * (left / dcp["rps"] - 1 / alone["32"])
+    return (
+        f"What limits `{case['model']}` {case['precision']}: on this processor a batch of 32 gives "
+        f"{alone['32'] / alone['1']:.2f} times the images of single ones, so no batching brings "
+        f"more than that over model-only at batch 1. `wrk` takes {dcp['client_share']:.0%} of the "
+        f"cores' time at {count} connections. In what is left the service does "
+        f"{dcp['rps'] / (left * alone['1']):.2f} of model-only at batch 1 and "
+        f"{dcp['rps'] / (left * alone['32']):.2f} at batch 32; the rest, {beside_us:.0f} µs of a "
+        "core per request, is sockets, HTTP, decoding and the event loop."
+    )
 
 
 def stage_rows(bench: Document) -> Iterator[list[str]]:

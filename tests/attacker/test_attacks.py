@@ -137,7 +137,7 @@ def test_knockoff_copies_a_linear_victim():
     student = steal(attack, FunctionOracle(victim, 1500), pool=noise_pool(1500))
     fresh = torch.from_numpy(noise_pool(500, seed=5).images)
     same = victim(fresh).argmax(1) == student(fresh).argmax(1)
-    assert same.float().mean() > 0.75
+    assert same.float().mean() > 0.7
 
 
 @pytest.mark.parametrize("name", ["knockoff", "jbda"])
