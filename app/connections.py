@@ -32,7 +32,7 @@ class OneWrite(asyncio.Transport):
     """Sends the head of an answer together with the first of its body.
 
     uvicorn writes them one after the other, and uvloop sends each at once: two system calls and two
-    packets per answer, the second of which is a tenth of a small request's time.
+    packets per answer.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
