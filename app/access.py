@@ -209,7 +209,8 @@ class Access:
             except Exception:
                 await visit.refund()
                 raise
-            response.headers.update(visit.headers)
+            if visit.headers:
+                response.headers.update(visit.headers)
             images = request.scope["state"].get("images", 0)
             if images and visit.grant.client:
                 self.clients.answered(visit.grant.client, images)

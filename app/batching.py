@@ -25,7 +25,7 @@ from app.errors import TooLate, Unavailable
 from app.metrics import Metrics
 from app.pace import Pace
 from app.patience import FOREVER, LATE, Patience
-from app.pipeline import Answers, Compute, Pipeline
+from app.pipeline import Answers, Compute, Pipeline, size_within
 
 
 class Served(NamedTuple):
@@ -98,8 +98,8 @@ class Batcher:
             Unavailable: the queue has no room for them.
             TooLate, ClientGone: patience ended before their turn.
         """
-        (served,) = await self.all([batch], defense, patience)
-        return served
+        (future,) = self._queue([batch], defense, patience)
+        return await future
 
     async def all(
         self,
@@ -113,6 +113,21 @@ class Batcher:
             Unavailable: the queue has no room for them.
             TooLate, ClientGone: patience ended before the turn of one of them.
         """
+        return await asyncio.gather(*self._queue(batches, defense, patience))
+
+    @property
+    def running_s(self) -> float:
+        """For how long the current batch has been running; 0 if there is none."""
+        return 0.0 if self._started is None else self._clock() - self._started
+
+    def close(self) -> None:
+        """Let the running batch finish and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _queue(
+        self, batches: Sequence[Batch], defense: Defense | None, patience: Patience
+    ) -> list[asyncio.Future[Served]]:
         images = sum(map(len, batches))
         if self._waiting + images > self._max_queue:
             raise Unavailable(
@@ -126,30 +141,10 @@ class Batcher:
         if not self._busy:
             self._busy = True
             loop.call_soon(self._start)
-        if patience.deadline < math.inf:
-            return await self._within(patience.deadline - now, jobs)
-        if len(jobs) == 1:  # nearly always
-            return [await jobs[0].future]
-        return await _answers(jobs)
-
-    @property
-    def running_s(self) -> float:
-        """For how long the current batch has been running; 0 if there is none."""
-        return 0.0 if self._started is None else self._clock() - self._started
-
-    def close(self) -> None:
-        """Let the running batch finish and end the thread."""
-        if self._thread is not None:
-            self._thread.shutdown()
-
-    async def _within(self, seconds: float, jobs: list[_Job]) -> list[Served]:
-        """The answers to what is taken from the queue in time: a batch may run for long."""
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(seconds, self._withdraw, jobs)
-        try:
-            return await _answers(jobs)
-        finally:
-            timer.cancel()
+        if patience.deadline < math.inf:  # a batch may run for longer
+            timer = loop.call_later(patience.deadline - now, self._withdraw, jobs)
+            jobs[-1].future.add_done_callback(lambda _: timer.cancel())
+        return [job.future for job in jobs]
 
     def _withdraw(self, jobs: list[_Job]) -> None:
         for job in jobs:
@@ -184,7 +179,10 @@ class Batcher:
     def _take(self, now: float) -> list[_Job]:
         """The next batch, which is empty if nobody waits for an answer any more."""
         jobs: list[_Job] = []
-        size, dropped, allowed = 0, 0, self._pace()
+        size, dropped = 0, 0
+        # No more than fill a size that the engine has: the rest are the first of the next batch,
+        # where copies in their places would be computed for nobody.
+        allowed = size_within(min(self._pace(), self._waiting))
         while self._jobs and (not jobs or size + len(self._jobs[0].batch) <= allowed):
             job = self._jobs.popleft()
             ended = job.patience.ended(now)
@@ -248,10 +246,6 @@ class Batcher:
     def _count(self, images: int) -> None:
         self._waiting += images
         self._metrics.queue_depth.add(images)  # a worker may have several batchers
-
-
-async def _answers(jobs: list[_Job]) -> list[Served]:
-    return await asyncio.gather(*(job.future for job in jobs))
 
 
 def _refuse(job: _Job, why: BaseException) -> None:

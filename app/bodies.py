@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 import orjson
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from app.decode import FORMATS
 from app.errors import (
@@ -25,11 +25,14 @@ from app.errors import (
     UnsupportedType,
 )
 
-Reader = Callable[[Headers, bytes, int], Awaitable[list[bytes]]]
+# A request's headers, names in small letters, as `dict` makes it of ASGI's pairs: to look a few up
+# in Starlette's own takes longer than to decode a small image.
+Fields = Mapping[bytes, bytes]
+Reader = Callable[[Fields, bytes, int], Awaitable[list[bytes]]]
 
 
 async def read_images(
-    headers: Headers, receive: Receive, *, max_bytes: int, max_images: int
+    fields: Fields, receive: Receive, *, max_bytes: int, max_images: int
 ) -> list[bytes]:
     """The encoded images of a request, at least one.
 
@@ -39,13 +42,14 @@ async def read_images(
         BadFraming: the body is not what the content type says.
         Unprocessable: it holds no image.
     """
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    declared = fields.get(b"content-type", b"").decode("latin-1")
+    content_type = declared.partition(";")[0].strip().lower()
     reader = READERS.get(content_type)
     if reader is None:
         raise UnsupportedType(f"Content-Type is {content_type!r}; allowed: {', '.join(READERS)}")
-    refuse_encoding(headers)
-    body = await read_body(headers, receive, max_bytes)
-    images = await reader(headers, body, max_images)
+    refuse_encoding(fields)
+    body = await read_body(fields, receive, max_bytes)
+    images = await reader(fields, body, max_images)
     if len(images) > max_images:
         raise TooLarge(f"the request has {len(images)} images; allowed: {max_images}")
     if not all(images):
@@ -58,30 +62,38 @@ def small_number(text: str) -> int | None:
     return int(text) if len(text) <= 15 and text.isascii() and text.isdecimal() else None
 
 
-def refuse_encoding(headers: Headers) -> None:
+def refuse_encoding(fields: Fields) -> None:
     """Compressed bodies could unpack to anything.
 
     Raises:
         UnsupportedType: the body is compressed.
     """
-    encoding = headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise UnsupportedType(f"Content-Encoding is {encoding!r}; allowed: identity")
+    encoding = fields.get(b"content-encoding", b"identity")
+    if encoding != b"identity":
+        name = encoding.decode("latin-1")
+        raise UnsupportedType(f"Content-Encoding is {name!r}; allowed: identity")
 
 
-async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
+async def read_body(fields: Fields, receive: Receive, max_bytes: int) -> bytes:
     """The whole body, never holding more than `max_bytes` of it.
 
     Raises:
         TooLarge: more than `max_bytes`, declared or sent.
         ClientGone: the client went away in the middle.
     """
-    _declared(headers, max_bytes)
-    chunks = [chunk async for chunk in _chunks(receive, max_bytes)]
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    _declared(fields, max_bytes)
+    body, more = _piece(await receive(), 0, max_bytes)
+    if not more:  # nearly always
+        return body
+    chunks, size = [body], len(body)
+    while more:
+        chunk, more = _piece(await receive(), size, max_bytes)
+        chunks.append(chunk)
+        size += len(chunk)
+    return b"".join(chunks)
 
 
-async def read_buffer(headers: Headers, receive: Receive, max_bytes: int) -> bytes | bytearray:
+async def read_buffer(fields: Fields, receive: Receive, max_bytes: int) -> bytes | bytearray:
     """The same in one writable buffer, filled as it arrives, if its length is declared.
 
     An array over that buffer can be lent to an engine without another copy.
@@ -90,12 +102,13 @@ async def read_buffer(headers: Headers, receive: Receive, max_bytes: int) -> byt
         TooLarge, ClientGone: as in `read_body`.
         BadFraming: the length is not the declared one.
     """
-    declared = _declared(headers, max_bytes)
+    declared = _declared(fields, max_bytes)
     if not declared:
-        return await read_body(headers, receive, max_bytes)
+        return await read_body(fields, receive, max_bytes)
     body = bytearray(declared)
-    size = 0
-    async for chunk in _chunks(receive, declared):
+    size, more = 0, True
+    while more:
+        chunk, more = _piece(await receive(), size, declared)
         body[size : size + len(chunk)] = chunk
         size += len(chunk)
     if size < declared:
@@ -103,36 +116,31 @@ async def read_buffer(headers: Headers, receive: Receive, max_bytes: int) -> byt
     return body
 
 
-def _declared(headers: Headers, max_bytes: int) -> int:
+def _declared(fields: Fields, max_bytes: int) -> int:
     """Bytes of the body by its headers, 0 if they do not say."""
-    declared = small_number(headers.get("content-length", "0")) or 0
+    declared = small_number(fields.get(b"content-length", b"0").decode("latin-1")) or 0
     if declared > max_bytes:
         raise TooLarge(f"the body has {declared} bytes; allowed: {max_bytes}")
     return declared
 
 
-async def _chunks(receive: Receive, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    size = 0
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone(f"the connection closed after {size} bytes of the body")
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > max_bytes:
-            raise TooLarge(f"the body has more than {max_bytes} bytes, which is the limit")
-        yield chunk
-        more = message.get("more_body", False)
+def _piece(message: Message, size: int, max_bytes: int) -> tuple[bytes, bool]:
+    """What came after `size` bytes of the body, and whether there is more."""
+    if message["type"] == "http.disconnect":
+        raise ClientGone(f"the connection closed after {size} bytes of the body")
+    chunk = message.get("body", b"")
+    if size + len(chunk) > max_bytes:
+        raise TooLarge(f"the body has more than {max_bytes} bytes, which is the limit")
+    return chunk, message.get("more_body", False)
 
 
-async def raw(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
+async def raw(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
     """The body is one image."""
-    del headers, max_images
+    del fields, max_images
     return [body]
 
 
-async def multipart(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
+async def multipart(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
     """Every `image` part of `multipart/form-data` is an image."""
 
     async def stream() -> AsyncGenerator[bytes, None]:
@@ -140,6 +148,7 @@ async def multipart(headers: Headers, body: bytes, max_images: int) -> list[byte
         if not parser.complete:  # raised here, inside parse(), so that it closes the open part
             raise MultiPartException("cut off before its last boundary")
 
+    headers = Headers(raw=list(fields.items()))
     parser = _Form(headers, stream(), max_files=max_images, max_fields=1, max_part_size=len(body))
     parser.spool_max_size = len(body) + 1
     try:
@@ -161,9 +170,9 @@ async def multipart(headers: Headers, body: bytes, max_images: int) -> list[byte
         await form.close()
 
 
-async def instances(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
+async def instances(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
     """`{"instances": [{"b64": "..."}, ...]}`: each instance is an image in base64."""
-    del headers
+    del fields
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as exc:

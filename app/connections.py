@@ -11,9 +11,15 @@ import asyncio
 import socket
 import struct
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
+import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 from uvicorn.server import ServerState
 
 from app.dealer import Hand
@@ -22,43 +28,63 @@ from app.patience import Line
 from app.settings import HttpSettings
 
 if TYPE_CHECKING:
+    from uvicorn._types import ASGISendEvent, HTTPResponseBodyEvent, HTTPResponseStartEvent
+
     from app.service import Service
 
-CONTINUE = b"HTTP/1.1 100"
+CLOSES = b"connection: close\r\n"
 AROUND = 4  # bytes of a header beside its name and value: colon, space, line end
 
 
-class OneWrite(asyncio.Transport):
-    """Sends the head of an answer together with the first of its body.
+class Cycle(RequestResponseCycle):
+    """One request and its answer; an answer that is there as a whole leaves in one piece.
 
-    uvicorn writes them one after the other, and uvloop sends each at once: two system calls and two
-    packets per answer.
+    uvicorn writes the head, then the body, and uvloop sends each at once: two system calls and two
+    packets per answer. It also looks through every header with regular expressions.
     """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._head: bytes | None = None  # kept back
-        self._begun = False
+    _start: HTTPResponseStartEvent | None = None  # kept back until the first of the body is there
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Keep the head, send all else."""
-        if self._head is not None:
-            head, self._head = self._head, None
-            self._transport.writelines((head, data) if data else (head,))
-        elif self._begun or bytes(data[:12]) == CONTINUE:
-            self._transport.write(data)
-        else:
-            self._head, self._begun = bytes(data), True
+    async def send(self, message: ASGISendEvent) -> None:
+        """Handle a message of the application."""
+        if message["type"] == "http.response.start" and self._start is None:
+            self._start = message
+            return
+        if self._start is not None and not self.response_started:
+            if message["type"] == "http.response.body" and self._whole(self._start, message):
+                return
+            await super().send(self._start)
+        await super().send(message)
 
-    def close(self) -> None:
-        """Close once all is sent."""
-        if self._head is not None:
-            self.write(b"")
-        self._transport.close()
-
-    def is_closing(self) -> bool:
-        """Whether it has been closed."""
-        return self._transport.is_closing()
+    def _whole(self, start: HTTPResponseStartEvent, message: HTTPResponseBodyEvent) -> bool:
+        """Send the answer if it is a plain one, and say whether."""
+        body = message.get("body", b"")
+        headers = [*self.default_headers, *start.get("headers", ())]
+        fields = dict(headers)
+        if (
+            message.get("more_body")
+            or self.disconnected
+            or self.flow.write_paused
+            or self.scope["method"] == "HEAD"
+            or fields.get(b"content-length") != b"%d" % len(body)
+            or b"connection" in fields
+            or b"transfer-encoding" in fields
+        ):
+            return False
+        lines = [b"%s: %s\r\n" % header for header in headers]
+        if not self.keep_alive:
+            lines.append(CLOSES)
+        head = b"".join(lines)
+        if not len(lines) == head.count(b"\n") == head.count(b"\r"):  # a line too many
+            return False  # uvicorn says what is wrong with it
+        self.response_started = self.response_complete = True
+        self.waiting_for_100_continue = False
+        self.transport.write(b"".join((STATUS_LINE[start["status"]], head, b"\r\n", body)))
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+        return True
 
 
 class Connection(HttpToolsProtocol):
@@ -91,6 +117,7 @@ class Connection(HttpToolsProtocol):
         self._all_head = True  # so is all of the piece at hand
         self._head_bytes = 0  # that came in earlier pieces
         self._piece_bytes = 0
+        self._quiet_since: float | None = None  # the last answer is out and no request is there
         self._unread_since: float | None = None
         self._refusal: RequestError | None = None
 
@@ -120,28 +147,54 @@ class Connection(HttpToolsProtocol):
         ):
             self._refusal = self._too_large()
             raise self._refusal
-        super().on_headers_complete()
-        if self.scope["method"] != "HEAD":  # no body follows
-            self.cycle.transport = OneWrite(self.transport)
-        if self._state.draining:
-            self.cycle.keep_alive = False  # the next request is for somebody else
+        parser, scope, before = self.parser, self.scope, self.cycle
+        version, target = parser.get_http_version(), httptools.parse_url(self.url)
+        scope["http_version"] = version
+        scope["method"] = parser.get_method().decode("ascii")
+        scope["path"] = unquote(target.path.decode("ascii"))
+        scope["raw_path"] = target.path
+        scope["query_string"] = target.query or b""
+        self.cycle = Cycle(
+            scope,
+            self.transport,
+            self.flow,
+            self.logger,
+            self.access_logger,
+            self.access_log,
+            self.server_state.default_headers,
+            asyncio.Event(),
+            self.expect_100_continue,
+            # While draining, the next request is for somebody else.
+            parser.should_keep_alive() and version != "1.0" and not self._state.draining,
+            self.on_response_complete,
+        )
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:  # its turn comes when those before it have their answers
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
 
     def on_message_complete(self) -> None:
         """The request is there, body and all."""
         self._heading = True
         self._head_bytes = 0
-        self._since = None
+        self._since = self._quiet_since = None
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """An answer is out; more is read once all requests that were read have theirs.
 
         uvicorn reads on after each answer, so that a client who sends many requests at once and
-        reads nothing could fill the memory with them.
+        reads nothing could fill the memory with them. It also sets a timer after each.
         """
-        super().on_response_complete()
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
         if self.pipeline:
-            self.flow.pause_reading()
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._quiet_since = self.loop.time()
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """What came is no HTTP, or over a limit."""
@@ -167,8 +220,9 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._since is None:
-            if self._idle() and self.timeout_keep_alive_task is None:
-                self._since = now  # empty lines, say: they end uvicorn's timeout and begin nothing
+            quiet_since = self._quiet_since
+            if quiet_since is not None and now - quiet_since > self._limits.keep_alive_s:
+                self.transport.close()
         elif self.flow.read_paused:
             self._since = now  # the wait is ours
         elif self._heading:

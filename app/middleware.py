@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
-import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ class Observe:
         tracing: Tracing | None = None,
         untraced: Collection[str] = (),
         clock: Callable[[], float] = time.perf_counter,
+        rng: random.Random | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
@@ -49,6 +50,8 @@ class Observe:
         self._tracing = tracing
         self._untraced = untraced
         self._clock = clock
+        # Ids must differ, not be secret. The system seeds each worker's on its own.
+        self._draw = (rng or random.Random()).getrandbits  # noqa: S311
         self._routes = routes
         self._seconds = {
             route: metrics.request_seconds(route) for route in {*routes.values(), "other"}
@@ -61,7 +64,7 @@ class Observe:
             await self._app(scope, receive, send)
             return
         start = self._clock()
-        request_id = _request_id(scope)
+        request_id = self._request_id(scope)
         state = scope.setdefault("state", {})
         state["id"] = request_id
         if self._linked:
@@ -109,9 +112,8 @@ class Observe:
             self._requests[route, status] = counter
         counter.inc()
 
-
-def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return secrets.token_hex(8)
+    def _request_id(self, scope: Scope) -> str:
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+                return str(value, "ascii")
+        return f"{self._draw(64):016x}"

@@ -142,6 +142,12 @@ def size_for(n: int) -> int:
     return -(-n // step) * step
 
 
+def size_within(n: int) -> int:
+    """The largest of these sizes that `n` images fill."""
+    step = max(1, 1 << n.bit_length() >> 3)
+    return n // step * step
+
+
 def padded(batch: Batch) -> Batch:
     """`batch` with copies of its last image up to `size_for` it; rows do not see each other."""
     missing = size_for(len(batch)) - len(batch)

@@ -18,13 +18,15 @@ from starlette.responses import Response
 from app.access import Access, Visit
 from app.audit import Audit
 from app.batching import Batcher, Served
-from app.bodies import read_buffer, read_images, refuse_encoding, small_number
+from app.bodies import Fields, read_buffer, read_images, refuse_encoding, small_number
 from app.bundle import Card
 from app.decode import FORMATS, Pixels, decode
+from app.defenses import Defense
 from app.engines import Batch, Probs
 from app.errors import ClientGone, NotFound, Unprocessable
 from app.metrics import Metrics
 from app.patience import STAYS, Patience
+from app.responses import Answer
 from app.schemas import LimitsInfo
 from app.settings import LimitSettings
 from app.stages import Stages
@@ -80,9 +82,10 @@ class Service:
         """
         start = self.clock()
         top_k = self._top_k(request)
-        patience = self._patience(request, start)
+        fields = dict(request.scope["headers"])
+        patience = self._patience(request, fields, start)
         images = await read_images(
-            request.headers,
+            fields,
             request.receive,
             max_bytes=self.limits.max_body_bytes,
             max_images=self.limits.max_images,
@@ -94,7 +97,7 @@ class Service:
         back = self.clock()
         body = self._encode(request.scope["state"]["id"], served.probabilities, top_k)
         self._count(request, served, start, read, decoded, back)
-        return Response(body, media_type="application/json")
+        return Answer(body, b"application/json")
 
     async def infer(self, request: Request) -> Response:
         """`POST /v2/models/{model}/infer`, and of its version.
@@ -104,11 +107,12 @@ class Service:
         """
         self.check_path(request)
         start = self.clock()
-        patience = self._patience(request, start)
-        refuse_encoding(request.headers)
-        body = await read_buffer(request.headers, request.receive, self.limits.max_body_bytes)
+        fields = dict(request.scope["headers"])
+        patience = self._patience(request, fields, start)
+        refuse_encoding(fields)
+        body = await read_buffer(fields, request.receive, self.limits.max_body_bytes)
         read = self.clock()
-        asked = read_infer(request.headers, body, self.card, self.limits)
+        asked = read_infer(fields, body, self.card, self.limits)
         batcher, batch = self._rows(asked.images)
         decoded = self.clock()
         served = await self._answer(request, batcher, batch, patience)
@@ -202,12 +206,12 @@ class Service:
         ]
         return rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
 
-    def _patience(self, request: Request, start: float) -> Patience:
+    def _patience(self, request: Request, fields: Fields, start: float) -> Patience:
         """How long the request may wait: as the settings say, or less if the client says so."""
         allowed_ms = self.limits.deadline_ms or math.inf
-        for name, value in request.scope["headers"]:
-            if name == DEADLINE_HEADER:
-                allowed_ms = min(allowed_ms, _milliseconds(value))
+        asked = fields.get(DEADLINE_HEADER)
+        if asked is not None:
+            allowed_ms = min(allowed_ms, _milliseconds(asked))
         line = request.scope["state"].get("line", STAYS)
         return Patience(start + allowed_ms / 1000, line)
 
@@ -215,21 +219,9 @@ class Service:
         self, request: Request, batcher: Batcher, batch: Batch, patience: Patience
     ) -> Served:
         """What the client gets, if he is still there to get it: what he cannot see is free."""
-        self._if_worth_it(patience)  # before it is charged
-        served = await self._run(request, batcher, batch, patience)
-        if patience.line.gone:
-            raise ClientGone("the client closed the connection before the answer")
-        return served
-
-    def _if_worth_it(self, patience: Patience) -> None:
-        ended = patience.ended(self.clock())
+        ended = patience.ended(self.clock())  # before it is charged
         if ended is not None:
             raise ended
-
-    async def _run(
-        self, request: Request, batcher: Batcher, batch: Batch, patience: Patience
-    ) -> Served:
-        """All rows of a request; one with many images lets others in between its parts."""
         state = request.scope["state"]
         state["images"] = len(batch)
         visit: Visit | None = state.get("visit")
@@ -239,7 +231,17 @@ class Service:
             defense = visit.grant.defense
             batcher = batcher if defense is None else self.apart[batch.dtype.type]
         if len(batch) <= self.max_batch:
-            return await batcher(batch, defense, patience)
+            served = await batcher(batch, defense, patience)
+        else:
+            served = await self._in_parts(batcher, batch, defense, patience)
+        if patience.line.gone:
+            raise ClientGone("the client closed the connection before the answer")
+        return served
+
+    async def _in_parts(
+        self, batcher: Batcher, batch: Batch, defense: Defense | None, patience: Patience
+    ) -> Served:
+        """Many images let others in between their parts."""
         if len(batch) > self.limits.max_queue:
             raise Unprocessable(f"{len(batch)} images never fit the queue of this server")
         parts = [batch[i : i + self.max_batch] for i in range(0, len(batch), self.max_batch)]
@@ -275,6 +277,8 @@ class Service:
             )
 
     def _top_k(self, request: Request) -> int | None:
+        if not request.scope["query_string"]:
+            return None
         text = request.query_params.get("top_k")
         if text is None:
             return None

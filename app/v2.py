@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import orjson
-from starlette.datastructures import Headers
 
-from app.bodies import small_number
+from app.bodies import Fields, small_number
 from app.bundle import Card
 from app.engines import Batch, Probs
 from app.errors import BadFraming, Unprocessable
@@ -67,7 +66,7 @@ def metadata(card: Card, *, floats: bool) -> dict[str, Any]:
 
 
 def read_infer(
-    headers: Headers, body: bytes | bytearray, card: Card, limits: LimitSettings
+    fields: Fields, body: bytes | bytearray, card: Card, limits: LimitSettings
 ) -> InferRequest:
     """Parse and check an infer request.
 
@@ -76,7 +75,8 @@ def read_infer(
         Unprocessable: another input, datatype or shape than the model's, or values out of range.
         TooLarge: too many images.
     """
-    text = headers.get(LENGTH)
+    found = fields.get(LENGTH.encode())
+    text = None if found is None else found.decode("latin-1")
     length = len(body) if text is None else small_number(text)
     if length == 0 and text is not None:
         return InferRequest([bytes(body)], binary=True)

@@ -120,7 +120,7 @@ class WorkerServer(uvicorn.Server):
             return
         loop.remove_reader(self._hand.channel.fileno())
         self._app.state.service.state.draining = True
-        self._end_by = loop.time() + (0 if self._told else self._limits.keep_alive_s + 1)
+        self._end_by = loop.time() + (0 if self._told else self._limits.keep_alive_s + 2 * WATCH_S)
 
     async def _open(self, connection: socket.socket) -> None:
         protocol = self._protocol()
@@ -164,6 +164,7 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody asks for the client's address
         timeout_keep_alive=settings.http.keep_alive_s,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
     )
@@ -189,6 +190,7 @@ def run(settings: Settings, hand: Hand, pulse: Pulse, pipe: Pipe) -> None:
 def _give_back() -> None:
     """Return to the system what compiling the model needed and nobody uses any more."""
     gc.collect()
+    gc.freeze()  # what is there now stays: no later collection looks through it
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc has it, musl does not
         libc.malloc_trim(0)

@@ -84,7 +84,7 @@ def console_routes(
         if question.golden is None:
             limits = settings.limits
             images = await read_images(
-                request.headers,
+                dict(request.scope["headers"]),
                 request.receive,
                 max_bytes=limits.max_body_bytes,
                 max_images=1,

@@ -15,7 +15,7 @@ from app.errors import ClientGone, TooLate, Unavailable
 from app.metrics import Metrics
 from app.pace import Pace
 from app.patience import STAYS, Line, Patience
-from app.pipeline import Pipeline, padded, size_for, sizes
+from app.pipeline import Pipeline, padded, size_for, size_within, sizes
 
 pytestmark = pytest.mark.anyio
 
@@ -81,6 +81,15 @@ async def test_a_batch_holds_at_most_max_size(inline):
     await asyncio.gather(*(batcher(images(n)) for n in range(10)))
     batcher.close()
     assert engine.batches == [4, 4, 2]
+
+
+async def test_single_images_fill_sizes_that_the_engine_has(inline):
+    engine = Echo()
+    batcher = make_batcher(engine, inline=inline, max_size=32)
+    served = await asyncio.gather(*(batcher(images(n)) for n in range(27)))
+    batcher.close()
+    assert engine.batches == [24, 3]
+    assert [one.probabilities[0, 0] for one in served] == pytest.approx(np.arange(27) / 255)
 
 
 async def test_a_request_is_never_split(inline):
@@ -169,6 +178,7 @@ def test_sizes_are_few_and_never_a_quarter_too_large():
     for n in range(1, 1025):
         assert n <= size_for(n) <= n * 1.25
         assert size_for(n) in sizes(1024)
+        assert size_within(n) == max(size for size in sizes(1024) if size <= n)
 
 
 def test_padding_repeats_the_last_image():

@@ -8,8 +8,9 @@ import socket
 import time
 
 import pytest
+from uvicorn.protocols.http.flow_control import FlowControl
 
-from app.connections import OneWrite
+from app.connections import Cycle
 from app.metrics import FLUSH_S
 from tests.app.test_faults import connect, post, raw
 from tests.pictures import PNG
@@ -239,36 +240,95 @@ class Written(asyncio.Transport):
     """What a connection is asked to send, one entry per system call."""
 
     def __init__(self):
+        super().__init__()
         self.calls = []
 
     def write(self, data):
         self.calls.append(bytes(data))
 
-    def writelines(self, parts):
-        self.calls.append(b"".join(parts))
-
     def close(self):
         self.calls.append("close")
 
 
+def start(length: int | None, *more: tuple[bytes, bytes], status: int = 200) -> dict:
+    known = () if length is None else ((b"content-length", b"%d" % length),)
+    return {"type": "http.response.start", "status": status, "headers": [*known, *more]}
+
+
+def piece(body: bytes, more_body: bool = False) -> dict:
+    return {"type": "http.response.body", "body": body, "more_body": more_body}
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+TWO = b"content-length: 2\r\n"
+CHUNKED = b"transfer-encoding: chunked\r\n\r\n"
+CLOSES = (b"connection", b"close")
+
+
 @pytest.mark.parametrize(
-    ("pieces", "calls"),
+    ("request_", "messages", "calls"),
     [
-        ([b"head", b"body"], [b"headbody"]),
-        ([b"head", b""], [b"head"]),
-        ([b"head", b"a", b"b"], [b"heada", b"b"]),
-        ([b"HTTP/1.1 100 Continue", b"head", b"body"], [b"HTTP/1.1 100 Continue", b"headbody"]),
-        ([b"head", "close"], [b"head", "close"]),
-        ([b"head", b"body", "close"], [b"headbody", "close"]),
-        (["close"], ["close"]),
+        ({}, [start(2), piece(b"ab")], [OK + TWO + b"\r\nab"]),
+        ({}, [start(0, status=404), piece(b"")],
+         [b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"]),
+        ({"keep_alive": False}, [start(2), piece(b"ab")],
+         [OK + TWO + b"connection: close\r\n\r\nab", "close"]),
+        ({}, [start(2, CLOSES), piece(b"ab")],
+         [OK + TWO + b"connection: close\r\n\r\n", b"ab", "close"]),
+        ({}, [start(2), piece(b"a", True), piece(b"b")], [OK + TWO + b"\r\n", b"a", b"b"]),
+        ({}, [start(None), piece(b"ab")], [OK + CHUNKED, b"2\r\nab\r\n0\r\n\r\n"]),
+        ({"method": "HEAD"}, [start(2), piece(b"ab")], [OK + TWO + b"\r\n"]),
+        ({"disconnected": True}, [start(2), piece(b"ab")], []),
+    ],
+)  # fmt: skip
+def test_a_whole_answer_is_one_write(request_, messages, calls):
+    cycle, ended = made_cycle(**request_)
+    asyncio.run(sent(cycle, messages))
+    assert cycle.transport.calls == calls
+    assert len(ended) == bool(calls)
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([start(2, (b"x", b"a\r\nset-cookie: b")), piece(b"ab")], "Invalid HTTP header value"),
+        ([start(2, (b"x", b"a\nb")), piece(b"ab")], "Invalid HTTP header value"),
+        ([start(2, (b"x\r", b"a")), piece(b"ab")], "Invalid HTTP header name"),
+        ([start(3), piece(b"ab")], "shorter than Content-Length"),
+        ([start(1), piece(b"ab")], "longer than Content-Length"),
+        ([start(2), start(2)], "http.response.body"),
+        ([piece(b"ab")], "http.response.start"),
+        ([start(2), piece(b"ab"), piece(b"ab")], "already completed"),
     ],
 )
-def test_an_answer_is_one_write(pieces, calls):
-    below = Written()
-    transport = OneWrite(below)
-    for piece in pieces:
-        transport.close() if piece == "close" else transport.write(piece)
-    assert below.calls == calls
+def test_an_answer_that_is_none_is_not_sent(messages, says):
+    cycle, _ = made_cycle()
+    with pytest.raises(RuntimeError, match=says):
+        asyncio.run(sent(cycle, messages))
+
+
+def made_cycle(method: str = "GET", keep_alive: bool = True, disconnected: bool = False):
+    transport, ended = Written(), []
+    cycle = Cycle(
+        {"method": method},
+        transport,
+        FlowControl(transport),
+        None,
+        None,
+        False,
+        [],
+        asyncio.Event(),
+        False,
+        keep_alive,
+        lambda: ended.append(cycle.response_complete),
+    )
+    cycle.disconnected = disconnected
+    return cycle, ended
+
+
+async def sent(cycle, messages) -> None:
+    for message in messages:
+        await cycle.send(message)
 
 
 def test_pipelined_requests_of_all_methods_are_answered_in_order(fast):
