@@ -1,7 +1,7 @@
 """Auxiliary networks of a bundle, for the defenses that compare an answer with another network's.
 
 They run in the server's engine on one thread, in the order the requests come. A form (pixels or
-float tensors) is loaded when the first batch of it comes, which is while the service warms up.
+float tensors) is loaded when its first batch comes, which is when the service warms up for it.
 """
 
 from __future__ import annotations

@@ -20,14 +20,16 @@ from app.auxiliary import Auxiliaries
 from app.batching import Batcher
 from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
 from app.chain_file import ChainFile
+from app.engines import Batch
 from app.errors import ConfigError
 from app.graph import tensor_input
 from app.keys import KeyFile, read_keys
+from app.late import Late
 from app.metrics import Metrics
-from app.pipeline import Fused, Pipeline, fuse, self_test, warm_up
+from app.pipeline import Compute, Fused, Pipeline, fuse, self_test, warm_up
 from app.policies import Policies
 from app.quota import common_buckets
-from app.service import Service
+from app.service import Batchers, Service
 from app.settings import Settings, load_settings
 from app.stores import MEMORY, Bucket, open_store
 
@@ -60,12 +62,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     largest = max(settings.batch.max_size, settings.limits.max_images)
     # Not in bfloat16, and torch would interpret node by node what numpy does in less.
     fusible = engine_name != "torch" and settings.precision != "bf16"
-    plain = Pipeline(engine, defense)
-    pipeline = fuse(plain, load, model, pictures) if fusible else plain
-    seconds = warm_up(pipeline, pictures, largest)
     by_key = settings.keys_file is not None  # clients may have defenses of their own
-    if by_key and pipeline is not plain:
-        warm_up(plain, pictures, largest)
+
+    def prepare(
+        plain: Pipeline, model: bytes, example: Batch, largest: int
+    ) -> tuple[Compute, float]:
+        """The pipeline that answers most, warm, and the seconds of its largest batch."""
+        whole = fuse(plain, load, model, example) if fusible else plain
+        if by_key and whole is not plain:
+            warm_up(plain, example, largest)
+        return whole, warm_up(whole, example, largest)
+
+    plain = Pipeline(engine, defense)
+    pipeline, seconds = prepare(plain, model, pictures, largest)
     inline = settings.batch.execution == "inline" or (
         settings.batch.execution == "auto" and seconds < INLINE_S
     )
@@ -91,31 +100,27 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         target_s=settings.batch.target_p99_ms / 1e3,
         inline=inline,
     )
-    pixels = batcher(pipeline)
-    apart: dict[type[np.generic], Batcher] = {}
-    if by_key:
-        apart[np.uint8] = pixels if pipeline is plain else batcher(plain)
-    tensors = None
-    if settings.tensor_input:
+
+    def batchers(whole: Compute, plain: Pipeline) -> Batchers:
+        own = batcher(whole)
+        return Batchers(own, batcher(plain) if by_key and whole is not plain else own)
+
+    def from_tensors() -> Batchers:
+        opened = tensor_input(bundle.onnx(settings.precision))
         planar = pictures.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
-        opened = tensor_input(model)
         plain = Pipeline(load(opened), defense)
-        from_tensors = fuse(plain, load, opened, planar) if fusible else plain
-        warm_up(from_tensors, planar, settings.batch.max_size)
-        tensors = batcher(from_tensors)
-        if by_key and from_tensors is not plain:
-            warm_up(plain, planar, settings.batch.max_size)
-        if by_key:
-            apart[np.float32] = tensors if from_tensors is plain else batcher(plain)
+        whole, _ = prepare(plain, opened, planar, settings.batch.max_size)
+        return batchers(whole, plain)
+
     service = Service(
         card=bundle.card,
         limits=settings.limits,
-        pixels=pixels,
-        tensors=tensors,
+        pixels=batchers(pipeline, plain),
+        # Most clients never send any, and for those the start takes half as long without.
+        tensors=Late(from_tensors) if settings.tensor_input else None,
         max_batch=settings.batch.max_size,
         metrics=metrics,
         count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
-        apart=apart,
         access=access,
         audit=audit,
         traced=tracing is not None,

@@ -5,10 +5,12 @@ Everything that the routes need is handed to `Service`; it knows nothing of Fast
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import orjson
@@ -23,7 +25,8 @@ from app.bundle import Card
 from app.decode import FORMATS, Pixels, decode
 from app.defenses import Defense
 from app.engines import Batch, Probs
-from app.errors import ClientGone, NotFound, Unprocessable
+from app.errors import ClientGone, ConfigError, NotFound, Unavailable, Unprocessable
+from app.late import Late
 from app.metrics import Metrics
 from app.patience import STAYS, Patience
 from app.responses import Answer
@@ -33,6 +36,7 @@ from app.stages import Stages
 from app.v2 import read_infer, write_infer
 
 DEADLINE_HEADER = b"x-deadline-ms"
+log = logging.getLogger("scumble")
 
 
 @dataclass
@@ -40,6 +44,18 @@ class State:
     """What changes while the service runs."""
 
     draining: bool = False
+
+
+class Batchers(NamedTuple):
+    """Who answers images of one kind.
+
+    Attributes:
+        own: under the server's defense.
+        apart: clients whose defense is another.
+    """
+
+    own: Batcher
+    apart: Batcher
 
 
 @dataclass(frozen=True)
@@ -50,11 +66,11 @@ class Service:
         card: of the model.
         limits: checked before anything is decoded.
         pixels: answers uint8 (N, H, W, C).
-        tensors: answers float32 (N, C, H, W) in [0, 1]; None where the server takes no tensors.
+        tensors: answers float32 (N, C, H, W) in [0, 1], made for the first of them; None where the
+            server takes none.
         max_batch: images that one call of a batcher may carry.
         metrics: of this worker.
         count_images: the metrics' counter of answered images of this model and precision.
-        apart: by the type of the images, answers clients whose defense is not the server's.
         access: who may ask, and how much; None for anyone and any number.
         audit: keeps a line for each prediction, answered or refused; None for no such log.
         traced: leave the times of the stages in a request's state, for spans.
@@ -62,12 +78,11 @@ class Service:
 
     card: Card
     limits: LimitSettings
-    pixels: Batcher
-    tensors: Batcher | None
+    pixels: Batchers
+    tensors: Late[Batchers] | None
     max_batch: int
     metrics: Metrics
     count_images: Callable[[int], None]
-    apart: Mapping[type[np.generic], Batcher] = field(default_factory=dict)
     access: Access | None = None
     audit: Audit | None = None
     traced: bool = False
@@ -113,9 +128,9 @@ class Service:
         body = await read_buffer(fields, request.receive, self.limits.max_body_bytes)
         read = self.clock()
         asked = read_infer(fields, body, self.card, self.limits)
-        batcher, batch = self._rows(asked.images)
+        batchers, batch = await self._rows(asked.images)
         decoded = self.clock()
-        served = await self._answer(request, batcher, batch, patience)
+        served = await self._answer(request, batchers, batch, patience)
         back = self.clock()
         answer, headers = write_infer(self.card, asked, served.probabilities)
         self._count(request, served, start, read, decoded, back)
@@ -183,19 +198,23 @@ class Service:
         return None
 
     def _batchers(self) -> Iterator[Batcher]:
-        yield self.pixels
-        if self.tensors is not None:
-            yield self.tensors
-        yield from self.apart.values()
+        yield from self.pixels
+        made = None if self.tensors is None else self.tensors.made
+        yield from made or ()
 
-    def _rows(self, images: Batch | list[bytes]) -> tuple[Batcher, Batch]:
+    async def _rows(self, images: Batch | list[bytes]) -> tuple[Batchers, Batch]:
         """Images of a V2 request, and who answers them."""
         if isinstance(images, list):
             return self.pixels, self._decode(images)
-        batcher = self.pixels if images.dtype == np.uint8 else self.tensors
-        if batcher is None:
+        if images.dtype == np.uint8:
+            return self.pixels, images
+        if self.tensors is None:
             raise Unprocessable("datatype is 'FP32'; this server takes UINT8 only")
-        return batcher, images
+        try:
+            return await self.tensors(), images
+        except ConfigError as exc:
+            log.error("float tensors cannot be answered: %s", exc)
+            raise Unavailable("float tensors cannot be answered; UINT8 can") from exc
 
     def _decode(self, images: list[bytes]) -> Pixels:
         """Encoded files -> (N, H, W, C)."""
@@ -216,7 +235,7 @@ class Service:
         return Patience(start + allowed_ms / 1000, line)
 
     async def _answer(
-        self, request: Request, batcher: Batcher, batch: Batch, patience: Patience
+        self, request: Request, batchers: Batchers, batch: Batch, patience: Patience
     ) -> Served:
         """What the client gets, if he is still there to get it: what he cannot see is free."""
         ended = patience.ended(self.clock())  # before it is charged
@@ -229,7 +248,7 @@ class Service:
         if visit is not None:
             await visit.charge(len(batch))
             defense = visit.grant.defense
-            batcher = batcher if defense is None else self.apart[batch.dtype.type]
+        batcher = batchers.own if defense is None else batchers.apart
         if len(batch) <= self.max_batch:
             served = await batcher(batch, defense, patience)
         else:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from app.bundle import Card
-from app.errors import RequestError
+from app.errors import ConfigError, RequestError
+from app.late import Late
 from app.main import create_app
 from app.settings import LimitSettings, Settings
 from app.v2 import LENGTH, InferRequest, read_infer, write_infer
@@ -429,3 +430,28 @@ def test_any_bytes_are_answered_or_a_problem(lasting, url):
             assert isinstance(answer.json()["error"], str)
 
     check()
+
+
+def test_float_tensors_cost_nothing_until_somebody_sends_one(make_client):
+    client = make_client(defense="dcp", defense_params={"beta": 1.2})
+    tensors = client.app.state.service.tensors
+    assert client.post(URL, **binary(PIXELS)).status_code == 200
+    assert tensors.made is None
+    first, second = (client.post(URL, **binary(PLANAR)) for _ in range(2))
+    assert first.status_code == 200
+    assert first.content == second.content
+    assert tensors.made is not None
+
+
+def test_a_graph_without_float_tensors_says_so(make_client, caplog):
+    client = make_client()
+
+    def fail():
+        raise ConfigError("the graph makes no tensor named 'tensor'")
+
+    object.__setattr__(client.app.state.service, "tensors", Late(fail))
+    answer = client.post(URL, **binary(PLANAR))
+    assert answer.status_code == 503
+    assert answer.json()["detail"] == "float tensors cannot be answered; UINT8 can"
+    assert "no tensor named" in caplog.text
+    assert client.post(URL, **binary(PIXELS)).status_code == 200
