@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.engines import Precision
 from app.errors import BundleError
+from app.precision import Precision
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FORMAT = "scumble-bundle/1"
 GOLDEN_COUNT = 6
@@ -163,6 +165,8 @@ def golden_inputs(shape: InputShape) -> npt.NDArray[np.uint8]:
 
     A formula and not stored images: nothing to license, nothing to ship.
     """
+    import numpy as np  # here: the supervisor, which starts the workers, needs none
+
     n, y, x, c = np.ogrid[:GOLDEN_COUNT, : shape.height, : shape.width, : shape.channels]
     phase = (n + 1) * (y / shape.height + (n % 3) * x / shape.width) * np.pi + c + n
     return np.rint(127.5 + 127.5 * np.sin(phase)).astype(np.uint8)

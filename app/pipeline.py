@@ -12,9 +12,10 @@ import numpy as np
 from app.bundle import Bundle, golden_inputs
 from app.defenses.base import Defense
 from app.defenses.none import NoDefense
-from app.engines import Batch, Engine, Precision, Probs
+from app.engines import Batch, Engine, Probs
 from app.errors import BundleError
 from app.graph import measured
+from app.precision import Precision
 
 # A steep gate magnifies the engine's rounding; a graph that computes something else is far off.
 FUSED_TOLERANCE = 1e-3

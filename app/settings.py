@@ -24,8 +24,8 @@ from pydantic_settings import (
 )
 
 from app import stores
-from app.engines import Precision
 from app.errors import ConfigError
+from app.precision import Precision
 
 PREFIX = "SCUMBLE_"
 NESTED = "__"

@@ -31,8 +31,8 @@ from app import engines
 from app.auxiliary import Auxiliaries
 from app.bundle import Bundle, open_bundle
 from app.defenses import configure
-from app.engines import Precision
 from app.graph import measured
+from app.precision import Precision
 from app.settings import default_model_dir
 from evaluation.cells import Defended
 from evaluation.reference import Reference, grad2_reference, mad_reference

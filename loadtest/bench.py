@@ -33,8 +33,8 @@ import orjson
 from PIL import Image
 
 from app.bundle import Card, golden_inputs, open_bundle
-from app.engines import Precision
 from app.metrics import FLUSH_S
+from app.precision import Precision
 from app.settings import LimitSettings, default_model_dir
 from loadtest.latency import processor
 from loadtest.limits import Limits

@@ -21,6 +21,7 @@ from app import defenses, engines
 from app.bundle import golden_inputs, open_bundle
 from app.decode import decode
 from app.pipeline import Pipeline, fuse
+from app.precision import Precision
 
 BATCHES = (1, 32, 256)
 
@@ -28,7 +29,7 @@ BATCHES = (1, 32, 256)
 def work(
     models: Path,
     model: str,
-    precision: engines.Precision,
+    precision: Precision,
     defense: tuple[str, dict[str, Any]],
     image: bytes,
     orders: Any,
@@ -91,7 +92,7 @@ class Limits:
         self,
         models: Path,
         model: str,
-        precision: engines.Precision,
+        precision: Precision,
         count: int,
         *,
         image: bytes = b"",

@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from app import engines
+from app.precision import Precision
 from app.settings import default_model_dir
 from attacker.oracle import HttpOracle
 from loadtest.latency import processor
@@ -30,7 +30,7 @@ from loadtest.limits import Limits
 from scumble.local import serving
 
 OUT = Path(__file__).with_suffix(".json")
-CASES: list[tuple[str, engines.Precision]] = [
+CASES: list[tuple[str, Precision]] = [
     ("mnist", "int8"),
     ("cifar10", "int8"),
     ("cifar10", "float32"),
@@ -40,7 +40,7 @@ SECONDS = 2.0  # of the engine alone, each time
 
 
 def compare(
-    model: str, precision: engines.Precision, rounds: int, images: int, connections: int
+    model: str, precision: Precision, rounds: int, images: int, connections: int
 ) -> dict[str, Any]:
     """One case."""
     cores = len(os.sched_getaffinity(0))

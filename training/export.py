@@ -35,9 +35,10 @@ from app.bundle import (
     golden_inputs,
     write_card,
 )
-from app.engines import EngineName, Precision, load, resolve
+from app.engines import EngineName, load, resolve
 from app.errors import ScumbleError
 from app.graph import TENSOR
+from app.precision import Precision
 
 LOGITS = "logits"
 OPSET = 18

@@ -14,9 +14,9 @@ import click
 
 from app import defenses
 from app.bundle import ONNX_FILE, open_bundle
-from app.engines import Precision
 from app.errors import ConfigError
 from app.graph import defended
+from app.precision import Precision
 from training.cli import file, models_option, plain_errors, typed, version_option
 
 

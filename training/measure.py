@@ -11,7 +11,8 @@ from PIL import Image
 
 from app.bundle import Accuracy, Card
 from app.decode import to_pixels
-from app.engines import Engine, EngineName, Precision, Probs, load, resolve
+from app.engines import Engine, EngineName, Probs, load, resolve
+from app.precision import Precision
 from scumble.data import Dataset, DatasetError
 
 BATCH = 250

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import ConfigError
+from app.precision import Precision
 
 EngineName = Literal["openvino", "onnxruntime", "torch"]
-Precision = Literal["float32", "bf16", "int8"]
 Batch = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 Probs = npt.NDArray[np.float32]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from app.engines import Batch, Precision, Probs
+from app.engines import Batch, Probs
 from app.errors import ConfigError
+from app.precision import Precision
 
 # The library derives them from Exception only; these are what a bad or unsupported file raises.
 REFUSALS = (

@@ -10,8 +10,9 @@ import numpy as np
 import openvino as ov
 from openvino import properties as key
 
-from app.engines import Batch, Precision, Probs
+from app.engines import Batch, Probs
 from app.errors import ConfigError
+from app.precision import Precision
 
 # OpenVINO would take bf16 for float32 on processors that have it; int8 layers stay int8 under f32.
 HINTS: dict[Precision, ov.Type] = {

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from app.engines import Batch, Precision, Probs
+from app.engines import Batch, Probs
 from app.errors import ConfigError
 from app.graph import parse
+from app.precision import Precision
 
 Op = Callable[..., Tensor]
 

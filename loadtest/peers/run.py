@@ -41,6 +41,7 @@ import numpy.typing as npt
 from app import engines
 from app.bundle import golden_inputs, open_bundle
 from app.defenses import configure
+from app.precision import Precision
 from app.settings import default_model_dir
 from loadtest.latency import processor
 from loadtest.limits import Limits
@@ -203,7 +204,7 @@ def outside() -> dict[str, str]:
     return {name: v for name, v in os.environ.items() if not name.startswith("SCUMBLE_")}
 
 
-def reference(precision: engines.Precision, pixels: Pixels) -> Probs:
+def reference(precision: Precision, pixels: Pixels) -> Probs:
     """What the bundle answers with the engine that Scumble takes on this processor."""
     model = open_bundle(default_model_dir(), MODEL).onnx(precision)
     return engines.load(engines.resolve("auto"), model, threads=1, precision=precision)(pixels)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -168,3 +170,9 @@ def test_bundle_prints_as_its_constructor(models):
     from app.bundle import Bundle
 
     assert re.fullmatch(r"Bundle\('.*/tiny'\)", repr(Bundle(models / "tiny")))
+
+
+def test_the_supervisor_starts_workers_before_it_has_anything_slow():
+    code = "import sys, app.supervisor; print({'numpy', 'fastapi', 'openvino'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
