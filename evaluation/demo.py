@@ -4,7 +4,8 @@ Two servers on loopback, each stolen from with KnockoffNets over HTTP. The trans
 scikit-learn's digits, turned, moved, scaled and bent at random; each such picture is a query. Other
 digits are the test set, and MNIST's test images where they are at hand. The defended server is
 attacked with the answers as they come, under both losses; with their labels alone, which a defense
-that keeps the label cannot touch; and by somebody who knows the defense and inverts it.
+that keeps the label cannot touch; and by somebody who knows the defense and inverts it. Clients
+have keys: the thief's has a budget that is large enough, a visitor's has not.
 
     python -m evaluation.demo --out runs/demo
 
@@ -39,10 +40,12 @@ from attacker.pool import pool
 from attacker.result import Result
 from attacker.run import Job, run
 from evaluation import scores
+from evaluation.guests import Visits, admit, visit
 from evaluation.referee import REQUESTS, UNTIMED, ask, latencies
 from scumble.data import Dataset, load
 from scumble.digits import SIDE, digits
 from scumble.local import serving
+from scumble.wire import encode
 from training.train import affine, as_tensors, chain, light
 
 DCP: dict[str, object] = {"defense": "dcp", "defense_params": {"beta": 1.2, "gamma": 0.2}}
@@ -179,17 +182,31 @@ def main(
     except AttackError as exc:
         raise click.ClickException(str(exc)) from exc
     settings: dict[str, dict[str, object] | None] = dict.fromkeys(servers)
+    visits: dict[str, Visits] = {}
     out.mkdir(parents=True, exist_ok=True)
     transfer, tests = material(out, queries, seed, data)
     with ExitStack() as stack:
         if not servers:
             settings = {"undefended": {}, "defended": DCP}
+            asked = queries + sum(map(len, tests.values()))
+            keys = out.absolute() / "keys.json"
+            guests = admit(keys, 2 * len(ATTACKS) * asked)
             for name, ours in settings.items():
+                for old in out.glob(f"{name}.sqlite*"):  # with what was spent of the budgets
+                    old.unlink()
+                store = f"sqlite:///{out.absolute() / f'{name}.sqlite'}"
                 server = stack.enter_context(
-                    serving(model="mnist", precision="int8", **(ours or {}))
+                    serving(
+                        model="mnist", precision="int8", keys_file=keys, store=store, **(ours or {})
+                    )
                 )
-                servers[name] = Target(server.url, server.admin)
+                servers[name] = Target(server.url, server.admin, guests["thief"])
             watch(servers, out / "targets.json")
+            image = encode(tests["digits"].images[0])[0]
+            visits = {
+                name: visit(server.url, image, guests["visitor"])
+                for name, server in servers.items()
+            }
         served = measure(servers, settings, tests)
         lines = list(steal(servers, transfer, out, tests, queries, epochs, seed))
     seconds = round(time.perf_counter() - start, 1)
@@ -209,11 +226,12 @@ def main(
         ),
         "servers": {name: asdict(side) for name, side in served.items()},
         "attacks": [asdict(line) for line in lines],
+        "visits": {name: asdict(found) for name, found in visits.items()},
         "seconds": seconds,
     }
     (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(served, lines, out / "demo.png")
-    show(served, lines, out, seconds)
+    show(served, lines, visits, out, seconds)
 
 
 def material(out: Path, queries: int, seed: int, data: Path) -> tuple[Path, dict[str, Dataset]]:
@@ -339,7 +357,13 @@ def accuracy(result: Result, folder: Path, data: Dataset) -> float:
     return scores.accuracy(students.predict(copy, test.images), test.labels)
 
 
-def show(served: dict[str, Served], lines: list[Line], out: Path, seconds: float) -> None:
+def show(
+    served: dict[str, Served],
+    lines: list[Line],
+    visits: dict[str, Visits],
+    out: Path,
+    seconds: float,
+) -> None:
     """The table."""
     tests = list(next(iter(served.values())).accuracy)
     table = Table(title="A digit reader, stolen over HTTP", title_justify="left")
@@ -365,6 +389,11 @@ def show(served: dict[str, Served], lines: list[Line], out: Path, seconds: float
         console.print(
             "MNIST's test images are not at hand (--data): the copies are measured only on the "
             "kind of digits that was asked about, where they learn most."
+        )
+    for name, found in visits.items():
+        console.print(
+            f"A visitor whose key allows {found.budget} images got {found.answered} from the "
+            f"{name} server and was refused {found.refused} times."
         )
     counted = [line.queries[1] for line in lines]
     added = served["defended"].latency_ms / served["undefended"].latency_ms - 1

@@ -160,7 +160,8 @@ PLOTS = {
 def svg(figure: Figure) -> str:
     """As an SVG element, to be put into a page; the same bytes for the same figure."""
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "scumble"}):
+    # Text as text, which can be selected, and not as drawn letters.
+    with mpl.rc_context({"svg.hashsalt": "scumble", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
     text = buffer.getvalue()

@@ -40,10 +40,11 @@ def test_the_demo_steals_from_both_servers(tmp_path):
     # A second run in the same folder begins anew.
     again = CliRunner().invoke(demo.main, words)
     assert again.exit_code == 0, again.output
+    second = json.loads((tmp_path / "demo.json").read_text())
     stolen = [line["stolen"] for line in report["attacks"]]
-    assert stolen == [
-        line["stolen"] for line in json.loads((tmp_path / "demo.json").read_text())["attacks"]
-    ]
+    assert stolen == [line["stolen"] for line in second["attacks"]]
+    refused = {"budget": 20, "answered": 20, "refused": 10}
+    assert report["visits"] == second["visits"] == {"undefended": refused, "defended": refused}
 
 
 @pytest.mark.server
