@@ -13,7 +13,6 @@ from app.bundle import Bundle
 from app.defenses.base import DefenseError, Inputs, Probs
 from app.engines import Engine, EngineName
 from app.graph import single_output, tensor_input
-from app.pipeline import padded
 
 # The torch engine is an oracle of the victims' operators and lacks those of the scores.
 STAND_IN = {"torch": "auto"}
@@ -37,7 +36,7 @@ class Auxiliary:
             model = self._model if pixels else tensor_input(self._model)
             self._forms[pixels] = engines.load(self._engine, model, threads=1, precision="float32")
         batch = inputs if pixels else inputs.astype(np.float32, copy=False)
-        return self._forms[pixels](padded(batch))[: len(inputs)]
+        return self._forms[pixels](batch)
 
 
 class Auxiliaries:

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import numpy as np
 
 from app.defenses import Defense
-from app.engines import Batch, Probs
+from app.engines import Batch, Probs, size_within
 from app.errors import TooLate, Unavailable
 from app.metrics import Metrics
 from app.pace import Pace
 from app.patience import FOREVER, LATE, Patience
-from app.pipeline import Answers, Compute, Pipeline, size_within
+from app.pipeline import Answers, Compute, Pipeline
 
 
 class Served(NamedTuple):
@@ -180,8 +180,8 @@ class Batcher:
         """The next batch, which is empty if nobody waits for an answer any more."""
         jobs: list[_Job] = []
         size, dropped = 0, 0
-        # No more than fill a size that the engine has: the rest are the first of the next batch,
-        # where copies in their places would be computed for nobody.
+        # No more than fill a size that engines are fast at: the others are the first of the next
+        # batch, together with whatever has arrived by then.
         allowed = size_within(min(self._pace(), self._waiting))
         while self._jobs and (not jobs or size + len(self._jobs[0].batch) <= allowed):
             job = self._jobs.popleft()

@@ -12,7 +12,7 @@ import numpy as np
 from app.bundle import Bundle, golden_inputs
 from app.defenses.base import Defense
 from app.defenses.none import NoDefense
-from app.engines import Batch, Engine, Probs
+from app.engines import FAST, Batch, Engine, Probs
 from app.errors import BundleError
 from app.graph import measured
 from app.precision import Precision
@@ -49,14 +49,13 @@ class Pipeline:
 
     def __call__(self, batch: Batch) -> Answers:
         """Answer uint8 (N, H, W, C) or float32 (N, C, H, W)."""
-        n = len(batch)
         start = self.clock()
-        clean = self.engine(padded(batch))[:n]
+        clean = self.engine(batch)
         inferred = self.clock()
         probabilities = self.defense(clean, batch)
         defended = self.clock()
         if probabilities is clean:
-            l1 = np.zeros(n, np.float32)
+            l1 = np.zeros(len(batch), np.float32)
         else:
             l1 = np.abs(probabilities - clean).sum(1)
         return Answers(probabilities, l1, inferred - start, defended - inferred)
@@ -69,7 +68,7 @@ class Pipeline:
             parts: number of images and their defense, in order; None for the pipeline's own.
         """
         start = self.clock()
-        clean = self.engine(padded(batch))[: len(batch)]
+        clean = self.engine(batch)
         inferred = self.clock()
         rows, first = [], 0
         for n, defense in parts:
@@ -95,7 +94,7 @@ class Fused:
     def __call__(self, batch: Batch) -> Answers:
         """Answer uint8 (N, H, W, C) or float32 (N, C, H, W)."""
         start = self.clock()
-        rows = self.engine(padded(batch))[: len(batch)]
+        rows = self.engine(batch)
         return Answers(rows[:, :-1], rows[:, -1], self.clock() - start, 0.0)
 
 
@@ -119,40 +118,14 @@ def fuse(
     if graph is None:
         return pipeline
     fused = Fused(load(graph))
-    apart = np.abs(fused(example).probabilities - pipeline(example).probabilities).max()
+    apart = max(
+        float(np.abs(fused(one).probabilities - pipeline(one).probabilities).max())
+        for one in singly(example)
+    )
     if not apart <= FUSED_TOLERANCE:
         log.warning("the defense runs behind the engine: its graph is off by %.2g", apart)
         return pipeline
     return fused
-
-
-def sizes(largest: int) -> list[int]:
-    """The batch sizes that the engine ever sees, up to the one that holds `largest` images.
-
-    Engines prepare each size on first use; with few sizes all are prepared at start.
-    """
-    found: list[int] = []
-    while not found or found[-1] < largest:
-        found.append(size_for(found[-1] + 1 if found else 1))
-    return found
-
-
-def size_for(n: int) -> int:
-    """The size that a batch of `n` runs at: at most a quarter more, and nothing more up to 8."""
-    step = max(1, 1 << (n - 1).bit_length() >> 3)
-    return -(-n // step) * step
-
-
-def size_within(n: int) -> int:
-    """The largest of these sizes that `n` images fill."""
-    step = max(1, 1 << n.bit_length() >> 3)
-    return n // step * step
-
-
-def padded(batch: Batch) -> Batch:
-    """`batch` with copies of its last image up to `size_for` it; rows do not see each other."""
-    missing = size_for(len(batch)) - len(batch)
-    return batch if missing == 0 else np.concatenate([batch, np.repeat(batch[-1:], missing, 0)])
 
 
 def self_test(bundle: Bundle, engine: Engine, precision: Precision) -> None:
@@ -168,7 +141,7 @@ def self_test(bundle: Bundle, engine: Engine, precision: Precision) -> None:
             f"there: {', '.join(golden.probabilities)}"
         )
     expected = np.array(golden.probabilities[precision], np.float32)
-    found = engine(golden_inputs(bundle.card.input))
+    found = np.concatenate([engine(one) for one in singly(golden_inputs(bundle.card.input))])
     distance = float(np.abs(found - expected).max()) if found.shape == expected.shape else np.inf
     if not distance <= golden.tolerance[precision]:
         raise BundleError(
@@ -177,9 +150,15 @@ def self_test(bundle: Bundle, engine: Engine, precision: Precision) -> None:
         )
 
 
+def singly(batch: Batch) -> list[Batch]:
+    """Batches of one: an engine need not be compiled for more than that to be tested."""
+    return [batch[i : i + 1] for i in range(len(batch))]
+
+
 def warm_up(pipeline: Compute, example: Batch, largest: int) -> float:
-    """Run every batch size once, the largest twice; gives the seconds of that full batch."""
-    batches = [example[:1].repeat(size, 0) for size in sizes(largest)]
+    """Run each of the engines' sizes once, the largest batch twice; gives its seconds."""
+    sizes = (*(size for size in FAST if size < largest), largest)
+    batches = [example[:1].repeat(size, 0) for size in sizes]
     for batch in batches:
         pipeline(batch)
     answers = pipeline(batches[-1])

@@ -29,7 +29,6 @@ from app.bundle import Bundle, golden_inputs, open_bundle
 from app.decode import Pixels, decode
 from app.engines import Engine, Probs
 from app.errors import ConfigError, Internal, RequestError, Unavailable, Unprocessable
-from app.pipeline import padded
 from app.settings import Settings
 
 REMEMBERED = 64  # pictures, for what honest users lose
@@ -128,7 +127,7 @@ class Previewer:
             self._pictures.popitem(last=False)
 
     def _clean(self, pixels: Pixels) -> Probs:
-        return self._engine(padded(pixels))[: len(pixels)]
+        return self._engine(pixels)
 
     def _row(self, row: Probs) -> dict[str, Any]:
         best = int(row.argmax())

@@ -20,6 +20,9 @@ EngineName = Literal["openvino", "onnxruntime", "torch"]
 Batch = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 Probs = npt.NDArray[np.float32]
 
+# Sizes that an engine may be compiled for one by one: few, as each takes memory and time.
+FAST = (1, 2, 4, 8, 16)
+
 
 class Engine(Protocol):
     """A loaded network.
@@ -47,6 +50,11 @@ ENGINES: dict[EngineName, str] = {
     "onnxruntime": "app.engines.onnxruntime",
     "torch": "app.engines.torch",
 }
+
+
+def size_within(n: int) -> int:
+    """The largest of the `FAST` sizes that `n` images fill."""
+    return max(size for size in FAST if size <= max(n, 1))
 
 
 def resolve(name: str) -> EngineName:

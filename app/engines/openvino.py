@@ -1,16 +1,20 @@
 """OpenVINO: the fastest engine measured. Loads the same ONNX files, int8 included.
 
-Two compiled forms of a model of pixels: any batch, and the static batch of one that most requests
-are, which is the quicker call.
+A network that takes any number of images prepares itself anew for each batch of another size than
+the one before, which takes as long as several images do. So there is none: a form is compiled for
+each of the sizes `FAST`, when it is first run, and a batch of another size is run in parts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import openvino as ov
 from openvino import properties as key
 
-from app.engines import Batch, Probs
+from app.engines import FAST, Batch, Probs, size_within
 from app.errors import ConfigError
 from app.precision import Precision
 
@@ -22,30 +26,60 @@ HINTS: dict[Precision, ov.Type] = {
 }
 
 
-class OpenVino:
-    """A model for any batch, and beside it one for single images or None, for one thread."""
+class Form:
+    """A network of one batch size."""
 
-    def __init__(self, any_size: ov.CompiledModel, single: ov.CompiledModel | None) -> None:
-        self._any = any_size.create_infer_request()
-        self._single = None if single is None else single.create_infer_request()
-        if self._single is not None:
-            # Views of the request's own memory, filled and read in place: no tensor for each call.
-            self._image = self._single.get_input_tensor().data
-            self._answer = self._single.get_output_tensor().data
+    def __init__(self, compiled: ov.CompiledModel) -> None:
+        self._request = compiled.create_infer_request()
+        self._images = self._request.get_input_tensor().data
+        self._answers: Probs = self._request.get_output_tensor().data
+
+    def filled(self, batch: Batch) -> Probs:
+        """Probabilities of each image, copied into the form's own memory: no tensor for a call."""
+        self._images[...] = batch
+        self._request.infer()
+        return self._answers
+
+    def lent(self, batch: Batch) -> Probs:
+        """The same without a copy of the images, which pays where they are many.
+
+        Args:
+            batch: contiguous and writable: OpenVINO does not borrow other memory.
+        """
+        self._request.set_input_tensor(ov.Tensor(batch, shared_memory=True))
+        self._request.infer()
+        return self._answers
+
+
+class OpenVino:
+    """A model for any batch, with the forms that it begins with."""
+
+    def __init__(
+        self, compiled_for: Callable[[int], ov.CompiledModel], forms: dict[int, Form]
+    ) -> None:
+        self._compiled_for = compiled_for
+        self._forms = forms
 
     def __call__(self, batch: Batch, /) -> Probs:
         """Probabilities of each image."""
-        if self._single is not None and len(batch) == 1:
-            self._image[...] = batch
-            self._single.infer()
-            probs: Probs = self._answer.copy()
-            return probs
-        # The tensor does not keep its array alive, and does not borrow read-only memory.
+        n = len(batch)
+        if n in FAST[:-1]:
+            return self._form(n).filled(batch).copy()
         lent = np.require(batch, requirements=["C", "W"])
-        self._any.set_input_tensor(ov.Tensor(lent, shared_memory=True))
-        self._any.infer()
-        answer: Probs = self._any.get_output_tensor().data.copy()
-        return answer
+        rows: list[Probs] = []
+        first = 0
+        while first < n:
+            size = size_within(n - first)
+            form, part = self._form(size), lent[first : first + size]
+            rows.append((form.lent(part) if size == FAST[-1] else form.filled(part)).copy())
+            first += size
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def _form(self, size: int) -> Form:
+        form = self._forms.get(size)
+        if form is None:
+            form = self._forms[size] = Form(self._compiled_for(size))
+        return form
 
 
 def load(model: bytes, /, *, threads: int, precision: Precision) -> OpenVino:
@@ -54,7 +88,7 @@ def load(model: bytes, /, *, threads: int, precision: Precision) -> OpenVino:
     Raises:
         ConfigError: OpenVINO cannot read or compile the model.
     """
-    config = {
+    config: dict[str, Any] = {
         key.hint.performance_mode: key.hint.PerformanceMode.LATENCY,
         key.hint.inference_precision: HINTS[precision],
         key.inference_num_threads: threads,
@@ -65,14 +99,16 @@ def load(model: bytes, /, *, threads: int, precision: Precision) -> OpenVino:
     try:
         core = ov.Core()
         network = core.read_model(model)
-        any_size = core.compile_model(network, "CPU", config)
-        single = None
-        if network.input().element_type == ov.Type.u8:
-            # Image files come one by one, float tensors in batches: not worth another copy there.
-            shape = network.input().partial_shape
-            shape[0] = 1
-            network.reshape(shape)
-            single = core.compile_model(network, "CPU", config)
     except RuntimeError as exc:
         raise ConfigError(f"openvino cannot load the model: {exc}") from exc
-    return OpenVino(any_size, single)
+    shape = network.input().partial_shape
+
+    def compiled_for(size: int) -> ov.CompiledModel:
+        shape[0] = size
+        try:
+            network.reshape(shape)
+            return core.compile_model(network, "CPU", config)
+        except RuntimeError as exc:
+            raise ConfigError(f"openvino cannot run {size} images at a time: {exc}") from exc
+
+    return OpenVino(compiled_for, {1: Form(compiled_for(1))})

@@ -5,7 +5,6 @@ import onnxruntime as ort
 import pytest
 from starlette.testclient import TestClient
 
-from app import pipeline
 from app.auxiliary import Auxiliaries
 from app.bundle import Bundle, golden_inputs
 from app.defenses import DefenseError, make
@@ -120,23 +119,6 @@ def test_both_forms_give_the_files_rows_whatever_the_batch(equipped, bundle, eng
     for batch in (PIXELS, PLANAR, PLANAR.astype(np.float64)):
         np.testing.assert_allclose(network(batch), expected, atol=1e-5 * scale)
         np.testing.assert_array_equal(network(batch)[1:2], network(batch[1:2]))
-
-
-def test_only_sizes_that_the_service_warms_up_are_run(bundle, monkeypatch):
-    sizes = []
-
-    def load(*_, **__):
-        def run(batch):
-            sizes.append(len(batch))
-            return np.zeros((len(batch), 4), np.float32)
-
-        return run
-
-    monkeypatch.setattr("app.auxiliary.engines.load", load)
-    network = Auxiliaries(bundle).auxiliary("surrogate.onnx", "scores")
-    for n in range(1, 40):
-        assert network(np.zeros((n, 8, 8, 3), np.uint8)).shape == (n, 4)
-    assert set(sizes) <= set(pipeline.sizes(40))
 
 
 @each_defense

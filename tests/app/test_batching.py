@@ -11,11 +11,12 @@ from prometheus_client import CollectorRegistry
 
 from app.batching import Batcher
 from app.defenses import make
+from app.engines import FAST, size_within
 from app.errors import ClientGone, TooLate, Unavailable
 from app.metrics import Metrics
 from app.pace import Pace
 from app.patience import STAYS, Line, Patience
-from app.pipeline import Pipeline, padded, size_for, size_within, sizes
+from app.pipeline import Pipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -88,7 +89,7 @@ async def test_single_images_fill_sizes_that_the_engine_has(inline):
     batcher = make_batcher(engine, inline=inline, max_size=32)
     served = await asyncio.gather(*(batcher(images(n)) for n in range(27)))
     batcher.close()
-    assert engine.batches == [24, 3]
+    assert engine.batches == [16, 8, 2, 1]
     assert [one.probabilities[0, 0] for one in served] == pytest.approx(np.arange(27) / 255)
 
 
@@ -118,7 +119,7 @@ async def test_a_busy_engine_gathers_the_next_batch():
     rest = [asyncio.create_task(batcher(images(n))) for n in range(5)]
     await asyncio.gather(first, *rest)
     batcher.close()
-    assert engine.batches == [1, 5]
+    assert engine.batches == [1, 4, 1]
 
 
 async def test_max_wait_lets_a_following_batch_fill_up():
@@ -173,19 +174,10 @@ async def test_thread_and_loop(inline):
     assert (threading.get_ident() in engine.threads) is inline
 
 
-def test_sizes_are_few_and_never_a_quarter_too_large():
-    assert sizes(32) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
-    for n in range(1, 1025):
-        assert n <= size_for(n) <= n * 1.25
-        assert size_for(n) in sizes(1024)
-        assert size_within(n) == max(size for size in sizes(1024) if size <= n)
-
-
-def test_padding_repeats_the_last_image():
-    batch = images(*range(9))
-    assert padded(batch)[:, 0, 0, 0].tolist() == [*range(9), 8]
-    assert padded(batch[:5]) is not None
-    assert len(padded(batch[:5])) == 5
+def test_sizes_are_those_that_images_fill():
+    for n in range(1, 100):
+        assert size_within(n) == max(size for size in FAST if size <= n)
+    assert size_within(0) == 1
 
 
 @pytest.mark.parametrize(
@@ -254,8 +246,9 @@ async def test_clients_with_other_defenses_share_a_batch():
         batcher(images(60), label),
         batcher(images(60, 60), half),
         batcher(images(60)),
+        batcher(images(9, 9)),
     )
-    assert engine.batches == [6]
+    assert engine.batches == [8]
     rows = [one.probabilities for one in served]
     np.testing.assert_allclose(rows[0], [[0.2, 0.8], [0.4, 0.6]], atol=1e-6)
     np.testing.assert_array_equal(rows[1], [[0, 1]])
