@@ -26,7 +26,7 @@ from app.console.guard import Guard
 from app.console.helper import Helper
 from app.console.routes import console_routes
 from app.incidents import Incidents
-from app.service import json_response
+from app.responses import json_response
 from app.settings import Settings
 
 

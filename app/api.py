@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import access, errors, schemas, v2_routes
-from app.decode import FORMATS
+from app.formats import FORMATS
 from app.middleware import Observe
 from app.routing import DEADLINE_PARAMETER, Endpoint, Route, problems
 from app.service import Service

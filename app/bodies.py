@@ -15,7 +15,6 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Message, Receive
 
-from app.decode import FORMATS
 from app.errors import (
     BadFraming,
     ClientGone,
@@ -24,6 +23,7 @@ from app.errors import (
     Unprocessable,
     UnsupportedType,
 )
+from app.formats import FORMATS
 
 # A request's headers, names in small letters, as `dict` makes it of ASGI's pairs: to look a few up
 # in Starlette's own takes longer than to decode a small image.

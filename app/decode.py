@@ -20,9 +20,8 @@ from PIL import Image, UnidentifiedImageError, WebPImagePlugin
 
 from app.bundle import InputShape, Preprocessing
 from app.errors import RequestError, TooLarge, Unprocessable
+from app.formats import FORMATS
 
-# Content type -> Pillow's name of the format. Which of them a body is, its first bytes say.
-FORMATS = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 MODES = {1: "L", 3: "RGB"}
 
 Pixels = npt.NDArray[np.uint8]

@@ -1,7 +1,8 @@
-"""An answer whose body is ready."""
+"""Answers whose body is ready."""
 
 from __future__ import annotations
 
+import orjson
 from starlette.responses import Response
 
 
@@ -19,3 +20,8 @@ class Answer(Response):
         self.background = None
         self.body = body
         self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", kind)]
+
+
+def json_response(document: object, status: int = 200) -> Response:
+    """A small JSON answer."""
+    return Response(orjson.dumps(document), status, media_type="application/json")

@@ -22,14 +22,15 @@ from app.audit import Audit
 from app.batching import Batcher, Served
 from app.bodies import Fields, read_buffer, read_images, refuse_encoding, small_number
 from app.bundle import Card
-from app.decode import FORMATS, Pixels, decode
+from app.decode import Pixels, decode
 from app.defenses import Defense
 from app.engines import Batch, Probs
 from app.errors import ClientGone, ConfigError, NotFound, Unavailable, Unprocessable
+from app.formats import FORMATS
 from app.late import Late
 from app.metrics import Metrics
 from app.patience import STAYS, Patience
-from app.responses import Answer
+from app.responses import Answer, json_response
 from app.schemas import LimitsInfo
 from app.settings import LimitSettings
 from app.stages import Stages
@@ -343,8 +344,3 @@ def _milliseconds(value: bytes) -> int:
             f"X-Deadline-Ms is {text[:20]!r}; allowed: a whole number of milliseconds from 1"
         )
     return found
-
-
-def json_response(document: object, status: int = 200) -> Response:
-    """A small JSON answer."""
-    return Response(orjson.dumps(document), status, media_type="application/json")

@@ -14,8 +14,9 @@ from starlette.responses import Response
 
 from app import schemas
 from app.errors import Unavailable
+from app.responses import json_response
 from app.routing import DEADLINE_PARAMETER, Endpoint, Route, problems
-from app.service import Service, json_response
+from app.service import Service
 from app.v2 import metadata
 
 EXTENSIONS = ["binary_tensor_data", "classification"]

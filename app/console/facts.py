@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from app import engines
 from app.bundle import GOLDEN_COUNT, ONNX_FILE, Card, open_bundle
-from app.decode import FORMATS
 from app.errors import Unprocessable
+from app.formats import FORMATS
 from app.settings import Settings, shown, variables
 
 ACTIVE = "active"
@@ -53,6 +52,8 @@ def about(settings: Settings) -> dict[str, Any]:
     Raises:
         ConfigError: the bundle or the engine is gone.
     """
+    from app import engines  # here: with numpy, which the supervisor needs for nothing else
+
     card = open_bundle(settings.model_dir, settings.model).card
     return {
         "model": {

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 
 import orjson
 
-from app.console import preview
+from app.console.question import Question
 from app.errors import Unavailable
 from app.settings import Settings
 
@@ -52,7 +52,7 @@ class Helper:
         """Of the process, None while there is none."""
         return None if self._process is None else self._process.pid
 
-    async def __call__(self, question: preview.Question, image: bytes) -> tuple[int, bytes]:
+    async def __call__(self, question: Question, image: bytes) -> tuple[int, bytes]:
         """Status and JSON body.
 
         Raises:
@@ -103,7 +103,7 @@ class Helper:
             context = get_context("spawn")
             self._pipe, theirs = context.Pipe()
             process = context.Process(
-                target=preview.run, args=(self._settings, theirs), name="preview", daemon=True
+                target=_run, args=(self._settings, theirs), name="preview", daemon=True
             )
             process.start()
             theirs.close()
@@ -117,6 +117,12 @@ class Helper:
         process.join()
         if process is self._process:
             self._process = self._pipe = None
+
+
+def _run(settings: Settings, pipe: Connection) -> None:
+    from app.console import preview  # here: the supervisor, which names this function, stays small
+
+    preview.run(settings, pipe)
 
 
 def _exchange(pipe: Connection, question: bytes, image: bytes) -> tuple[int, bytes]:

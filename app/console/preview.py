@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from PIL import Image
 from app import defenses, engines, logs
 from app.auxiliary import Auxiliaries
 from app.bundle import Bundle, golden_inputs, open_bundle
+from app.console.question import Question
 from app.decode import Pixels, decode
 from app.engines import Engine, Probs
 from app.errors import ConfigError, Internal, RequestError, Unavailable, Unprocessable
@@ -34,21 +34,6 @@ from app.settings import Settings
 REMEMBERED = 64  # pictures, for what honest users lose
 NICENESS = 10
 log = logging.getLogger("scumble.console")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One preview.
-
-    Attributes:
-        defense: a name that `app.defenses.configure` knows.
-        params: its parameters.
-        golden: which of the bundle's golden inputs, from 1; None: an image follows.
-    """
-
-    defense: str
-    params: dict[str, Any] = field(default_factory=dict)
-    golden: int | None = None
 
 
 class Previewer:

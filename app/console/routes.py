@@ -18,9 +18,9 @@ from app.bundle import GOLDEN_COUNT
 from app.console.facts import about, policy
 from app.console.helper import Helper
 from app.console.numbers import by_client, numbers
-from app.console.preview import Question
+from app.console.question import Question
 from app.errors import MEDIA_TYPE, ConfigError, NotFound, Unavailable, Unprocessable
-from app.service import json_response
+from app.responses import json_response
 from app.settings import Settings
 
 if TYPE_CHECKING:
