@@ -80,7 +80,8 @@ def test_targets():
     assert reached("memory of one more worker, MB") == ["90", "yes"]
     assert reached("best stock peer, answers per second") == ["4.5", "**no**"]  # of two's 200
     assert reached("best tuned peer, answers per second") == ["3", "yes"]
-    assert reached("memory over the smallest peer") == ["0.5", "yes"]
+    assert reached("memory over the smallest peer, defended") == ["0.5", "yes"]
+    assert reached("memory over the smallest peer, undefended") == ["not measured", ""]
     assert reached("errors in minutes of load") == ["not measured", ""]
     assert reached("best tuned peer, p99", peers={}) == ["not measured", ""]
 
