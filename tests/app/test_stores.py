@@ -3,6 +3,8 @@
 import asyncio
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -274,6 +276,20 @@ async def test_a_locked_file_is_an_error(tmp_path, monkeypatch):
     assert (await store.charge([TOTAL], 1)).granted
     await store.close()
     await other.close()
+
+
+def test_workers_that_open_a_new_file_at_once_all_can(tmp_path):
+    for number in range(20):
+        together = threading.Barrier(4)
+
+        def opened(together=together, path=str(tmp_path / f"{number}.sqlite")):
+            together.wait()
+            return SqliteStore(path)
+
+        with ThreadPoolExecutor(4) as pool:
+            stores = [one.result() for one in [pool.submit(opened) for _ in range(4)]]
+        for store in stores:
+            asyncio.run(store.close())
 
 
 @pytest.mark.parametrize(
