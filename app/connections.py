@@ -56,6 +56,11 @@ class Cycle(RequestResponseCycle):
             await super().send(self._start)
         await super().send(message)
 
+    async def send_500_response(self) -> None:
+        """Of an application that failed; what it may have begun was not sent yet."""
+        self._start = None
+        await super().send_500_response()
+
     def _whole(self, start: HTTPResponseStartEvent, message: HTTPResponseBodyEvent) -> bool:
         """Send the answer if it is a plain one, and say whether."""
         body = message.get("body", b"")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import socket
 import time
@@ -307,13 +308,28 @@ def test_an_answer_that_is_none_is_not_sent(messages, says):
         asyncio.run(sent(cycle, messages))
 
 
+def test_an_application_that_fails_after_its_head_gives_a_500():
+    async def app(scope, receive, send):
+        await send(start(2))
+        raise ValueError("no body")
+
+    cycle, ended = made_cycle()
+    asyncio.run(cycle.run_asgi(app))
+    *pieces, closed = cycle.transport.calls
+    answer = b"".join(pieces)
+    assert answer.startswith(b"HTTP/1.1 500 ")
+    assert answer.endswith(b"Internal Server Error")
+    assert closed == "close"
+    assert ended == [True]
+
+
 def made_cycle(method: str = "GET", keep_alive: bool = True, disconnected: bool = False):
     transport, ended = Written(), []
     cycle = Cycle(
         {"method": method},
         transport,
         FlowControl(transport),
-        None,
+        logging.getLogger("cycle"),
         None,
         False,
         [],
