@@ -116,7 +116,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         card=bundle.card,
         limits=settings.limits,
         pixels=batchers(pipeline, plain),
-        # Most clients never send any, and for those the start takes half as long without.
+        # Most clients never send any, and it needs a copy of the network.
         tensors=Late(from_tensors) if settings.tensor_input else None,
         max_batch=settings.batch.max_size,
         metrics=metrics,

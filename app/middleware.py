@@ -50,8 +50,9 @@ class Observe:
         self._tracing = tracing
         self._untraced = untraced
         self._clock = clock
-        # Ids must differ, not be secret. The system seeds each worker's on its own.
-        self._draw = (rng or random.Random()).getrandbits  # noqa: S311
+        # The system seeds each worker's on its own.
+        rng = rng or random.Random()  # noqa: S311  # ids must differ, not be secret
+        self._draw = rng.getrandbits
         self._routes = routes
         self._seconds = {
             route: metrics.request_seconds(route) for route in {*routes.values(), "other"}
