@@ -1,6 +1,7 @@
 """Real server processes: ports, workers, metrics of all together, drain, restart, faults."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -47,6 +48,14 @@ def test_metrics_rise_by_exactly_the_requests_sent(serve, workers):
     assert found["scumble_defended_rows_total"] == 40
     assert found["scumble_workers"] == workers
     assert found["scumble_inflight"] == found["scumble_queue_depth"] == 0
+
+
+def test_metrics_come_in_order_of_their_names_whichever_worker_counted_first(serve):
+    server = serve(workers=2)
+    names = re.findall(r"^# TYPE (\S+)", httpx2.get(f"{server.admin}/metrics").text, re.MULTILINE)
+    counted_by_workers = names[: names.index("scumble_worker_resident_bytes")]
+    assert len(counted_by_workers) > 5
+    assert counted_by_workers == sorted(counted_by_workers)
 
 
 def test_public_port_has_no_metrics_and_admin_port_no_predictions(serve):
