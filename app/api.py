@@ -84,7 +84,9 @@ def build(service: Service, *, access_log: bool = False, tracing: Tracing | None
             service.audit.running() if service.audit else nullcontext(),
             service.access.running() if service.access else nullcontext(),
         ):
+            preparing = asyncio.create_task(asyncio.to_thread(service.prepare))
             yield
+            await preparing
         service.close()
         if tracing is not None:
             await asyncio.to_thread(tracing.close)

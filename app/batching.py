@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from app.defenses import Defense
-from app.engines import Batch, Probs, size_within
+from app.engines import FAST, Batch, Probs, size_within
 from app.errors import TooLate, Unavailable
 from app.metrics import Metrics
 from app.pace import Pace
@@ -119,6 +119,10 @@ class Batcher:
     def running_s(self) -> float:
         """For how long the current batch has been running; 0 if there is none."""
         return 0.0 if self._started is None else self._clock() - self._started
+
+    def prepare(self) -> None:
+        """Let the engine compile for the batches to come; on another thread."""
+        self._pipeline.engine.prepare(size for size in FAST if size <= self._max_size)
 
     def close(self) -> None:
         """Let the running batch finish and end the thread."""

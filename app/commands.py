@@ -50,7 +50,7 @@ def serve(**arguments: Any) -> None:
 
     Settings come from these options, then from SCUMBLE_* variables, then from a TOML file.
     """
-    from app.supervisor import serve as run
+    from app.serve import serve as run
 
     try:
         code = run(_settings(arguments))

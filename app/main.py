@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,12 @@ from app.auxiliary import Auxiliaries
 from app.batching import Batcher
 from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
 from app.chain_file import ChainFile
-from app.engines import Batch
 from app.errors import ConfigError
 from app.graph import tensor_input
 from app.keys import KeyFile, read_keys
 from app.late import Late
 from app.metrics import Metrics
-from app.pipeline import Compute, Fused, Pipeline, fuse, self_test, warm_up
+from app.pipeline import Composed, Composer, Fused, self_test
 from app.policies import Policies
 from app.quota import common_buckets
 from app.service import Batchers, Service
@@ -50,47 +49,71 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """
     settings = settings or load_settings()
     bundle = open_bundle(settings.model_dir, settings.model)
-    engine_name = engines.resolve(settings.engine)
-    load = partial(
-        engines.load, engine_name, threads=settings.threads, precision=settings.precision
-    )
-    model = bundle.onnx(settings.precision)
-    engine = load(model)
+    engine = engines.resolve(settings.engine)
     defense = make_defense(settings, bundle)
-    self_test(bundle, engine, settings.precision)
-    pictures = golden_inputs(bundle.card.input)
-    largest = max(settings.batch.max_size, settings.limits.max_images)
-    # Not in bfloat16, and torch would interpret node by node what numpy does in less.
-    fusible = engine_name != "torch" and settings.precision != "bf16"
-    by_key = settings.keys_file is not None  # clients may have defenses of their own
-
-    def prepare(
-        plain: Pipeline, model: bytes, example: Batch, largest: int
-    ) -> tuple[Compute, float]:
-        """The pipeline that answers most, warm, and the seconds of its largest batch."""
-        whole = fuse(plain, load, model, example) if fusible else plain
-        if by_key and whole is not plain:
-            warm_up(plain, example, largest)
-        return whole, warm_up(whole, example, largest)
-
-    plain = Pipeline(engine, defense)
-    pipeline, seconds = prepare(plain, model, pictures, largest)
-    inline = settings.batch.execution == "inline" or (
-        settings.batch.execution == "auto" and seconds < INLINE_S
+    compose = Composer(
+        partial(engines.load, engine, threads=settings.threads, precision=settings.precision),
+        defense,
+        # Not in bfloat16, and torch would interpret node by node what numpy does in less.
+        fusible=engine != "torch" and settings.precision != "bf16",
     )
-
-    metrics = Metrics(CollectorRegistry())
+    largest = max(settings.batch.max_size, settings.limits.max_images)
+    pixels = compose(bundle.onnx(settings.precision), golden_inputs(bundle.card.input), largest)
+    self_test(bundle, pixels.plain.engine, settings.precision)
+    inline = settings.batch.execution == "inline" or (
+        settings.batch.execution == "auto" and pixels.seconds < INLINE_S
+    )
+    metrics = make_metrics(settings, bundle, engine)
+    batchers = partial(make_batchers, settings, metrics, inline)
     tracing = make_tracing(settings, os.environ)
     access = make_access(settings, bundle, defense, metrics)
-    audit = make_audit(settings, bundle, metrics, keyless=access is None)
-    metrics.model_info.labels(
-        model=bundle.card.name,
-        version=bundle.card.version,
-        precision=settings.precision,
-        engine=engine_name,
-        defense=settings.defense,
-        sha256=bundle.card.files[ONNX_FILE[settings.precision]],
-    ).set(1)
+    service = Service(
+        card=bundle.card,
+        limits=settings.limits,
+        pixels=batchers(pixels),
+        # Most clients never send any, and it needs a copy of the network.
+        tensors=Late(partial(for_tensors, compose, settings, bundle, batchers))
+        if settings.tensor_input
+        else None,
+        max_batch=settings.batch.max_size,
+        metrics=metrics,
+        count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
+        access=access,
+        audit=make_audit(settings, bundle, metrics, keyless=access is None),
+        traced=tracing is not None,
+    )
+    log.info(
+        "loaded",
+        extra={
+            "model": bundle.card.name,
+            "version": bundle.card.version,
+            "precision": settings.precision,
+            "engine": engine,
+            "defense": repr(defense),
+            "defends": "graph" if isinstance(pixels.whole, Fused) else "numpy",
+            "execution": "inline" if inline else "thread",
+            "full_batch_ms": round(pixels.seconds * 1000, 3),
+        },
+    )
+    return build(service, access_log=settings.access_log, tracing=tracing)
+
+
+def for_tensors(
+    compose: Composer, settings: Settings, bundle: Bundle, batchers: Callable[[Composed], Batchers]
+) -> Batchers:
+    """Who answers float tensors. All is prepared: nobody waits for a part of it."""
+    opened = tensor_input(bundle.onnx(settings.precision))
+    pictures = golden_inputs(bundle.card.input)
+    planar = pictures.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
+    made = batchers(compose(opened, planar, settings.batch.max_size))
+    made.prepare()
+    return made
+
+
+def make_batchers(
+    settings: Settings, metrics: Metrics, inline: bool, composed: Composed
+) -> Batchers:
+    """For the clients under the server's own defense, and for those who may have another."""
     batcher = partial(
         Batcher,
         metrics=metrics,
@@ -100,45 +123,24 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         target_s=settings.batch.target_p99_ms / 1e3,
         inline=inline,
     )
+    own = batcher(composed.whole)
+    if settings.keys_file is None or composed.whole is composed.plain:
+        return Batchers(own, own)
+    return Batchers(own, batcher(composed.plain))
 
-    def batchers(whole: Compute, plain: Pipeline) -> Batchers:
-        own = batcher(whole)
-        return Batchers(own, batcher(plain) if by_key and whole is not plain else own)
 
-    def from_tensors() -> Batchers:
-        opened = tensor_input(bundle.onnx(settings.precision))
-        planar = pictures.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
-        plain = Pipeline(load(opened), defense)
-        whole, _ = prepare(plain, opened, planar, settings.batch.max_size)
-        return batchers(whole, plain)
-
-    service = Service(
-        card=bundle.card,
-        limits=settings.limits,
-        pixels=batchers(pipeline, plain),
-        # Most clients never send any, and it needs a copy of the network.
-        tensors=Late(from_tensors) if settings.tensor_input else None,
-        max_batch=settings.batch.max_size,
-        metrics=metrics,
-        count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
-        access=access,
-        audit=audit,
-        traced=tracing is not None,
-    )
-    log.info(
-        "loaded",
-        extra={
-            "model": bundle.card.name,
-            "version": bundle.card.version,
-            "precision": settings.precision,
-            "engine": engine_name,
-            "defense": repr(defense),
-            "defends": "graph" if isinstance(pipeline, Fused) else "numpy",
-            "execution": "inline" if inline else "thread",
-            "full_batch_ms": round(seconds * 1000, 3),
-        },
-    )
-    return build(service, access_log=settings.access_log, tracing=tracing)
+def make_metrics(settings: Settings, bundle: Bundle, engine: str) -> Metrics:
+    """The metrics of this worker, which say what it serves."""
+    metrics = Metrics(CollectorRegistry())
+    metrics.model_info.labels(
+        model=bundle.card.name,
+        version=bundle.card.version,
+        precision=settings.precision,
+        engine=engine,
+        defense=settings.defense,
+        sha256=bundle.card.files[ONNX_FILE[settings.precision]],
+    ).set(1)
+    return metrics
 
 
 def make_defense(settings: Settings, bundle: Bundle) -> defenses.Defense:

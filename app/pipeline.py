@@ -128,6 +128,42 @@ def fuse(
     return fused
 
 
+@dataclass(frozen=True)
+class Composed:
+    """What answers images of one kind, warm.
+
+    Attributes:
+        whole: with the defense in the graph, where that can be.
+        plain: with the defense behind the engine; the same one if it cannot.
+        seconds: of the largest batch.
+    """
+
+    whole: Compute
+    plain: Pipeline
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Puts engine and defense together.
+
+    Attributes:
+        load: makes an engine of ONNX bytes.
+        defense: of the server.
+        fusible: it may become a part of the graph.
+    """
+
+    load: Callable[[bytes], Engine]
+    defense: Defense
+    fusible: bool
+
+    def __call__(self, model: bytes, example: Batch, largest: int) -> Composed:
+        """From the ONNX bytes of the clean network, `example` images, and the largest batch."""
+        plain = Pipeline(self.load(model), self.defense)
+        whole = fuse(plain, self.load, model, example) if self.fusible else plain
+        return Composed(whole, plain, warm_up(whole, example, largest))
+
+
 def self_test(bundle: Bundle, engine: Engine, precision: Precision) -> None:
     """Compare the engine with what the bundle's maker recorded.
 
@@ -156,8 +192,14 @@ def singly(batch: Batch) -> list[Batch]:
 
 
 def warm_up(pipeline: Compute, example: Batch, largest: int) -> float:
-    """Run each of the engines' sizes once, the largest batch twice; gives its seconds."""
-    sizes = (*(size for size in FAST if size < largest), largest)
+    """Run a batch of one, and the largest twice; gives its seconds.
+
+    A defense behind the engine may have networks of its own, so with one all of the engines' sizes
+    run. Else those between can wait for `prepare`.
+    """
+    alone = isinstance(pipeline, Fused) or isinstance(pipeline.defense, NoDefense)
+    between = () if alone else FAST[1:]
+    sizes = (1, *(size for size in between if size < largest), largest)
     batches = [example[:1].repeat(size, 0) for size in sizes]
     for batch in batches:
         pipeline(batch)

@@ -28,6 +28,7 @@ from app.engines import Batch, Probs
 from app.errors import ClientGone, ConfigError, NotFound, Unavailable, Unprocessable
 from app.formats import FORMATS
 from app.late import Late
+from app.memory import give_back
 from app.metrics import Metrics
 from app.patience import STAYS, Patience
 from app.responses import Answer, json_response
@@ -57,6 +58,11 @@ class Batchers(NamedTuple):
 
     own: Batcher
     apart: Batcher
+
+    def prepare(self) -> None:
+        """Let the engines compile for the batches to come; on another thread."""
+        for batcher in self:
+            batcher.prepare()
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,14 @@ class Service:
             raise NotFound(
                 f"no version {version[:64]!r} of {name!r}; there is {self.card.version!r}"
             )
+
+    def prepare(self) -> None:
+        """What the first requests need not wait for; on another thread."""
+        try:
+            self.pixels.prepare()
+        except ConfigError as exc:  # the forms that are there answer as well
+            log.error("not all batch sizes can be prepared: %s", exc)
+        give_back()
 
     def close(self) -> None:
         """Let running batches finish, end the engines' threads, hand the last metrics over."""

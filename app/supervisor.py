@@ -1,7 +1,7 @@
 """The parent process: binds the ports, keeps N workers alive, serves the admin port.
 
-It runs no model. Workers are spawned, not forked, so each starts clean; metrics live in files that
-outlast a worker, so counters never go down.
+It runs no model. Workers are not forked from it, so each starts clean (see `app.nursery`); metrics
+live in files that outlast a worker, so counters never go down.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,13 +24,15 @@ from pathlib import Path
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 
-from app import logs, worker
+from app import worker
+from app.admin import create_admin
+from app.console.helper import Helper
 from app.dealer import Dealer
 from app.errors import ConfigError
 from app.incidents import End, Incidents
+from app.nursery import Nursery
 from app.settings import Settings
 from app.snapshot import take
-from app.tls import open_certificate
 from app.watchdog import Watchdog
 
 RESTART_S = 0.5
@@ -38,45 +40,6 @@ LOAD_S = 300  # for the workers of a reload
 POLL_S = 0.05
 GRACE_S = 5  # beyond what a worker allows itself
 log = logging.getLogger("scumble")
-
-
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or Ctrl-C; gives the exit code.
-
-    Raises:
-        ConfigError: a port cannot be bound, or the certificate cannot be used.
-    """
-    logs.configure(settings.log_level)
-    open_certificate(settings)  # the workers open it themselves; a wrong one is better said once
-    with (
-        tempfile.TemporaryDirectory(prefix="scumble-metrics-") as folder,
-        tempfile.TemporaryDirectory(prefix="scumble-model-") as copies,
-    ):
-        served = take(settings, Path(copies, "0"))
-        # Workers inherit it; prometheus_client reads it when it is imported there.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        public = bind(settings.host, settings.port)
-        admin = bind(settings.admin_host, settings.admin_port)
-        supervisor = Supervisor(settings, served, public, admin, folder, Path(copies))
-        return asyncio.run(supervisor.run())
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: connections are refused until a worker is ready.
-
-    Raises:
-        ConfigError: the address is taken or not ours.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Said to be TCP, or asyncio leaves Nagle's delay on: 40 ms for an answer in two writes.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as exc:
-        listener.close()
-        raise ConfigError(f"cannot bind {host} port {port}: {exc.strerror or exc}") from exc
-    return listener
 
 
 @dataclass
@@ -111,6 +74,7 @@ class Supervisor:
         admin: of the admin port.
         metrics_dir: where workers keep their metrics.
         copies: where copies of bundles go.
+        nursery: where worker processes come from.
     """
 
     def __init__(
@@ -121,10 +85,12 @@ class Supervisor:
         admin: socket.socket,
         metrics_dir: str,
         copies: Path,
+        nursery: Nursery,
     ) -> None:
         self._settings = settings
         self._served = served
         self._copies = copies
+        self._nursery = nursery
         self._public = public
         self._watchdog = Watchdog(2 * settings.worker_count, settings.watchdog_s)
         self._dealer = Dealer(public, 2 * settings.worker_count, self._watchdog.late)
@@ -161,11 +127,6 @@ class Supervisor:
         # On a terminal this signal says that the terminal is gone.
         on_hangup = self._stopping.set if os.isatty(2) else self._reload_soon
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
-        for number in self._serving:
-            self._start(number, self._served)
-        from app.admin import create_admin  # here: the workers load meanwhile
-        from app.console.helper import Helper
-
         helper = Helper(self._settings) if self._settings.console else None
         server = AdminServer(
             uvicorn.Config(
@@ -178,6 +139,8 @@ class Supervisor:
                 timeout_graceful_shutdown=1,
             )
         )
+        for number in self._serving:
+            self._start(number, self._served)
         serving = asyncio.create_task(server.serve([self._admin]))
         watching = asyncio.create_task(self._watch())
         await self._stopping.wait()
@@ -257,15 +220,16 @@ class Supervisor:
     def _start(self, number: int, served: Settings) -> None:
         if self._stopping.is_set():
             return
-        context = get_context("spawn")
-        ours, theirs = context.Pipe()
+        ours, theirs = Pipe()
         hand = self._dealer.hand(number)
-        process = context.Process(
-            target=worker.run,
-            args=(served, hand, self._watchdog.pulse(number), theirs),
-            name=f"worker-{number}",
+        process = self._nursery(
+            f"worker-{number}",
+            worker.run,
+            served,
+            hand,
+            self._watchdog.pulse(number),
+            theirs,
         )
-        process.start()
         theirs.close()
         hand.channel.close()
         self._workers[number] = _Worker(process, ours)

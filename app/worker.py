@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
 import signal
@@ -21,6 +20,7 @@ from app import logs
 from app.connections import Connection
 from app.dealer import Hand
 from app.errors import ConfigError
+from app.memory import give_back
 from app.settings import Settings
 from app.tls import Certificate, open_certificate
 from app.watchdog import Pulse
@@ -174,7 +174,7 @@ def run(settings: Settings, hand: Hand, pulse: Pulse, pipe: Pipe) -> None:
     """Entry point of the process; exits 0 after draining, 1 when the settings cannot be served."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor acts on it
     logs.configure(settings.log_level)
-    # Imported here: the supervisor imports this module too, and starts faster without the service.
+    # Imported here: the supervisor imports this module too, and is smaller without the service.
     from app.main import create_app
 
     try:
@@ -183,14 +183,7 @@ def run(settings: Settings, hand: Hand, pulse: Pulse, pipe: Pipe) -> None:
     except ConfigError as exc:
         log.error("%s", exc)  # a sentence for a person, not a traceback
         sys.exit(1)
-    _give_back()
-    WorkerServer(settings, app, hand, pulse, pipe, certificate).run([])
-
-
-def _give_back() -> None:
-    """Return to the system what compiling the model needed and nobody uses any more."""
     gc.collect()
     gc.freeze()  # what is there now stays: no later collection looks through it
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # glibc has it, musl does not
-        libc.malloc_trim(0)
+    give_back()
+    WorkerServer(settings, app, hand, pulse, pipe, certificate).run([])

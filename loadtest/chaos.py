@@ -190,17 +190,6 @@ class Memory:
                 self.growth[pid] = pages / self._warm[pid] - 1
 
 
-def workers(server: Server) -> list[int]:
-    """Process ids of the workers, oldest first."""
-    pid = server.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [
-        int(child)
-        for child in children
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]
-
-
 class Redis:
     """A real one that writes everything down before it answers."""
 
@@ -270,7 +259,7 @@ def bad_reload(server: Server, models: Path, tally: Tally) -> None:
 def kill_worker(server: Server) -> None:
     """The oldest."""
     with suppress(ProcessLookupError, IndexError):
-        os.kill(workers(server)[0], signal.SIGKILL)
+        os.kill(server.workers()[0], signal.SIGKILL)
 
 
 def plan(
@@ -301,7 +290,7 @@ def rampage(
             _, name, act = waiting.pop(0)
             click.echo(f"{passed:6.1f} s  {name}")
             act()
-        memory.look(workers(server))
+        memory.look(server.workers())
         time.sleep(0.5)
     return memory
 

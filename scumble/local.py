@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 import httpx2
@@ -61,6 +62,18 @@ class Server:
         self.process.send_signal(how)
         return self.wait()
 
+    def forkers(self) -> list[int]:
+        """Process id of what its workers are forked from; none until it starts. Linux only."""
+        return [
+            child
+            for child in children(self.process.pid)
+            if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+
+    def workers(self) -> list[int]:
+        """Process ids of its workers, oldest first. Linux only."""
+        return [worker for forker in self.forkers() for worker in children(forker)]
+
     def metrics(self) -> dict[str, float]:
         """Samples of the admin port, by name with labels."""
         text = httpx2.get(f"{self.admin}/metrics").text
@@ -78,6 +91,11 @@ class Server:
                     self.url, self.admin = entry["url"], entry["admin"]
                     self._settled.set()
         self._settled.set()
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of what a process has started and not ended, oldest first. Linux only."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def variables(settings: Mapping[str, object]) -> dict[str, str]:

@@ -66,7 +66,7 @@ from starlette.testclient import TestClient
 import scumble.cli, scumble.client, scumble.commands
 from app.main import create_app
 from app.settings import Settings
-from app.supervisor import serve
+from app.serve import serve
 from tests.pictures import PNG
 app = create_app(Settings(model_dir=Path(sys.argv[1]), model="tiny", precision="int8"))
 with TestClient(app) as client:

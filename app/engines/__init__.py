@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -33,6 +34,10 @@ class Engine(Protocol):
 
     def __call__(self, batch: Batch, /) -> Probs:
         """Probabilities of each image."""
+        ...
+
+    def prepare(self, sizes: Iterable[int], /) -> None:
+        """Do what the first batches of these sizes would wait for; may run on another thread."""
         ...
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -33,6 +35,9 @@ class OnnxRuntime:
         """Probabilities of each image."""
         probs: Probs = self._run(self._outputs, {self._input: batch})[0]
         return probs
+
+    def prepare(self, sizes: Iterable[int], /) -> None:
+        """Nothing: a session takes any number of images as it is."""
 
 
 def load(model: bytes, /, *, threads: int, precision: Precision) -> OnnxRuntime:

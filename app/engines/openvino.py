@@ -2,21 +2,33 @@
 
 A network that takes any number of images prepares itself anew for each batch of another size than
 the one before, which takes as long as several images do. So there is none: a form is compiled for
-each of the sizes `FAST`, when it is first run, and a batch of another size is run in parts.
+each of the sizes `FAST`, beforehand or when it is first run, and a batch of another size is run in
+parts. So is one whose form is just being compiled on another thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import openvino as ov
-from openvino import properties as key
 
-from app.engines import FAST, Batch, Probs, size_within
-from app.errors import ConfigError
-from app.precision import Precision
+# With `import openvino` comes its converter, which nobody here needs and which reports the import
+# to an analytics service over the network, on a thread and in a forked process.
+CONVERTER = "openvino.tools.ovc"
+if "openvino" not in sys.modules:
+    sys.modules[CONVERTER] = None  # type: ignore[assignment]  # Python's way to say: cannot be found
+import openvino as ov  # noqa: E402  # see above
+from openvino import properties as key  # noqa: E402
+
+if sys.modules.get(CONVERTER, sys) is None:
+    del sys.modules[CONVERTER]  # whoever imports it by name may have it
+
+from app.engines import FAST, Batch, Probs, size_within  # noqa: E402
+from app.errors import ConfigError  # noqa: E402
+from app.precision import Precision  # noqa: E402
 
 # OpenVINO would take bf16 for float32 on processors that have it; int8 layers stay int8 under f32.
 HINTS: dict[Precision, ov.Type] = {
@@ -59,27 +71,36 @@ class OpenVino:
     ) -> None:
         self._compiled_for = compiled_for
         self._forms = forms
+        self._compiling = threading.Lock()
 
     def __call__(self, batch: Batch, /) -> Probs:
         """Probabilities of each image."""
         n = len(batch)
-        if n in FAST[:-1]:
-            return self._form(n).filled(batch).copy()
+        if n < FAST[-1] and n in self._forms:
+            return self._forms[n].filled(batch).copy()
         lent = np.require(batch, requirements=["C", "W"])
         rows: list[Probs] = []
         first = 0
         while first < n:
-            size = size_within(n - first)
-            form, part = self._form(size), lent[first : first + size]
+            size = self._size(n - first)
+            form, part = self._forms[size], lent[first : first + size]
             rows.append((form.lent(part) if size == FAST[-1] else form.filled(part)).copy())
             first += size
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
-    def _form(self, size: int) -> Form:
-        form = self._forms.get(size)
-        if form is None:
-            form = self._forms[size] = Form(self._compiled_for(size))
-        return form
+    def prepare(self, sizes: Iterable[int], /) -> None:
+        """Compile their forms."""
+        with self._compiling:
+            for size in map(size_within, sizes):
+                if size not in self._forms:
+                    self._forms[size] = Form(self._compiled_for(size))
+
+    def _size(self, n: int) -> int:
+        """Of the form that takes the most of `n` images."""
+        size = size_within(n)
+        if size not in self._forms and not self._compiling.locked():
+            self.prepare([size])
+        return next(less for less in reversed(FAST) if less <= size and less in self._forms)
 
 
 def load(model: bytes, /, *, threads: int, precision: Precision) -> OpenVino:

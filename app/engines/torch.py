@@ -6,7 +6,7 @@ compare them with, and the differentiable form of a bundle that `training/qat.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,23 @@ class Interpreter:
         raise KeyError(output)
 
 
-def load(model: bytes, /, *, threads: int, precision: Precision) -> Callable[[Batch], Probs]:
+class Torch:
+    """The interpreter as an engine."""
+
+    def __init__(self, network: Interpreter) -> None:
+        self._network = network
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch, /) -> Probs:
+        """Probabilities of each image."""
+        probs: Probs = self._network(torch.from_numpy(np.array(batch))).numpy()
+        return probs
+
+    def prepare(self, sizes: Iterable[int], /) -> None:
+        """Nothing: tensors may have any number of images."""
+
+
+def load(model: bytes, /, *, threads: int, precision: Precision) -> Torch:
     """An interpreter of the model; `threads` holds for the whole process, as torch has one pool.
 
     Raises:
@@ -90,13 +106,7 @@ def load(model: bytes, /, *, threads: int, precision: Precision) -> Callable[[Ba
         )
     network = Interpreter(parse(model))
     torch.set_num_threads(threads)
-
-    @torch.inference_mode()
-    def run(batch: Batch, /) -> Probs:
-        probs: Probs = network(torch.from_numpy(np.array(batch))).numpy()
-        return probs
-
-    return run
+    return Torch(network)
 
 
 def _conv(

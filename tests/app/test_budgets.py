@@ -6,7 +6,6 @@ What counts is what a client got: images in answers with status 200.
 import os
 import re
 import signal
-import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -129,17 +128,6 @@ def wait_for(found, wanted, seconds: float = 20) -> None:
     assert found() == wanted
 
 
-def workers(server) -> list[int]:
-    """Process ids of the workers: not of multiprocessing's own helper."""
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "-o", "args=", "-ww", "--ppid", str(server.process.pid)],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
-
-
 def images(*servers) -> float:
     """Answered images by the servers' own count."""
     name = 'scumble_images_total{model="tiny",precision="float32"}'
@@ -224,8 +212,8 @@ def test_a_worker_killed_in_the_middle_never_serves_more(
     with thief.stealing():
         for served in (300, 800):
             thief.until(lambda t, served=served: t.served > served)
-            os.kill(workers(server)[0], signal.SIGKILL)
-            wait_for(lambda: len(workers(server)), 2)
+            os.kill(server.workers()[0], signal.SIGKILL)
+            wait_for(lambda: len(server.workers()), 2)
             wait_for(lambda: ready(server)[1], 200, 40)
         thief.until(lambda t: t.finished)
     assert thief.served <= 2000

@@ -7,6 +7,7 @@ import httpx2
 import pytest
 
 from app.keys import KeyFile, write_keys
+from scumble.local import children
 from scumble.local import start as start_server
 from tests.app.test_access import row
 from tests.pictures import PNG, encoded, picture
@@ -25,10 +26,6 @@ def preview(server, content=PNG, headers=KIND, **query) -> httpx2.Response:
         headers=headers,
         timeout=60,
     )
-
-
-def children(pid: int) -> set[int]:
-    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +155,7 @@ def test_metrics_are_totals_of_what_was_answered(server):
     assert infer["below"] == sorted(infer["below"])
     assert infer["below"][-1] == infer["count"]
     (worker,) = after["workers"]
-    assert worker["pid"] in children(server.process.pid)
+    assert worker["pid"] in server.workers()
     assert worker["memory"] > 2**20
     assert worker["connections"] >= 1
 
@@ -268,9 +265,9 @@ def test_a_server_without_a_console_has_only_health_and_metrics(serve):
 
 def test_the_preview_process_ends_with_the_service(serve):
     server = serve(workers=1)
-    before = children(server.process.pid)
+    before = set(children(server.process.pid))
     assert preview(server, **NONE).status_code == 200
-    (helper,) = children(server.process.pid) - before
+    (helper,) = set(children(server.process.pid)) - before
     assert server.stop() == 0
     assert not Path(f"/proc/{helper}").exists()
 

@@ -1,5 +1,8 @@
 """All engines give the same answers, row by row, whatever the batch; torch is the oracle."""
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +81,43 @@ def test_a_row_does_not_depend_on_its_batch(name, source, tiny):
         assert run(x[:n]) == pytest.approx(rows[:n], abs=BATCH_TOLERANCE)
         assert run(x[-n:]) == pytest.approx(rows[-n:], abs=BATCH_TOLERANCE)
     assert run(x[::-1]) == pytest.approx(rows[::-1], abs=BATCH_TOLERANCE)  # not contiguous
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_it_answers_while_another_thread_prepares_it(name, tiny):
+    run = load(name, tiny[0], threads=1, precision="float32")
+    x = pictures(19)
+    rows = np.concatenate([run(x[i : i + 1]) for i in range(19)])
+    with ThreadPoolExecutor(1) as pool:
+        prepared = pool.submit(run.prepare, FAST)
+        sizes = itertools.cycle(range(1, 20))
+        while not prepared.done():
+            n = next(sizes)
+            assert run(x[:n]) == pytest.approx(rows[:n], abs=1e-5)
+    prepared.result()
+    for n in range(1, 20):
+        assert run(x[:n]) == pytest.approx(rows[:n], abs=1e-5)
+
+
+def test_openvino_does_not_wait_for_a_form_that_another_thread_compiles(tiny):
+    engine = load("openvino", tiny[0], threads=1, precision="float32")
+    compile_now, go_on, begun = engine._compiled_for, threading.Event(), threading.Event()
+
+    def compile_later(size):
+        begun.set()
+        assert go_on.wait(30)
+        return compile_now(size)
+
+    engine._compiled_for = compile_later
+    x = pictures(4)
+    with ThreadPoolExecutor(1) as pool:
+        prepared = pool.submit(engine.prepare, [4])
+        assert begun.wait(30)
+        in_parts = engine(x)
+        assert not prepared.done()
+        go_on.set()
+    assert engine(x) == pytest.approx(in_parts, abs=1e-5)
+    assert set(engine._forms) == {1, 4}
 
 
 @pytest.mark.parametrize("name", ENGINES)

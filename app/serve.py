@@ -1,0 +1,58 @@
+"""`scumble serve`: what is opened before any worker is, and given back after all have ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from app import logs
+from app.errors import ConfigError
+from app.nursery import Nursery
+from app.settings import Settings
+from app.snapshot import take
+from app.tls import open_certificate
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C; gives the exit code.
+
+    Raises:
+        ConfigError: a port cannot be bound, or the certificate cannot be used.
+    """
+    logs.configure(settings.log_level)
+    open_certificate(settings)  # the workers open it themselves; a wrong one is better said once
+    with (
+        tempfile.TemporaryDirectory(prefix="scumble-metrics-") as folder,
+        tempfile.TemporaryDirectory(prefix="scumble-model-") as copies,
+    ):
+        # Workers inherit it; prometheus_client reads it when it is imported there.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        nursery = Nursery(settings.engine)
+        from app.supervisor import Supervisor  # here: what workers need is imported meanwhile
+
+        served = take(settings, Path(copies, "0"))
+        public = bind(settings.host, settings.port)
+        admin = bind(settings.admin_host, settings.admin_port)
+        supervisor = Supervisor(settings, served, public, admin, folder, Path(copies), nursery)
+        return asyncio.run(supervisor.run())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet: connections are refused until a worker is ready.
+
+    Raises:
+        ConfigError: the address is taken or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Said to be TCP, or asyncio leaves Nagle's delay on: 40 ms for an answer in two writes.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as exc:
+        listener.close()
+        raise ConfigError(f"cannot bind {host} port {port}: {exc.strerror or exc}") from exc
+    return listener
