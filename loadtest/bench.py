@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ DCP: dict[str, Any] = {"beta": 1.2, "gamma": 0.2}  # at 1.2 every row is perturb
 DEFENSES: dict[str, dict[str, Any]] = {"none": {}, "dcp": DCP}
 BATCH = 256
 SOAK_SHARE = 0.8
+SOAK_CONNECTIONS = 16
+PAUSE_STEPS = 6
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -256,15 +259,29 @@ def soak(models: Path, model: str, precision: Precision, minutes: int) -> dict[s
     body, kind = picture(card)
     common = {"model": model, "model_dir": models, "precision": precision}
     with serving(**common, workers=CORES, defense="dcp", defense_params=DCP) as server:
-        full = images(server, body, kind, 16, 5)
-        # A connection that waits so long after each answer asks its share of the target.
-        pause_ms = max(0.0, 16 / (SOAK_SHARE * full.rps) * 1000 - full.p50_ms)
+        ask = partial(
+            load,
+            f"{server.url}/v1/predict",
+            body=body,
+            content_type=kind,
+            connections=SOAK_CONNECTIONS,
+        )
+        full = ask(seconds=5)
+        pause_ms = 0.0
+
+        def paced(seconds: int) -> Load:
+            """Load, and the pause of the next one: answers come quicker when less is asked."""
+            nonlocal pause_ms
+            done = ask(seconds=seconds, pause_ms=pause_ms)
+            longer_s = SOAK_CONNECTIONS * (1 / (SOAK_SHARE * full.rps) - 1 / done.rps)
+            pause_ms = max(0.0, pause_ms + 1000 * longer_s)
+            return done
+
+        for _ in range(PAUSE_STEPS):
+            paced(4)
         found, memory = [], []
         for minute in range(minutes):
-            done = load(
-                f"{server.url}/v1/predict", body=body, content_type=kind, connections=16,
-                seconds=60, warmup=0, pause_ms=pause_ms,
-            )  # fmt: skip
+            done = paced(60)
             found.append(done)
             memory.append(round(memory_mb(server)))
             click.echo(f"minute {minute + 1}: {done.rps:.0f}/s, p99 {done.p99_ms:.2f} ms")
