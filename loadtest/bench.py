@@ -97,8 +97,6 @@ def compare(
             for name, params in DEFENSES.items()
         }
         single = stack.enter_context(serving(**common, workers=1))
-        found.add("memory one worker", memory_mb(single))
-        found.add("memory all workers", memory_mb(servers["none"]))
         for number in range(rounds):
             for batch in (1, 32, BATCH):
                 found.add(f"model {batch}", limits.model(batch, seconds))
@@ -114,13 +112,17 @@ def compare(
                     found.add(f"{name} {count} client", share)
             done = images(single, body, kind, 32, seconds)
             found.add("one worker", done.rps)
-            found.add("all workers", images(servers["none"], body, kind, 32, seconds).rps)
+            for count in (32, 32 * CORES):
+                done = images(servers["none"], body, kind, count, seconds)
+                found.add(f"all workers {count}", done.rps)
             if batch_bytes(card) <= LimitSettings().max_body_bytes:
                 done = tensors(servers["none"], card, seconds)
                 errors += done.errors
                 found.add("tensors", BATCH * done.rps)
             found.add("model best", max(found.values[f"model {b}"][-1] for b in (32, BATCH)))
             click.echo(f"{model} {precision}: round {number + 1} of {rounds}")
+        found.add("memory one worker", memory_mb(single))
+        found.add("memory all workers", memory_mb(servers["none"]))
         stages = {name: stage_us(server, body, kind, seconds) for name, server in servers.items()}
     return {
         "model": model,
@@ -167,7 +169,8 @@ def ratios(found: Rounds, connections: list[int]) -> Iterator[tuple[str, float]]
         yield f"c{count} dcp over none p50", found.ratio(f"dcp {count} p50", f"none {count} p50")
     if "tensors" in found.values:
         yield "tensors over model-only", found.ratio("tensors", "model best")
-    yield "all workers over one", found.ratio("all workers", "one worker")
+    for count, words in ((32, "the same load"), (32 * CORES, "as much load for each")):
+        yield f"all workers over one, {words}", found.ratio(f"all workers {count}", "one worker")
 
 
 def picture(card: Card) -> tuple[bytes, str]:

@@ -129,7 +129,16 @@ TARGETS = [
     Target("tensors of 256 over model-only", ratio("tensors over model-only"), least=0.8),
     Target("dcp over none, answers per second at 32", ratio("c32 dcp over none rps"), least=0.98),
     Target("dcp over none, p50 at 1 connection", ratio("c1 dcp over none p50"), most=1.02),
-    Target("2 workers over 1", ratio("all workers over one"), least=1.8),
+    Target(
+        "2 workers over 1, 32 connections for each",
+        ratio("all workers over one, as much load for each"),
+        least=1.8,
+    ),
+    Target(
+        "2 workers over 1, 32 connections for both together",
+        ratio("all workers over one, the same load"),
+        least=1.8,
+    ),
     Target(
         "memory of one more worker, MB",
         lambda bench, peers: float(case_of(bench, *MAIN)["memory_mb"]["each_more"]),

@@ -33,7 +33,7 @@ def case(model="cifar10", **ratios):
             for name in ("over whole", "over model-only batch 1", "over model-only batch 32")
         }
         | {f"c{c} dcp over none {what}": 0.99 for c in (1, 8, 32, 64) for what in ("rps", "p50")}
-        | {"tensors over model-only": 0.7, "all workers over one": 1.8}
+        | {"tensors over model-only": 0.7, "all workers over one, the same load": 1.8}
         | ratios,
     }
 
