@@ -24,7 +24,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 WORKDIR /
 RUN SCUMBLE_ENGINE=onnxruntime /opt/venv/bin/scumble check \
     && /opt/venv/bin/scumble check \
-    && /opt/venv/bin/python3 -c "import app.supervisor, app.worker, app.admin, app.console.helper"
+    && /opt/venv/bin/python3 -c "import app.serve, app.supervisor, app.worker, app.admin, app.console.helper"
 
 FROM ${BASE_IMAGE}
 RUN useradd --no-log-init --uid 10001 --user-group --no-create-home scumble

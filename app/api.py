@@ -86,6 +86,7 @@ def build(service: Service, *, access_log: bool = False, tracing: Tracing | None
         ):
             preparing = asyncio.create_task(asyncio.to_thread(service.prepare))
             yield
+            service.state.draining = True
             await preparing
         service.close()
         if tracing is not None:

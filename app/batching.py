@@ -9,6 +9,7 @@ Whoever is not waited for any more when his turn comes (`app.patience`) is left 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
 from collections import deque
@@ -120,9 +121,10 @@ class Batcher:
         """For how long the current batch has been running; 0 if there is none."""
         return 0.0 if self._started is None else self._clock() - self._started
 
-    def prepare(self) -> None:
-        """Let the engine compile for the batches to come; on another thread."""
-        self._pipeline.engine.prepare(size for size in FAST if size <= self._max_size)
+    def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Let the engine compile for the batches to come, until told to stop; on another thread."""
+        sizes = (size for size in FAST if size <= self._max_size)
+        self._pipeline.engine.prepare(itertools.takewhile(lambda _: not stop(), sizes))
 
     def close(self) -> None:
         """Let the running batch finish and end the thread."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ def serve(settings: Settings) -> int:
     """Serve until SIGTERM or Ctrl-C; gives the exit code.
 
     Raises:
-        ConfigError: a port cannot be bound, or the certificate cannot be used.
+        ConfigError: a port cannot be bound, the certificate cannot be used, or no process started.
     """
     logs.configure(settings.log_level)
     open_certificate(settings)  # the workers open it themselves; a wrong one is better said once
@@ -28,9 +27,8 @@ def serve(settings: Settings) -> int:
         tempfile.TemporaryDirectory(prefix="scumble-metrics-") as folder,
         tempfile.TemporaryDirectory(prefix="scumble-model-") as copies,
     ):
-        # Workers inherit it; prometheus_client reads it when it is imported there.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        nursery = Nursery(settings.engine)
+        # prometheus_client reads it when it is imported: here, in no process but the workers'.
+        nursery = Nursery(settings.engine, {"PROMETHEUS_MULTIPROC_DIR": folder})
         from app.supervisor import Supervisor  # here: what workers need is imported meanwhile
 
         served = take(settings, Path(copies, "0"))

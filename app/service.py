@@ -59,10 +59,10 @@ class Batchers(NamedTuple):
     own: Batcher
     apart: Batcher
 
-    def prepare(self) -> None:
-        """Let the engines compile for the batches to come; on another thread."""
+    def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Let the engines compile for the batches to come, until told to stop."""
         for batcher in self:
-            batcher.prepare()
+            batcher.prepare(stop)
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ class Service:
     def prepare(self) -> None:
         """What the first requests need not wait for; on another thread."""
         try:
-            self.pixels.prepare()
-        except ConfigError as exc:  # the forms that are there answer as well
-            log.error("not all batch sizes can be prepared: %s", exc)
+            self.pixels.prepare(lambda: self.state.draining)
+        except Exception:  # the service answers without; nobody waits for what this returns
+            log.exception("not all batch sizes could be prepared")
         give_back()
 
     def close(self) -> None:

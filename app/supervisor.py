@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import uvicorn
@@ -30,7 +29,7 @@ from app.console.helper import Helper
 from app.dealer import Dealer
 from app.errors import ConfigError
 from app.incidents import End, Incidents
-from app.nursery import Nursery
+from app.nursery import Child, Nursery
 from app.settings import Settings
 from app.snapshot import take
 from app.watchdog import Watchdog
@@ -44,7 +43,7 @@ log = logging.getLogger("scumble")
 
 @dataclass
 class _Worker:
-    process: BaseProcess
+    process: Child
     pipe: Connection
     loaded: bool = False
     ready: bool = False
@@ -112,8 +111,7 @@ class Supervisor:
 
     def pids(self) -> dict[int, int]:
         """Process id by worker number."""
-        found = {number: child.process.pid for number, child in sorted(self._workers.items())}
-        return {number: pid for number, pid in found.items() if pid is not None}
+        return {number: child.process.pid for number, child in sorted(self._workers.items())}
 
     def connections(self) -> dict[int, int]:
         """Open connections by worker number."""
@@ -214,7 +212,7 @@ class Supervisor:
         if not done:
             for number in numbers:
                 if number in self._workers:
-                    self._workers[number].process.kill()
+                    self._workers[number].process.send(signal.SIGKILL)
         return done
 
     def _start(self, number: int, served: Settings) -> None:
@@ -222,16 +220,19 @@ class Supervisor:
             return
         ours, theirs = Pipe()
         hand = self._dealer.hand(number)
-        process = self._nursery(
-            f"worker-{number}",
-            worker.run,
-            served,
-            hand,
-            self._watchdog.pulse(number),
-            theirs,
-        )
-        theirs.close()
-        hand.channel.close()
+        try:
+            process = self._nursery(
+                f"worker-{number}", worker.run, served, hand, self._watchdog.pulse(number), theirs
+            )
+        except (OSError, EOFError) as exc:
+            log.error("a worker cannot be forked: %r", exc, extra={"worker": number})
+            ours.close()
+            self._dealer.gone(number)
+            self._lost(number, loaded=False)
+            return
+        finally:
+            theirs.close()
+            hand.channel.close()
         self._workers[number] = _Worker(process, ours)
         loop = asyncio.get_running_loop()
         loop.add_reader(ours.fileno(), self._heard, number)
@@ -274,26 +275,31 @@ class Supervisor:
         loop.remove_reader(child.process.sentinel)
         loop.remove_reader(child.pipe.fileno())
         child.pipe.close()
-        child.process.join()
+        exit_code = child.process.exit_code()
         mark_process_dead(child.process.pid, self._metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
+        if self._lost(number, loaded=child.loaded):
+            self._incidents.restarts[child.end].inc()
+            log.error(
+                "worker %s, starting another",
+                child.end,
+                extra={"worker": number, "exit_code": exit_code},
+            )
+
+    def _lost(self, number: int, *, loaded: bool) -> bool:
+        """A worker is not there; whether another will be."""
         if self._stopping.is_set():
-            return
+            return False
         if number not in self._serving:
             if self._arrived is not None and not self._arrived.done():
                 self._arrived.set_result(False)
-            return
-        if not self._said_ready and not child.loaded:
+            return False
+        if not self._said_ready and not loaded:
             # None ever was: the settings are at fault, and starting it again would fail as well.
             self._exit_code = 1
             self._stopping.set()
-            return
-        self._incidents.restarts[child.end].inc()
-        log.error(
-            "worker %s, starting another",
-            child.end,
-            extra={"worker": number, "exit_code": child.process.exitcode},
-        )
-        loop.call_later(RESTART_S, self._restart, number)
+            return False
+        asyncio.get_running_loop().call_later(RESTART_S, self._restart, number)
+        return True
 
     def _restart(self, number: int) -> None:
         if number in self._serving:  # no reload has replaced it meanwhile
@@ -337,7 +343,7 @@ class Supervisor:
         child.leaving = True
         self._dealer.leave(number)
         allowed = self._settings.http.keep_alive_s + self._settings.shutdown_timeout_s + GRACE_S
-        asyncio.get_running_loop().call_later(allowed, child.process.kill)
+        asyncio.get_running_loop().call_later(allowed, child.process.send, signal.SIGKILL)
 
     async def _watch(self) -> None:
         """Kill workers that hang; they are replaced like any that ends."""
@@ -346,12 +352,12 @@ class Supervisor:
             for number, child in self._workers.items():
                 if child.loaded and not child.leaving and self._watchdog.hung(number):
                     child.end = "hung"
-                    child.process.kill()
+                    child.process.send(signal.SIGKILL)
 
     async def _stop(self) -> None:
         log.info("draining", extra={"workers": len(self._workers)})
         for child in self._workers.values():
-            child.process.terminate()
+            child.process.send(signal.SIGTERM)
         await asyncio.sleep(self._settings.drain_delay_s)
         self._dealer.close()
         deadline = asyncio.get_running_loop().time() + self._settings.shutdown_timeout_s + GRACE_S
@@ -359,7 +365,7 @@ class Supervisor:
             await asyncio.sleep(0.02)
         for number, child in self._workers.items():
             log.error("worker does not end, killing it", extra={"worker": number})
-            child.process.kill()
+            child.process.send(signal.SIGKILL)
             self._exit_code = 1
         log.info("stopped")
 

@@ -104,8 +104,7 @@ class WorkerServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
-        """A terminal's Ctrl-C reaches all processes; only the supervisor acts on it."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        """A worker acts on SIGTERM alone, see `startup`; the others are the supervisor's."""
         yield
 
     def _take(self) -> None:
@@ -172,7 +171,6 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 def run(settings: Settings, hand: Hand, pulse: Pulse, pipe: Pipe) -> None:
     """Entry point of the process; exits 0 after draining, 1 when the settings cannot be served."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the supervisor acts on it
     logs.configure(settings.log_level)
     # Imported here: the supervisor imports this module too, and is smaller without the service.
     from app.main import create_app

@@ -246,7 +246,7 @@ def stage_us(server: Server, body: bytes, kind: str, seconds: int) -> dict[str, 
 
 
 def memory_mb(server: Server) -> float:
-    """Of the supervisor and its workers: the sum of PSS, in which shared pages count once."""
+    """Of all its processes: the sum of PSS, in which shared pages count once."""
     pids, kib = [server.process.pid], 0
     for pid in pids:
         place = Path(f"/proc/{pid}")

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -64,11 +64,12 @@ class Server:
 
     def forkers(self) -> list[int]:
         """Process id of what its workers are forked from; none until it starts. Linux only."""
-        return [
-            child
-            for child in children(self.process.pid)
-            if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]
+        found = []
+        for child in children(self.process.pid):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if b"forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(child)
+        return found
 
     def workers(self) -> list[int]:
         """Process ids of its workers, oldest first. Linux only."""
@@ -106,7 +107,7 @@ def variables(settings: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def start(settings: Mapping[str, object]) -> Server:
+def start(settings: Mapping[str, object], *, new_session: bool = False) -> Server:
     """Start `scumble serve`; does not wait. Ports are free ones unless given."""
     settings = {"port": 0, "admin_port": 0, **settings}
     started = time.perf_counter()
@@ -116,6 +117,7 @@ def start(settings: Mapping[str, object]) -> Server:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        start_new_session=new_session,
     )
     server = Server(process, started)
     threading.Thread(target=server.read_log, args=(process.stderr,), daemon=True).start()

@@ -8,6 +8,7 @@ parts. So is one whose form is just being compiled on another thread.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -20,15 +21,18 @@ import numpy as np
 CONVERTER = "openvino.tools.ovc"
 if "openvino" not in sys.modules:
     sys.modules[CONVERTER] = None  # type: ignore[assignment]  # Python's way to say: cannot be found
-import openvino as ov  # noqa: E402  # see above
-from openvino import properties as key  # noqa: E402
+try:
+    import openvino as ov
+    from openvino import properties as key
+finally:
+    if sys.modules.get(CONVERTER, sys) is None:
+        del sys.modules[CONVERTER]  # whoever imports it by name may have it
 
-if sys.modules.get(CONVERTER, sys) is None:
-    del sys.modules[CONVERTER]  # whoever imports it by name may have it
+from app.engines import FAST, Batch, Probs, size_within  # noqa: E402  # see above
+from app.errors import ConfigError  # noqa: E402  # see above
+from app.precision import Precision  # noqa: E402  # see above
 
-from app.engines import FAST, Batch, Probs, size_within  # noqa: E402
-from app.errors import ConfigError  # noqa: E402
-from app.precision import Precision  # noqa: E402
+log = logging.getLogger("scumble")
 
 # OpenVINO would take bf16 for float32 on processors that have it; int8 layers stay int8 under f32.
 HINTS: dict[Precision, ov.Type] = {
@@ -71,6 +75,7 @@ class OpenVino:
     ) -> None:
         self._compiled_for = compiled_for
         self._forms = forms
+        self._refused: set[int] = set()
         self._compiling = threading.Lock()
 
     def __call__(self, batch: Batch, /) -> Probs:
@@ -91,16 +96,28 @@ class OpenVino:
     def prepare(self, sizes: Iterable[int], /) -> None:
         """Compile their forms."""
         with self._compiling:
-            for size in map(size_within, sizes):
-                if size not in self._forms:
-                    self._forms[size] = Form(self._compiled_for(size))
+            for size in sizes:
+                self._compile(size)
 
     def _size(self, n: int) -> int:
         """Of the form that takes the most of `n` images."""
         size = size_within(n)
-        if size not in self._forms and not self._compiling.locked():
-            self.prepare([size])
+        if self._compiling.acquire(blocking=False):  # or another thread has it, for long
+            try:
+                self._compile(size)
+            finally:
+                self._compiling.release()
         return next(less for less in reversed(FAST) if less <= size and less in self._forms)
+
+    def _compile(self, size: int) -> None:
+        """With the lock. A size that cannot be is passed over: the forms that are there do."""
+        if size in self._forms or size in self._refused:
+            return
+        try:
+            self._forms[size] = Form(self._compiled_for(size))
+        except RuntimeError as exc:
+            self._refused.add(size)
+            log.error("openvino cannot run %d images at a time: %s", size, exc)
 
 
 def load(model: bytes, /, *, threads: int, precision: Precision) -> OpenVino:
@@ -126,10 +143,10 @@ def load(model: bytes, /, *, threads: int, precision: Precision) -> OpenVino:
 
     def compiled_for(size: int) -> ov.CompiledModel:
         shape[0] = size
-        try:
-            network.reshape(shape)
-            return core.compile_model(network, "CPU", config)
-        except RuntimeError as exc:
-            raise ConfigError(f"openvino cannot run {size} images at a time: {exc}") from exc
+        network.reshape(shape)
+        return core.compile_model(network, "CPU", config)
 
-    return OpenVino(compiled_for, {1: Form(compiled_for(1))})
+    try:
+        return OpenVino(compiled_for, {1: Form(compiled_for(1))})
+    except RuntimeError as exc:
+        raise ConfigError(f"openvino cannot run the model: {exc}") from exc

@@ -4,13 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from scumble.local import children, start
+from loadtest.peers.processes import stat
+from scumble.local import Server, children, start, variables
 from tests.app.test_faults import busy, post, stubborn  # noqa: F401  # a fixture
 
 pytestmark = pytest.mark.server
@@ -63,22 +65,124 @@ def test_a_request_is_answered_when_all_are_told_to_end(stubborn):  # noqa: F811
     assert server.wait() == 0
 
 
-def test_when_it_is_killed_there_is_another_with_new_workers(serve):
+def test_when_it_is_killed_its_workers_go_on_and_another_makes_new_ones(serve):
     server = serve(workers=2)
     before, (forker,) = server.workers(), server.forkers()
-    assert post(server).status_code == 200
     os.kill(forker, signal.SIGKILL)
-    wait_for(lambda: len(set(server.workers()) - set(before)) == 2 and ready(server))
+    wait_for(lambda: not server.forkers())
+    assert [post(server).status_code for _ in range(4)] == [200] * 4
+    assert ready(server)
+    assert all(Path(f"/proc/{pid}").exists() for pid in before)
+    os.kill(before[0], signal.SIGKILL)
+    wait_for(lambda: len(server.workers()) == 1 and ready(server))
     assert server.forkers() != [forker]
+    assert [post(server).status_code for _ in range(4)] == [200] * 4
+    assert server.stop() == 0
+    wait_for(lambda: stat(before[1]) is None)
+
+
+CANNOT_FORK = """
+import sys
+from app import nursery
+calls, fork = [], nursery.Nursery.__call__
+def sometimes(self, *args):
+    calls.append(args)
+    if len(calls) in map(int, sys.argv[1].split()):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork(self, *args)
+nursery.Nursery.__call__ = sometimes
+from scumble.cli import main
+main(["serve"])
+"""
+
+
+def start_that_cannot_fork(models, *calls: int) -> Server:
+    settings = {"model_dir": models, "model": "tiny", "workers": 2, "port": 0, "admin_port": 0}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CANNOT_FORK, " ".join(map(str, calls))],
+        env={**os.environ, **variables(settings)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    server = Server(process, time.perf_counter())
+    threading.Thread(target=server.read_log, args=(process.stderr,), daemon=True).start()
+    return server
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_no_fork_at_the_start_is_a_sentence_and_exit_1(models, call):
+    server = start_that_cannot_fork(models, call)
+    assert server.wait() == 1
+    text = " ".join(entry["event"] for entry in server.log)
+    assert "a worker cannot be forked: BlockingIOError" in text
+    assert "Traceback" not in text
+
+
+def test_no_fork_for_a_successor_is_tried_again(models):
+    server = start_that_cannot_fork(models, 3, 4)
+    server.wait_ready()
+    os.kill(server.workers()[0], signal.SIGKILL)
+    wait_for(lambda: sum("cannot be forked" in entry["event"] for entry in server.log) == 2)
+    wait_for(lambda: ready(server) and len(server.workers()) == 2)
+    assert server.stop() == 0
+
+
+def test_no_fork_in_a_reload_leaves_all_as_it_was_and_the_next_one_works(models):
+    server = start_that_cannot_fork(models, 4)
+    server.wait_ready()
+    before = server.workers()
+    assert httpx2.post(f"{server.admin}/reload", timeout=30).status_code == 500
+    wait_for(lambda: server.workers() == before)
+    assert httpx2.post(f"{server.admin}/reload", timeout=30).status_code == 200
+    assert not set(server.workers()[-2:]) & set(before)
+    assert server.stop() == 0
+
+
+def test_what_lies_in_the_current_folder_is_not_imported(models, tmp_path):
+    """Many a service is a file `app.py`."""
+    (tmp_path / "app.py").write_text("raise SystemExit('not this one')")
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("scumble"), "serve"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            **variables({"model_dir": models, "model": "tiny", "port": 0, "admin_port": 0}),
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    server = Server(process, time.perf_counter())
+    threading.Thread(target=server.read_log, args=(process.stderr,), daemon=True).start()
+    server.wait_ready()
     assert post(server).status_code == 200
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in before))
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("after_s", [0.2, 0.5, 0.8])
+def test_an_early_ctrl_c_ends_all_without_a_traceback(models, after_s):
+    server = start({"model_dir": models, "model": "tiny", "workers": 2}, new_session=True)
+    time.sleep(after_s)
+    os.killpg(server.process.pid, signal.SIGINT)
+    assert server.wait() in (0, 1, 130)
+    assert not [entry for entry in server.log if "Traceback" in entry["event"]]
+
+
+def test_a_folder_for_its_socket_that_is_too_deep_is_named(models, tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setenv("TMPDIR", str(deep))
+    server = start({"model_dir": models, "model": "tiny"})
+    assert server.wait() == 1
+    text = " ".join(entry["event"] for entry in server.log)
+    assert str(deep) in text
+    assert "Traceback" not in text
 
 
 def test_nothing_is_left_when_the_supervisor_is_killed(serve):
     server = serve(workers=2)
     all_of_them = [*children(server.process.pid), *server.workers()]
     server.stop(signal.SIGKILL)
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in all_of_them))
+    wait_for(lambda: not any(map(stat, all_of_them)))
 
 
 def test_a_worker_told_to_end_while_it_loads_ends(models):

@@ -53,6 +53,7 @@ def test_metrics_rise_by_exactly_the_requests_sent(serve, workers):
 def test_metrics_come_in_order_of_their_names_whichever_worker_counted_first(serve):
     server = serve(workers=2)
     names = re.findall(r"^# TYPE (\S+)", httpx2.get(f"{server.admin}/metrics").text, re.MULTILINE)
+    assert len(names) == len(set(names))
     counted_by_workers = names[: names.index("scumble_worker_resident_bytes")]
     assert len(counted_by_workers) > 5
     assert counted_by_workers == sorted(counted_by_workers)

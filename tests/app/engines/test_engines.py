@@ -120,6 +120,26 @@ def test_openvino_does_not_wait_for_a_form_that_another_thread_compiles(tiny):
     assert set(engine._forms) == {1, 4}
 
 
+def test_openvino_does_without_a_size_that_it_cannot_compile(tiny, caplog):
+    engine = load("openvino", tiny[0], threads=1, precision="float32")
+    compile_now = engine._compiled_for
+
+    def refuse_4(size):
+        if size == 4:
+            raise RuntimeError("no room")
+        return compile_now(size)
+
+    engine._compiled_for = refuse_4
+    engine.prepare(FAST)
+    x = pictures(7)
+    rows = np.concatenate([engine(x[i : i + 1]) for i in range(7)])
+    for n in (4, 7):
+        assert engine(x[:n]) == pytest.approx(rows[:n], abs=1e-5)
+    assert [entry.getMessage() for entry in caplog.records] == [
+        "openvino cannot run 4 images at a time: no room"
+    ]
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_answers_may_be_kept(name, tiny):
     run = load(name, tiny[0], threads=1, precision="float32")
