@@ -13,7 +13,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,65 +25,16 @@ from starlette.types import Scope
 
 from app import quota
 from app.clients import Clients
-from app.defenses import Defense
-from app.errors import ConfigError, Forbidden, OverBudget, Unauthorized, Unavailable
+from app.errors import ConfigError, OverBudget, Unauthorized, Unavailable
+from app.grants import Grant, Grants
 from app.keys import digest
 from app.routing import Endpoint
-from app.stores import Bucket, Charge, StateStore, StoreError
+from app.stores import Charge, StateStore, StoreError
 
 POLL_S = 1.0  # how soon a changed file counts
 SAY_S = 10.0  # how often the log says that the store is away
 OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
-NOBODY = bytes(32)  # compared with where no key matches, so that this takes as long
 log = logging.getLogger("scumble")
-
-
-@dataclass(frozen=True)
-class Grant:
-    """What a key allows.
-
-    Attributes:
-        id: of the key, for logs.
-        client: whose key it is; empty where there are no keys.
-        policy: name of what stands between the engine and this client, for logs.
-        digest: SHA-256 of the key.
-        revoked: the key was taken back.
-        routes: allowed paths, each with all below it; none for all.
-        defense: what stands between the engine and this client; None for the server's own.
-        buckets: what its images count against; the client's, then everybody's.
-        closed: refuse while the store is away.
-    """
-
-    id: str = ""
-    client: str = ""
-    policy: str = ""
-    digest: bytes = NOBODY
-    revoked: bool = False
-    routes: tuple[str, ...] = ()
-    defense: Defense | None = None
-    buckets: tuple[Bucket, ...] = ()
-    closed: bool = True
-
-    def allows(self, path: str) -> bool:
-        """Whether `path` is, or is below, one of the routes."""
-        return not self.routes or any(
-            path == route or path.startswith(route.rstrip("/") + "/") for route in self.routes
-        )
-
-    def check(self, path: str) -> None:
-        """Refuse what the key does not allow.
-
-        Raises:
-            Forbidden: it is revoked, or not for this path.
-        """
-        if self.revoked:
-            raise Forbidden("this API key has been revoked")
-        if not self.allows(path):
-            raise Forbidden("this API key is not for this route")
-
-
-Grants = Mapping[bytes, Grant]
-"""By the SHA-256 of their keys."""
 
 
 @dataclass

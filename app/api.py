@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -84,9 +85,10 @@ def build(service: Service, *, access_log: bool = False, tracing: Tracing | None
             service.audit.running() if service.audit else nullcontext(),
             service.access.running() if service.access else nullcontext(),
         ):
-            preparing = asyncio.create_task(asyncio.to_thread(service.prepare))
+            ending = threading.Event()
+            preparing = asyncio.create_task(asyncio.to_thread(service.prepare, ending.is_set))
             yield
-            service.state.draining = True
+            ending.set()
             await preparing
         service.close()
         if tracing is not None:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from app import defenses, engines
-from app.access import Access, Grant, Grants
+from app.access import Access
 from app.api import build
 from app.audit import Audit
 from app.auxiliary import Auxiliaries
@@ -21,6 +21,7 @@ from app.batching import Batcher
 from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
 from app.chain_file import ChainFile
 from app.errors import ConfigError
+from app.grants import Grant, Grants
 from app.graph import tensor_input
 from app.keys import KeyFile, read_keys
 from app.late import Late

@@ -7,13 +7,13 @@ from typing import Any
 
 import orjson
 
-from app.access import Grant, Grants
 from app.defenses import Defense, DefenseError
 from app.defenses.chain import Chain
 from app.defenses.label import Label
 from app.defenses.round import Round
 from app.defenses.top_k import TopK
 from app.errors import ConfigError
+from app.grants import Grant, Grants
 from app.keys import Key, KeyFile, Output
 from app.quota import client_buckets
 from app.stores import Bucket

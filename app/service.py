@@ -158,10 +158,10 @@ class Service:
                 f"no version {version[:64]!r} of {name!r}; there is {self.card.version!r}"
             )
 
-    def prepare(self) -> None:
-        """What the first requests need not wait for; on another thread."""
+    def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """What the first requests need not wait for, until told to stop; on another thread."""
         try:
-            self.pixels.prepare(lambda: self.state.draining)
+            self.pixels.prepare(stop)
         except Exception:  # the service answers without; nobody waits for what this returns
             log.exception("not all batch sizes could be prepared")
         give_back()
