@@ -37,8 +37,8 @@ from scipy.stats import mannwhitneyu
 from app.keys import Key, KeyFile, KeyLimits, digest, new_key, write_keys
 from app.metrics import FLUSH_S
 from loadtest.chaos import DIGIT, redis_in
-from loadtest.latency import processor
 from scumble.local import Server, serving
+from scumble.machine import processor
 
 OUT = Path(__file__).with_suffix(".json")
 CONNECTIONS = 8

@@ -37,10 +37,10 @@ from app.bundle import Card, golden_inputs, open_bundle
 from app.metrics import FLUSH_S
 from app.precision import Precision
 from app.settings import LimitSettings, default_model_dir
-from loadtest.latency import processor
 from loadtest.limits import Limits
 from loadtest.wrk import Load, load
 from scumble.local import Server, serving
+from scumble.machine import processor
 from scumble.wire import encode
 
 OUT = Path(__file__).with_suffix(".json")

@@ -28,7 +28,7 @@ from app.quota import client_buckets
 from app.stores.redis import CONNECTIONS, RedisStore
 from loadtest.bench import CORES
 from loadtest.chaos import redis_in
-from loadtest.latency import processor
+from scumble.machine import processor
 
 OUT = Path(__file__).with_suffix(".json")
 CLIENTS = 10_000

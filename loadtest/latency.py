@@ -26,6 +26,7 @@ import numpy as np
 from app.bundle import golden_inputs, open_bundle
 from app.settings import default_model_dir
 from scumble.local import Server, serving
+from scumble.machine import processor
 from scumble.wire import encode
 
 OUT = Path(__file__).with_suffix(".json")
@@ -131,14 +132,6 @@ def main(pairs: int, rounds: int, requests: int, out: Path) -> None:
         "cases": cases,
     }
     out.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()
 
 
 if __name__ == "__main__":

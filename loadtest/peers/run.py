@@ -43,7 +43,6 @@ from app.bundle import golden_inputs, open_bundle
 from app.defenses import configure
 from app.precision import Precision
 from app.settings import default_model_dir
-from loadtest.latency import processor
 from loadtest.limits import Limits
 from loadtest.peers.classifier import ROOT
 from loadtest.peers.environments import HERE, RUNS, interpreter, versions
@@ -51,6 +50,7 @@ from loadtest.peers.figures import Story, Visit, entry
 from loadtest.peers.processes import Running, running
 from loadtest.wrk import Load, load
 from scumble.local import variables
+from scumble.machine import processor
 from scumble.wire import encode
 
 OUT = HERE.parent / "peers.json"
