@@ -25,7 +25,7 @@ lint: .venv/.dev ## ruff, mypy, import contracts, hadolint, shellcheck, yamllint
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile docker/attacker/Dockerfile
 	$(BIN)/shellcheck .ci/run docker/*.sh
-	$(BIN)/yamllint --strict .yamllint.yml docker-compose.yml docker
+	$(BIN)/yamllint --strict .yamllint.yml docker-compose.yml docker deploy
 
 format: .venv/.dev ## let ruff put the code in order
 	$(BIN)/ruff check --fix .

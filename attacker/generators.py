@@ -41,7 +41,8 @@ class Generator(nn.Module):
 
     def forward(self, noise: Tensor) -> Tensor:
         """x̂ (N, C, H, W) of noise (N, nz)."""
-        with torch.autocast("cpu", torch.bfloat16):
+        noise = noise.to(self.linear.weight.device)
+        with torch.autocast(noise.device.type, torch.bfloat16):
             maps = self.linear(noise).view(-1, *self.start)
             out: Tensor = self.layers(maps.contiguous(memory_format=torch.channels_last))
         # Sides that are no multiple of four lose the border.

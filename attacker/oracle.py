@@ -147,7 +147,11 @@ class HttpOracle:
         )
         self._http.headers.update(headers or {})
         self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(30.0, retries))
-        self.model = model or self._model(url)
+        try:
+            self.model = model or self._model(url)
+        except Exception:
+            self._http.close()  # nobody gets an oracle to close
+            raise
         size = self.model["input"]
         self.shape = (size["channels"], size["height"], size["width"])
         self.labels = len(self.model["labels"])

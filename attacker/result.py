@@ -108,11 +108,12 @@ class Point(Part):
 
 
 class Machine(Part):
-    """Where it ran."""
+    """Where it ran; `gpu` is None where networks ran on the processor."""
 
     processor: str
     threads: Count
     torch: str
+    gpu: str | None = None
 
 
 class Result(Part):

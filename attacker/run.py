@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
-from attacker import adapt, attacks, consent, settings, students, template
+from attacker import adapt, attacks, consent, device, settings, students, template
 from attacker.attacks import Attack
 from attacker.errors import AttackError, OracleUnavailable, ResumeMismatch
 from attacker.oracle import HttpOracle, Oracle
@@ -43,6 +42,7 @@ from attacker.result import (
 )
 from attacker.transports import TRANSPORTS, Probs
 from scumble.data import Dataset, load
+from scumble.machine import processor
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def run(
         before = first_count(job.admin, out)
         attack(adapt.apply(modifiers, wrap(oracle), student), student, own, truth)
         counted = None if before is None else count(job.admin) - before
-        torch.save(student.state_dict(), out / "copy.pt")
+        students.save(student, out / "copy.pt")
         result = Result(
             scumble=version("scumble"),
             command=command,
@@ -174,9 +174,10 @@ def run(
             scores=truth.scores(student),
             curve=tuple(truth.curve),
             machine=Machine(
-                processor=platform.processor() or platform.machine(),
+                processor=processor(),
                 threads=torch.get_num_threads(),
                 torch=torch.__version__,
+                gpu=device.gpu(),
             ),
         )
     write(result, out / "result.json")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attacker import device
 from attacker.errors import AttackError
 from attacker.transports import Images, Probs
 from training.nets import Normalize, resnet9, small_cnn
@@ -155,7 +156,7 @@ def make(
         name = "small_cnn" if shape[0] == 1 else "resnet9"
     if name not in STUDENTS:
         raise AttackError(f"student is {name!r}; allowed: auto, {', '.join(STUDENTS)}")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         body = STUDENTS[name](shape[0], labels)
     net = nn.Sequential(Normalize([0.5] * shape[0], [0.25] * shape[0]), body)
@@ -164,12 +165,19 @@ def make(
             net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as exc:  # torch raises a dozen kinds for a wrong file
             raise AttackError(f"weights {str(weights)!r} do not fit {name}: {exc}") from exc
-    return net.to(memory_format=torch.channels_last)
+    return net.to(device.best()).to(memory_format=torch.channels_last)
 
 
-def usable(answers: Probs) -> Tensor:
+def save(net: nn.Module, path: Path) -> None:
+    """Write the weights of a student, to be read also by machines without a GPU."""
+    weights = net.state_dict()
+    weights.update({name: weight.cpu() for name, weight in weights.items()})
+    torch.save(weights, path)
+
+
+def usable(answers: Tensor) -> Tensor:
     """Answers (N, K) as targets: clamped to `TINY`, rows that sum to 1; NaN rows stay."""
-    y = torch.from_numpy(answers).clamp_min(TINY)
+    y = answers.clamp_min(TINY)
     return y / y.sum(1, keepdim=True)
 
 
@@ -206,7 +214,7 @@ def fit(
     if kept.sum() < 2:
         raise AttackError(f"{kept.sum()} of {len(answers)} answers can be used; at least 2 needed")
     rng = torch.Generator().manual_seed(fitting.seed)
-    x, y = torch.from_numpy(images[kept]), usable(answers[kept])
+    x, y = torch.from_numpy(images[kept]), usable(torch.from_numpy(answers[kept]))
     # Batch norm needs two images; a last batch of one is left to the next epoch.
     steps = fitting.epochs * (len(x) // fitting.batch + (len(x) % fitting.batch > 1))
     optimizer = OPTIMIZERS[fitting.optimizer](net, fitting)
@@ -218,7 +226,7 @@ def fit(
     whole = (rows for rows in batches(len(x), fitting.batch, fitting.epochs, rng) if len(rows) > 1)
     for step, rows in enumerate(whole):
         logits = forward(net, augment(x[rows], rng))
-        loss = loss_of(logits, y[rows])
+        loss = loss_of(logits, y[rows].to(logits.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -233,7 +241,8 @@ def fit(
 
 def forward(net: nn.Module, x: Tensor) -> Tensor:
     """Logits (N, K) in float32; the layers may work in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16):
+    x = x.to(device.of(net))
+    with torch.autocast(x.device.type, torch.bfloat16):
         logits: Tensor = net(x.contiguous(memory_format=torch.channels_last))
     return logits.float()
 
@@ -243,7 +252,10 @@ def predict(net: nn.Module, images: Images, batch: int = 500) -> Probs:
     """Probabilities (N, K) of the copy; leaves it in the mode it was in."""
     training = net.training
     net.eval()
-    x = torch.from_numpy(images)
-    parts = [net(x[i : i + batch]).softmax(1).numpy() for i in range(0, len(x), batch)]
+    where = device.of(net)
+    parts = [
+        net(part.to(where)).softmax(1).cpu().numpy()
+        for part in torch.from_numpy(images).split(batch)
+    ]
     net.train(training)
     return np.concatenate(parts)

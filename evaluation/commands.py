@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
@@ -21,7 +22,7 @@ from rich.table import Table
 from attacker import consent
 from attacker.errors import AttackError
 from evaluation.cells import Cell, Defended
-from evaluation.plans import PLANS
+from evaluation.plans import PLANS, published
 from evaluation.record import BadRecord, Record, read
 from evaluation.referee import judge
 from evaluation.summary import summarise
@@ -93,7 +94,10 @@ RUNS = Path("runs/evaluate")
 )
 @click.option("--i-have-the-owners-consent", "consented", is_flag=True)
 @click.option("--owner-token", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.pass_context
 def evaluate(
+    ctx: click.Context,
+    /,
     plans: tuple[str, ...],
     seeds: int,
     root: Path | None,
@@ -109,7 +113,7 @@ def evaluate(
     try:
         if options["url"]:
             headers = consent.check(options["url"], consent=consented, token=owner_token)
-        cells = [cell for name in plans for cell in PLANS[name]()] or [single(**options)]
+        cells = planned(ctx, plans, options) if plans else [single(**options)]
     except (AttackError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     cells = list({cell.key: cell for cell in seeded(cells, seeds)}.values())
@@ -144,6 +148,24 @@ def evaluate(
     show([read(out / f"{c.key}.json") for c in cells if done(out / f"{c.key}.json")], console)
     if failed:
         raise click.ClickException(f"{failed} of {len(waiting)} cells failed")
+
+
+def planned(ctx: click.Context, plans: tuple[str, ...], options: dict[str, str]) -> list[Cell]:
+    """The cells of the plans, as `--profile` has them.
+
+    Raises:
+        click.UsageError: another option of a cell was given, which would change nothing.
+    """
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if (name := str(parameter.name)) in options.keys() - {"profile"}
+        and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"--plan has cells of its own: leave out {', '.join(given)}")
+    cells = [cell for name in plans for cell in PLANS[name]()]
+    return [published(cell) for cell in cells] if options["profile"] == "paper" else cells
 
 
 def single(*, defense: str, params: str, url: str | None, adapt: str, **options: str) -> Cell:

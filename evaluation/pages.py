@@ -40,7 +40,8 @@ def results(records: list[Record], bench: Bench) -> str:
         *(part for group in groups(lines) for part in (heading(group[0]), compared(group))),
         "## Latency",
         (HERE / "results.latency.md").read_text().rstrip(),
-        f"`{bench['command']}`, [bench.json](../evaluation/results/bench.json)"
+        f"`{bench['command']}`, [bench.json](../evaluation/results/bench.json): "
+        f"{bench['cores']} cores, {bench['processor']}."
         if bench
         else "Not measured yet: `scumble bench defenses`.",
         *([latency(bench)] if bench else []),

@@ -193,7 +193,7 @@ def compare(url: str, clean_url: str, test: Dataset, headers: dict[str, str] | N
         clean = oracle(images)
     rows = ask(url, images, headers)
     distances = scores.l1(rows, clean)
-    latency = latencies({"served": url, "clean": clean_url}, test, REQUESTS)
+    latency = latencies({"served": url, "clean": clean_url}, test, REQUESTS, headers=headers)
     return Served(
         images=len(test),
         accuracy=scores.accuracy(rows, test.labels),

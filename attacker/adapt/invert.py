@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from attacker import device
 from attacker.adapt.base import (
     Mapped,
     check_choice,
@@ -104,13 +105,13 @@ class Invert:
 
 def _opinion(student: nn.Module, images: Images) -> Array:
     """The student's rows (N, K), without a trace of the asking in it."""
-    device = next((parameter.device for parameter in student.parameters()), None)
+    where = device.of(student)
     modes = [(module, module.training) for module in student.modules()]
     student.eval()
     try:
         with torch.no_grad():
             parts = [
-                student(part.to(device)).double().softmax(dim=1).cpu()
+                student(part.to(where)).double().softmax(dim=1).cpu()
                 for part in torch.from_numpy(images).split(CHUNK)
             ]
     finally:

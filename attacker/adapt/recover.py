@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from attacker import device
 from attacker.adapt.base import Mapped, check_integer, check_number, check_positives
 from attacker.adapt.maps import Array, gate, perturb
 from attacker.adapt.posteriors import draw
@@ -67,11 +68,11 @@ class Recover:
 
         def answer(rows: Probs, images: Images) -> Probs:
             del images
-            y = torch.from_numpy(rows)
+            y = torch.from_numpy(rows).to(device.of(network))
             y, order = y.sort(dim=1, descending=True, stable=True)
             with torch.no_grad():
                 p = network(y).softmax(dim=1)
-            cleaned: Probs = torch.empty_like(p).scatter_(1, order, p).numpy()
+            cleaned: Probs = torch.empty_like(p).scatter_(1, order, p).cpu().numpy()
             return cleaned
 
         return Mapped(oracle, answer)
@@ -86,6 +87,8 @@ class Recover:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             network = _Denoiser(classes, self.hidden)
+        where = device.best()
+        y, p, network = y.to(where), p.to(where), network.to(where)
         generator = torch.Generator().manual_seed(self.seed)
         optimizer = torch.optim.Adam(network.parameters(), lr=self.learning_rate)
         steps = self.epochs * -(-self.pairs // BATCH)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attacker import device
 from attacker.attacks.zeroth import ask, default_step, estimate
 from attacker.errors import AttackError, BudgetExhausted
 from attacker.generators import Generator, images, noise
@@ -71,9 +72,10 @@ class Dfme:
             raise AttackError(f"the budget is {budget}; one iteration of dfme costs {cost} queries")
         step = self.step or default_step(oracle)
         rng = torch.Generator().manual_seed(self.seed)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             generator = Generator(oracle.shape, nz=self.nz, width=self.width)
+        generator.to(device.best())
         sgd = torch.optim.SGD(
             student.parameters(), self.lr_s, momentum=0.9, weight_decay=self.weight_decay
         )
@@ -145,7 +147,7 @@ class Dfme:
 
 def distance(logits: Tensor, y: Tensor) -> Tensor:
     """Mean over the classes of |S − V| per row, (N,); V = ln y less its mean."""
-    v = usable(y.numpy()).log()
+    v = usable(y).log()
     return (logits - (v - v.mean(1, keepdim=True))).abs().mean(1)
 
 

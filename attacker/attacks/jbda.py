@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from attacker import device
 from attacker.errors import AttackError, BudgetExhausted
 from attacker.oracle import Oracle
 from attacker.pool import Pool
@@ -73,13 +74,15 @@ class Jbda:
     def _steps(self, student: nn.Module, x: Images, y: Probs) -> Images:
         """One step from each image, back into [0, 1]; thrown-away answers give no direction."""
         kept = np.isfinite(y).all(1)
+        where = device.of(student)
         parts = []
         for i in range(0, int(kept.sum()), 500):
-            batch = torch.from_numpy(x[kept][i : i + 500]).requires_grad_()
-            labels = torch.from_numpy(y[kept][i : i + 500].argmax(1))
+            batch = torch.from_numpy(x[kept][i : i + 500]).to(where).requires_grad_()
+            labels = torch.from_numpy(y[kept][i : i + 500].argmax(1)).to(where)
             student(batch).gather(1, labels[:, None]).sum().backward()
             assert batch.grad is not None  # noqa: S101 it has just been computed
-            parts.append((batch + self.lam * batch.grad.sign()).clamp(0, 1).detach().numpy())
+            moved = (batch + self.lam * batch.grad.sign()).clamp(0, 1)
+            parts.append(moved.detach().cpu().numpy())
         return np.concatenate(parts)
 
 

@@ -137,13 +137,13 @@ class Bandit:
         kept = np.isfinite(answers).all(1)
         if kept.sum() < 2:  # batch norm needs two
             return
-        y, actions = usable(answers[kept]), self._pool.labels[rows[kept]]
+        y, actions = usable(torch.from_numpy(answers[kept])), self._pool.labels[rows[kept]]
         x = torch.from_numpy(self._pool.images[rows[kept]])
         self._student.train()
-        losses = F.cross_entropy(forward(self._student, x), y, reduction="none")
-        for z, reward in zip(
-            actions, self._reward(y.numpy(), losses.detach().numpy()), strict=True
-        ):
+        logits = forward(self._student, x)
+        losses = F.cross_entropy(logits, y.to(logits.device), reduction="none")
+        rewards = self._reward(y.numpy(), losses.detach().cpu().numpy())
+        for z, reward in zip(actions, rewards, strict=True):
             self._taken[z] += 1
             policy = self.policy() if any(self._left) else np.full(len(self.h), 1 / len(self.h))
             step = reward / self._taken[z]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attacker import device
 from attacker.attacks.zeroth import ask, default_step, estimate
 from attacker.errors import AttackError, BudgetExhausted
 from attacker.generators import Generator, images, noise
@@ -71,9 +72,10 @@ class Maze:
         if budget < cost:
             raise AttackError(f"the budget is {budget}; one iteration of maze costs {cost} queries")
         rng = torch.Generator().manual_seed(self.seed)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             generator = Generator(oracle.shape, nz=self.nz, width=self.width, affine=True)
+        generator.to(device.best())
         clone = torch.optim.SGD(
             student.parameters(), self.lr_s, momentum=0.9, weight_decay=self.weight_decay
         )
@@ -138,14 +140,14 @@ class Memory:
     """The last answers, in a ring; images as float16, whose step of 1/2048 near 1 loses nothing."""
 
     def __init__(self, size: int, shape: tuple[int, int, int], labels: int) -> None:
-        self._x = torch.empty(size, *shape, dtype=torch.float16)
-        self._y = torch.empty(size, labels)
+        self._x = torch.empty(size, *shape, dtype=torch.float16, device=device.best())
+        self._y = torch.empty(size, labels, device=device.best())
         self._seen = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Remember images (N, C, H, W) and their answers (N, K)."""
         places = (self._seen + torch.arange(len(x))) % len(self._x)
-        self._x[places], self._y[places] = x.half(), y
+        self._x[places], self._y[places] = x.to(self._x), y.to(self._y)
         self._seen += len(x)
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -167,7 +169,7 @@ def imitate(student: nn.Module, clone: torch.optim.Optimizer, x: Tensor, y: Tens
 
 def divergence(logits: Tensor, y: Tensor) -> Tensor:
     """KL(V ‖ S) per row, (N,)."""
-    y = usable(y.numpy())
+    y = usable(y)
     return F.kl_div(logits.log_softmax(1), y, reduction="none").sum(1)
 
 

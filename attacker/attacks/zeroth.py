@@ -43,7 +43,8 @@ def sphere(n: int, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
 
 def ask(oracle: Oracle, x: Tensor) -> Tensor:
     """Answers (N, K) about images (N, C, H, W) in [0, 1]."""
-    return torch.from_numpy(oracle(np.ascontiguousarray(x.detach().numpy(), np.float32)))
+    answers = oracle(np.ascontiguousarray(x.detach().cpu().numpy(), np.float32))
+    return torch.from_numpy(answers).to(x.device)
 
 
 def estimate(
@@ -73,7 +74,7 @@ def estimate(
     """
     n, d = len(x), x[0].numel()
     with torch.no_grad():
-        u = sphere(n * directions, x.shape[1:], rng)
+        u = sphere(n * directions, x.shape[1:], rng).to(x.device)
         moved = images(x.repeat_interleave(directions, 0) + step * u)
         base = images(x)
         answers = ask(oracle, torch.cat([base, moved]))

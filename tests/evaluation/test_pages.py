@@ -172,4 +172,4 @@ def test_the_committed_report_has_the_verdicts_of_the_records():
 
 def test_the_bench_is_of_this_form():
     bench = json.loads(pages.BENCH.read_text())
-    assert {"command", "cores", "packages", "cases"} <= set(bench)
+    assert {"command", "cores", "processor", "packages", "cases"} <= set(bench)

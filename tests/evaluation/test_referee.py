@@ -8,13 +8,18 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from app.keys import KeyFile, write_keys
+from attacker import attacks
+from attacker.errors import AttackError
+from attacker.run import configure
 from evaluation import commands, pages
 from evaluation.cells import Cell, Defended
-from evaluation.plans import PLANS
+from evaluation.plans import PLANS, published
 from evaluation.record import BadRecord, read
-from evaluation.referee import Recorder, judge
+from evaluation.referee import Recorder, job, judge
 from evaluation.summary import best, load, summarise
 from scumble.cli import main
+from tests.app.test_access import row
 
 SMALL = ("fit.epochs=1", "attack.curve=[]")
 
@@ -118,6 +123,19 @@ def test_a_service_at_a_url_is_judged_too(cell, serve, tmp_path):
     assert record.attack.ledger.server is None
 
 
+@pytest.mark.server
+def test_so_is_one_that_asks_for_a_key(cell, serve, tmp_path):
+    keys = tmp_path / "keys.json"
+    write_keys(keys, KeyFile(keys=(row("owner"),)))
+    theirs = serve(defense="round", defense_params={"decimals": 1}, keys_file=keys)
+    one = replace(cell, defense=Defended("theirs", url=theirs.url))
+    headers = {"Authorization": "Bearer owner"}
+    record = judge(one, tmp_path / "url", root=None, command="test", headers=headers)
+    assert record.served.l1_mean > 0
+    with pytest.raises(AttackError, match="401"):
+        judge(one, tmp_path / "keyless", root=None, command="test")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -187,6 +205,45 @@ def test_the_recorder_keeps_a_uniform_sample():
     small = Recorder(Counting(), 200, seed=0)
     small(np.zeros((3, 1, 1, 1), np.float32))
     assert len(small.sample()[0]) == 3
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_published_cells_have_the_papers_attack_and_nothing_of_the_plans(plan):
+    same = "victim", "precision", "defense", "attack", "queries", "adapt", "transport", "seed"
+    for cell in PLANS[plan]():
+        paper = published(cell)
+        assert all(getattr(paper, name) == getattr(cell, name) for name in same)
+        assert paper.budget > cell.budget
+        assert (paper.student, paper.test_images) == ("auto", 0)
+        attack, modifiers = configure(job(paper, "http://localhost", None, None, 1))
+        assert attack == attacks.make(cell.attack, "paper", seed=cell.seed)
+        assert modifiers == configure(job(cell, "http://localhost", None, None, 1))[1]
+
+
+def test_the_profile_of_a_plan_counts(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(commands, "seeded", lambda cells, _: seen.extend(cells) or [])
+    words = ["evaluate", "--plan", "matrix", "--out", str(tmp_path)]
+    for profile in ("cpu", "paper"):
+        done = CliRunner().invoke(main, [*words, "--profile", profile])
+        assert done.exit_code == 0, done.output
+    ours = list(PLANS["matrix"]())
+    assert seen == [*ours, *map(published, ours)]
+    assert {cell.budget for cell in seen[len(ours) :]} == {50_000}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--defense", "dcp"], "--defense"),
+        (["--set", "fit.epochs=1", "--profile", "paper"], "--set"),
+        (["--budget", "20000", "--transport", "png"], "--budget, --transport"),
+    ],
+)
+def test_options_that_a_plan_would_ignore_are_refused(words, named, tmp_path):
+    done = CliRunner().invoke(main, ["evaluate", "--plan", "ci", *words, "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert f"--plan has cells of its own: leave out {named}\n" in done.output
 
 
 @pytest.mark.parametrize("plan", PLANS)
