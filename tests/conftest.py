@@ -24,7 +24,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_configure():
-    # A shell that starts the suite in the background has it ignore Ctrl-C, and with it its children.
+    # A shell that starts the suite in the background has it ignore Ctrl-C, and its children, too.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
