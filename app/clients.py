@@ -58,6 +58,8 @@ class Clients:
 
     def charged(self, client: str, buckets: Sequence[Bucket], charge: Charge) -> None:
         """What is left of a client's budgets, granted or not."""
-        for budget, bucket, left in by_client(buckets, charge):
+        for name, bucket, left in by_client(buckets, charge):
+            # Keys of one client may have windows of different lengths: each is its own series.
+            budget = f"{name}_{bucket.window_s}s" if bucket.window_s else name
             self._child(self._limit, client, budget).set(bucket.limit)
             self._child(self._left, client, budget).set(left)

@@ -120,6 +120,33 @@ def digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+def refuse_contradictions(file: KeyFile) -> None:
+    """Refuse a file whose keys disagree about a budget that they share.
+
+    Keys of one client share what they count: their totals, and windows of the same length. Which of
+    two limits holds would depend on the key that asks. Revoked keys ask nothing.
+
+    Raises:
+        ConfigError: two keys of a client name different limits; says which.
+    """
+    first: dict[tuple[str, int], tuple[str, int]] = {}
+    for key in file.keys:
+        if key.revoked is not None:
+            continue
+        limits = key.limits
+        for window_s, images in ((limits.window_s, limits.window_images), (0, limits.total_images)):
+            if images is None:
+                continue
+            other, allowed = first.setdefault((key.client, window_s), (key.id, images))
+            if images != allowed:
+                budget = f"images in {window_s} s" if window_s else "images in total"
+                raise ConfigError(
+                    f"keys {other!r} and {key.id!r} of client {key.client!r} share a budget and "
+                    f"name different limits for it: {allowed} and {images} {budget}; allowed: the "
+                    "same limit in all keys of a client that are not revoked"
+                )
+
+
 def read_keys(path: Path) -> KeyFile:
     """The keys of a file.
 
@@ -172,14 +199,17 @@ def add_key(path: Path, key: Key) -> None:
     """Add a key; the file is made if it is not there.
 
     Raises:
-        ConfigError: the file is broken, or has a key of that id.
+        ConfigError: the file is broken, has a key of that id, or one of the same client whose
+            limits contradict.
         OSError: the folder cannot be read or written.
     """
     with changing(path):
         keys = read_keys(path).keys if path.exists() else ()
         if any(old.id == key.id for old in keys):
             raise ConfigError(f"{path} has a key {key.id!r} already")
-        write_keys(path, KeyFile(keys=(*keys, key)))
+        file = KeyFile(keys=(*keys, key))
+        refuse_contradictions(file)
+        write_keys(path, file)
 
 
 def revoke_key(path: Path, key_id: str, now: datetime) -> Key:

@@ -14,7 +14,7 @@ from app.defenses.round import Round
 from app.defenses.top_k import TopK
 from app.errors import ConfigError
 from app.grants import Grant, Grants
-from app.keys import Key, KeyFile, Output
+from app.keys import Key, KeyFile, Output, refuse_contradictions
 from app.quota import client_buckets
 from app.stores import Bucket
 
@@ -49,8 +49,10 @@ class Policies:
         """The grants of all keys of a file.
 
         Raises:
-            ConfigError: a key names a defense that cannot be made; says which key and why.
+            ConfigError: a key names a defense that cannot be made, or two contradict each other;
+                says which and why.
         """
+        refuse_contradictions(file)
         old, self._built = self._built, {self._server: self._built[self._server]}
         try:
             return {bytes.fromhex(key.sha256): self._grant(key, old) for key in file.keys}

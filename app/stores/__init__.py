@@ -30,8 +30,12 @@ class StoreError(ScumbleError):
 class Bucket:
     """A number of images for a time.
 
+    Two buckets of one name and different windows are counted apart: a shared count would belong to
+    whichever window asked last. A limit is not part of what is counted, so it can be raised and
+    lowered.
+
     Attributes:
-        name: the same in all workers; what is counted under it.
+        name: the same in all workers.
         limit: images.
         window_s: seconds from the first image on, after which counting starts anew; 0 for never.
     """
@@ -39,6 +43,11 @@ class Bucket:
     name: str
     limit: int
     window_s: int = 0
+
+    @property
+    def key(self) -> str:
+        """What stores count under."""
+        return f"{self.name}:{self.window_s}" if self.window_s else self.name
 
 
 @dataclass(frozen=True)

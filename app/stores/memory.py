@@ -13,16 +13,16 @@ class MemoryStore:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._rows: dict[str, tuple[int, float]] = {}  # name -> images, start of the window
+        self._rows: dict[str, tuple[int, float]] = {}  # key -> images, start of the window
 
     async def charge(self, buckets: Sequence[Bucket], images: int) -> Charge:
         """Add to all buckets or none."""
         now = self._clock()
-        rows = [current(self._rows.get(bucket.name), bucket, now) for bucket in buckets]
+        rows = [current(self._rows.get(bucket.key), bucket, now) for bucket in buckets]
         charge = decide(buckets, rows, images, now)
         if charge.granted:
             self._rows.update(
-                (bucket.name, (level.used, level.start))
+                (bucket.key, (level.used, level.start))
                 for bucket, level in zip(buckets, charge.levels, strict=True)
             )
         return charge
@@ -30,9 +30,9 @@ class MemoryStore:
     async def refund(self, buckets: Sequence[Bucket], images: int, charge: Charge) -> None:
         """Take a charge back."""
         for bucket, level in zip(buckets, charge.levels, strict=True):
-            used, start = self._rows.get(bucket.name, (0, 0.0))
+            used, start = self._rows.get(bucket.key, (0, 0.0))
             if start == level.start:
-                self._rows[bucket.name] = max(0, used - images), start
+                self._rows[bucket.key] = max(0, used - images), start
 
     async def ping(self) -> None:
         """It is always there."""

@@ -117,6 +117,6 @@ class RedisStore:
 
     async def _run(self, script: Any, buckets: Sequence[Bucket], arguments: list[Any]) -> Any:
         try:
-            return await script(keys=[TAG + bucket.name for bucket in buckets], args=arguments)
+            return await script(keys=[TAG + bucket.key for bucket in buckets], args=arguments)
         except (RedisError, OSError) as exc:
             raise StoreError(f"redis: {type(exc).__name__}: {exc}") from exc

@@ -75,7 +75,7 @@ class SqliteStore:
                 self._db.executemany(
                     "INSERT OR REPLACE INTO buckets VALUES (?, ?, ?)",
                     [
-                        (bucket.name, level.used, level.start)
+                        (bucket.key, level.used, level.start)
                         for bucket, level in zip(buckets, charge.levels, strict=True)
                     ],
                 )
@@ -90,7 +90,7 @@ class SqliteStore:
             self._db.executemany(
                 "UPDATE buckets SET used = max(0, used - ?) WHERE name = ? AND start = ?",
                 [
-                    (images, bucket.name, level.start)
+                    (images, bucket.key, level.start)
                     for bucket, level in zip(buckets, charge.levels, strict=True)
                 ],
             )
@@ -136,7 +136,7 @@ class SqliteStore:
 
     def _row(self, bucket: Bucket) -> tuple[int, float] | None:
         found: tuple[int, float] | None = self._db.execute(
-            "SELECT used, start FROM buckets WHERE name = ?", (bucket.name,)
+            "SELECT used, start FROM buckets WHERE name = ?", (bucket.key,)
         ).fetchone()
         return found
 

@@ -281,6 +281,54 @@ def test_keys_of_one_client_share_his_budget(keyed, keys_file):
     assert left(client, "new") == 1
 
 
+def test_keys_of_one_client_with_other_windows_do_not_share_a_bucket(keyed, keys_file):
+    """Using the key with the short window does not begin the long window anew."""
+    slow = row("slow", client="one", limits={"window_images": 5, "window_s": 3600})
+    fast = row("fast", client="one", limits={"window_images": 1000, "window_s": 1})
+    write_keys(keys_file, KeyFile(keys=(slow, fast)))
+    client = keyed()
+    served = 0
+    for _ in range(6):
+        served += ask(client, "slow", 2).status_code == 200
+        assert ask(client, "fast", 2).status_code == 200
+    assert served == 2
+    budgets = {name: n for name, n in samples(client).items() if "budget_images" in name}
+    assert budgets == {
+        'scumble_client_budget_images{"budget": "window_3600s", "client": "one"}': 5,
+        'scumble_client_budget_images{"budget": "window_1s", "client": "one"}': 1000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "sentence"),
+    [
+        ({"total_images": 5}, {"total_images": 6}, "5 and 6 images in total"),
+        ({"window_images": 5}, {"window_images": 9}, "5 and 9 images in 3600 s"),
+        ({"window_images": 5, "window_s": 60}, {"window_images": 9, "window_s": 60}, "9 images in"),
+        ({"window_images": 5}, {"window_images": 9, "window_s": 60}, None),
+        ({"window_images": 5, "total_images": 7}, {"window_images": 5}, None),
+        ({"total_images": 5}, {}, None),
+    ],
+)
+def test_keys_of_one_client_that_contradict_each_other_are_refused(
+    keyed, keys_file, ours, theirs, sentence
+):
+    rows = [row("a", client="one", limits=ours), row("b", client="one", limits=theirs)]
+    if sentence is None:
+        write_keys(keys_file, KeyFile(keys=rows))
+        assert ask(keyed(), "b").status_code == 200
+        return
+    write_keys(keys_file, KeyFile(keys=rows))
+    with pytest.raises(ConfigError, match=f"'id-a' and 'id-b' of client 'one' .*{sentence}"):
+        keyed()
+    for allowed in (
+        [rows[0], row("b", client="two", limits=theirs)],
+        [rows[0], row("b", client="one", limits=theirs, revoked="2026-01-02T00:00:00+00:00")],
+    ):
+        write_keys(keys_file, KeyFile(keys=allowed))
+        assert ask(keyed(), "a").status_code == 200
+
+
 def test_a_budget_of_all_clients_is_kept_and_not_shown(keyed):
     client = keyed(budget={"total_images": 6})
     first = ask(client, "plain", 4)

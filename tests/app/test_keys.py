@@ -139,6 +139,22 @@ def test_what_a_server_would_refuse_is_not_added(tmp_path, models, arguments, me
     assert not path.exists()
 
 
+def test_a_key_that_contradicts_one_of_the_same_client_is_not_added(tmp_path):
+    path = tmp_path / "keys.json"
+    add_key(path, record(limits={"total_images": 5}))
+    before = path.read_bytes()
+    done = run("add", "--file", path, "--client", "acme", "--total-images", "6")
+    assert done.exit_code == 1
+    assert re.search("keys 'one' and '[0-9a-f]{8}' of client 'acme'", done.output)
+    assert path.read_bytes() == before
+    # A file that contradicts itself can still be read, and mended.
+    rows = [record(limits={"total_images": 5}), record("l", id="two", limits={"total_images": 6})]
+    write_keys(path, KeyFile(keys=rows))
+    assert run("list", "--file", path).exit_code == 0
+    assert run("revoke", "--file", path, "two").exit_code == 0
+    assert run("add", "--file", path, "--client", "acme", "--total-images", "5").exit_code == 0
+
+
 def test_no_file_is_named():
     assert "give --file or set SCUMBLE_KEYS_FILE" in run("list").output
 

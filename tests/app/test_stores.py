@@ -1,6 +1,7 @@
 """One contract for all stores of budgets: never more than the limit, whoever asks at once."""
 
 import asyncio
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from app.errors import ConfigError
+from app.quota import client_buckets
 from app.stores import Bucket, StoreError, open_store, shown
 from app.stores.memory import MemoryStore
 from app.stores.sqlite import SqliteStore
@@ -97,6 +99,34 @@ async def test_buckets_do_not_mix(opened):
     assert (await store.charge([WINDOW], 10)).granted
     assert (await store.charge([other], 10)).granted
     assert not (await store.charge([other], 1)).granted
+
+
+async def test_windows_of_different_lengths_are_counted_apart(opened):
+    """The shorter window of another key neither ends the longer one nor fills it."""
+    (store,) = opened(1)
+    hour, moment = Bucket("client:a:window", 5, 3600), Bucket("client:a:window", 1000, 1)
+    charged = await store.charge([hour, TOTAL], 5)
+    assert charged.granted
+    for _ in range(3):
+        end = (await store.charge([moment], 9)).levels[0].reset_s
+        assert not (await store.charge([hour], 1)).granted
+    await asyncio.sleep(end + 0.05)
+    assert (await store.charge([moment], 9)).levels[0].used == 9, "a new moment"
+    assert not (await store.charge([hour], 1)).granted
+    await store.refund([hour, TOTAL], 5, charged)
+    assert (await store.charge([hour], 5)).granted
+
+
+async def test_a_total_of_an_older_file_goes_on(tmp_path):
+    """Its name has no length, as before windows had one in theirs."""
+    with sqlite3.connect(tmp_path / "b.db") as old:
+        old.execute("CREATE TABLE buckets (name TEXT PRIMARY KEY, used INTEGER, start REAL)")
+        old.execute("INSERT INTO buckets VALUES ('client:a:total', 20, 1.0)")
+    old.close()
+    store = SqliteStore(f"{tmp_path}/b.db")
+    assert (await store.charge(client_buckets("a", None, 60, 25), 5)).granted
+    assert not (await store.charge(client_buckets("a", None, 60, 25), 1)).granted
+    await store.close()
 
 
 async def test_a_refund_gives_back_what_was_charged(opened):
@@ -259,7 +289,7 @@ async def test_redis_does_a_charge_in_one_command_and_lets_windows_expire(redis)
     counted = await client.info("commandstats")
     assert counted["cmdstat_evalsha"]["calls"] == 5
     assert "cmdstat_eval" not in counted
-    assert 0 < await client.pttl("{scumble}:client:a:window") <= 60_000
+    assert 0 < await client.pttl("{scumble}:client:a:window:60") <= 60_000
     assert await client.pttl("{scumble}:client:a:total") == -1
     await store.close()
 
