@@ -129,8 +129,10 @@ def _settings(arguments: dict[str, Any]) -> Settings:
     if "defense_params" in given:
         try:
             given["defense_params"] = json.loads(given["defense_params"])
-        except json.JSONDecodeError as exc:
-            raise ConfigError(f"--defense-params is {given['defense_params']!r}: {exc}") from exc
+        except (ValueError, RecursionError) as exc:
+            raise ConfigError(
+                f"--defense-params is {given['defense_params'][:99]!r}: {exc}"
+            ) from exc
     return load_settings(**given)
 
 

@@ -97,8 +97,8 @@ def revoke(path: Path | None, key_id: str) -> None:
 def _record(key: str, options: dict[str, Any]) -> Key:
     try:
         params = json.loads(options["defense_params"])
-    except json.JSONDecodeError as exc:
-        raise ConfigError(f"--defense-params is {options['defense_params']!r}: {exc}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"--defense-params is {options['defense_params'][:99]!r}: {exc}") from exc
     try:
         return Key.model_validate(
             {

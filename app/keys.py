@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from app.errors import ConfigError
+from app.json_values import Parameters
 
 PREFIX = "scumble_"  # lets scanners for leaked secrets find one
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
@@ -83,7 +84,7 @@ class Key(Member):
     created: str
     revoked: str | None = None
     defense: str | None = None
-    defense_params: dict[str, Any] = {}
+    defense_params: Parameters = {}
     output: Output = Output()
     limits: KeyLimits = KeyLimits()
     on_store_failure: Literal["closed", "open"] = "closed"
@@ -154,9 +155,19 @@ def read_keys(path: Path) -> KeyFile:
         ConfigError: no such file, or not one of ours; the message has no part of a hash.
     """
     try:
-        return KeyFile.model_validate_json(path.read_bytes())
+        return parse_keys(path, path.read_bytes())
     except OSError as exc:
         raise ConfigError(f"SCUMBLE_KEYS_FILE: {path}: {exc.strerror or exc}") from exc
+
+
+def parse_keys(path: Path, content: bytes) -> KeyFile:
+    """The keys of a file that has been read; `path` is for the message.
+
+    Raises:
+        ConfigError: it is not one of ours; the message has no part of a hash.
+    """
+    try:
+        return KeyFile.model_validate_json(content)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"

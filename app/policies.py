@@ -53,14 +53,12 @@ class Policies:
                 says which and why.
         """
         refuse_contradictions(file)
-        old, self._built = self._built, {self._server: self._built[self._server]}
-        try:
-            return {bytes.fromhex(key.sha256): self._grant(key, old) for key in file.keys}
-        except ConfigError:
-            self._built = old
-            raise
+        built = {self._server: self._built[self._server]}
+        grants = {bytes.fromhex(key.sha256): self._grant(key, built) for key in file.keys}
+        self._built = built  # only now: whatever was raised leaves the old ones
+        return grants
 
-    def _grant(self, key: Key, old: Mapping[bytes, Defense]) -> Grant:
+    def _grant(self, key: Key, built: dict[bytes, Defense]) -> Grant:
         limits = key.limits
         return Grant(
             id=key.id,
@@ -70,7 +68,7 @@ class Policies:
             revoked=key.revoked is not None,
             routes=key.routes,
             # A revoked key asks nothing: what it named may be gone.
-            defense=None if key.revoked else self._defense(key, old),
+            defense=None if key.revoked else self._defense(key, built),
             buckets=client_buckets(
                 key.client, limits.window_images, limits.window_s, limits.total_images
             )
@@ -83,23 +81,23 @@ class Policies:
         name = key.defense or self._server_name
         return name if key.output.form == "full" else f"{name}+{key.output.form}"
 
-    def _defense(self, key: Key, old: Mapping[bytes, Defense]) -> Defense | None:
+    def _defense(self, key: Key, built: dict[bytes, Defense]) -> Defense | None:
         """The key's defense and output as one; None if that is the server's defense alone."""
         identity = (
             self._server if key.defense is None else _identity(key.defense, key.defense_params)
         )
-        if identity not in self._built:
+        if identity not in built:
             assert key.defense is not None  # noqa: S101  # the server's own is there
             try:
-                self._built[identity] = old.get(identity) or self._configure(
+                built[identity] = self._built.get(identity) or self._configure(
                     key.defense, key.defense_params
                 )
             except DefenseError as exc:
                 raise ConfigError(f"key {key.id!r}: defense {key.defense!r}: {exc}") from exc
         output = _output(key.output)
         if output is None:
-            return None if identity == self._server else self._built[identity]
-        return Chain(steps=(self._built[identity], output))
+            return None if identity == self._server else built[identity]
+        return Chain(steps=(built[identity], output))
 
 
 def _identity(name: str, params: Mapping[str, Any]) -> bytes:

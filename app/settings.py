@@ -25,6 +25,7 @@ from pydantic_settings import (
 
 from app import stores
 from app.errors import ConfigError
+from app.json_values import Parameters
 from app.precision import Precision
 
 PREFIX = "SCUMBLE_"
@@ -152,7 +153,7 @@ class Settings(BaseSettings):
         default=True, description="also take float tensors (FP32), not only 8-bit pixels"
     )
     defense: str = Field(default="none", description="name of the defense")
-    defense_params: dict[str, Any] = Field(default={}, description="its parameters, a JSON object")
+    defense_params: Parameters = Field(default={}, description="its parameters, a JSON object")
     secret: SecretStr = Field(
         default_factory=lambda: SecretStr(secrets.token_hex(32)),
         min_length=16,
@@ -240,7 +241,7 @@ def load_settings(**overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as exc:
         raise ConfigError("; ".join(map(_sentence, exc.errors()))) from exc
-    except ValueError as exc:  # malformed JSON in a variable, malformed TOML in the file
+    except (ValueError, RecursionError) as exc:  # malformed JSON in a variable or TOML in the file
         raise ConfigError(f"{exc}: {exc.__cause__}" if exc.__cause__ else str(exc)) from exc
 
 

@@ -10,8 +10,11 @@ from datetime import UTC, datetime
 import pytest
 from click.testing import CliRunner
 
+from app.defenses.none import NoDefense
 from app.errors import ConfigError
 from app.keys import Key, KeyFile, add_key, digest, new_key, read_keys, revoke_key, write_keys
+from app.policies import Policies
+from app.settings import load_settings
 from scumble.cli import main
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -116,6 +119,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         (["--client", "a", "--defense", "dcp"], "dcp needs the parameter 'beta'"),
         (["--client", "a", "--defense-params", "{"], "--defense-params is"),
         (["--client", "a", "--defense-params", '{"beta": 1}'], "without a defense"),
+        (["--client", "a", "--defense-params", '{"n": 100000000000000000000}'], "64 bits"),
+        (["--client", "a", "--defense-params", '{"n": NaN}'], "finite"),
+        (["--client", "a", "--defense-params", "9" * 5000], "--defense-params is"),
+        (["--client", "a", "--defense-params", "[" * 200_000], "--defense-params is"),
         (["--client", "a", "--output", "top_k"], "top_k needs k"),
         (["--client", "a", "--k", "3"], "full takes no k"),
         (["--client", "a", "--output", "rounded", "--decimals", "9"], "decimals"),
@@ -174,6 +181,55 @@ def test_a_broken_file_is_named_with_the_place(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_keys(path)
+
+
+UNPORTABLE = {
+    "integer beyond 64 bits": ('{"decimals": 100000000000000000000}', "64 bits"),
+    "negative integer beyond 64 bits": ('{"a": [{"b": -9223372036854775809}]}', "64 bits"),
+    "infinity": ('{"beta": 1e400}', "finite"),
+    "not a number": ('{"beta": NaN}', "finite"),
+    "too deep": ('{"a": ' + "[" * 16 + "]" * 16 + "}", "nested more than 16 deep"),
+    "far too deep": ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "recursion limit"),
+}
+
+
+@pytest.mark.parametrize("which", UNPORTABLE)
+def test_parameters_that_json_cannot_carry_are_a_sentence(tmp_path, which):
+    """Whoever wrote them out again raised another exception, which nobody expected."""
+    params, message = UNPORTABLE[which]
+    path = tmp_path / "keys.json"
+    plain = record(defense="round", defense_params={"decimals": 2}).model_dump_json()
+    path.write_text('{"keys": [' + plain.replace('{"decimals":2}', params) + "]}")
+    with pytest.raises(ConfigError, match=message):
+        read_keys(path)
+
+
+@pytest.mark.parametrize("which", UNPORTABLE)
+def test_the_servers_own_parameters_are_checked_alike(monkeypatch, which):
+    monkeypatch.setenv("SCUMBLE_DEFENSE_PARAMS", UNPORTABLE[which][0])
+    with pytest.raises(ConfigError, match=r"SCUMBLE_DEFENSE_PARAMS|defense_params|recursion"):
+        load_settings()
+
+
+def test_a_failure_of_any_kind_leaves_the_built_defenses(monkeypatch):
+    default = NoDefense()
+    made = []
+
+    def configure(name, params):
+        if name == "broken":
+            raise TypeError("not foreseen")
+        made.append(name)
+        return NoDefense()
+
+    policies = Policies(configure, server=("none", {}), default=default)
+    good = record(defense="round")
+    grants = policies(KeyFile(keys=(good,)))
+    with pytest.raises(TypeError):
+        policies(KeyFile(keys=(record("x", id="x", defense="other"), record(defense="broken"))))
+    again = policies(KeyFile(keys=(good,)))
+    built = bytes.fromhex(good.sha256)
+    assert again[built].defense is grants[built].defense
+    assert made == ["round", "other"]
 
 
 @pytest.mark.parametrize("field", ["id", "sha256"])
