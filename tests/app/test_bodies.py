@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -174,6 +175,25 @@ def test_a_buffer_that_is_not_filled_is_refused():
         asyncio.run(read_buffer(fields, arriving(b"abc"), 6))
     with pytest.raises(TooLarge):
         asyncio.run(read_buffer(fields, arriving(b"abcdef"), 6))
+
+
+@pytest.mark.parametrize("sent", [0, 1, 1000, 300_000])
+def test_memory_follows_what_arrived_not_what_was_declared(sent):
+    chunks = [{"type": "http.request", "body": bytes(sent), "more_body": True}]
+    held = []
+
+    async def receive():
+        held.append(tracemalloc.get_traced_memory()[0])
+        return chunks.pop() if chunks else {"type": "http.disconnect"}
+
+    async def read():
+        tracemalloc.start()
+        with pytest.raises(ClientGone, match=f"after {sent} bytes"):
+            await read_buffer({b"content-length": b"5242880"}, receive, 5 * 2**20)
+        tracemalloc.stop()
+
+    asyncio.run(read())
+    assert max(held) < 1.5 * sent + 20_000
 
 
 def test_the_client_went_away():
