@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.defenses.adaptive_misinformation import AdaptiveMisinformation
-from app.defenses.base import Defense, DefenseError, Inputs, Probs
+from app.defenses.base import Defense, DefenseError, Inputs, Probs, canonical
 from app.defenses.chain import Chain
 from app.defenses.dcp import DCP
 from app.defenses.grad2 import Grad2
@@ -45,6 +45,7 @@ __all__ = [
     "KeepTop1",
     "Probs",
     "available",
+    "canonical",
     "configure",
     "make",
 ]

@@ -25,6 +25,9 @@ Probs = npt.NDArray[np.floating[Any]]
 Inputs = npt.NDArray[Any]
 """uint8 (N, H, W, C) or float (N, C, H, W): the images behind the rows."""
 
+Pixels = npt.NDArray[np.uint8]
+"""uint8 (N, H, W, C), C order."""
+
 _INTEGER = int | np.integer
 _NUMBER = int | float | np.integer | np.floating
 
@@ -45,6 +48,25 @@ class Nodes(Protocol):
         ...
 
 
+def canonical(inputs: Inputs) -> Pixels:
+    """The 256-level grid of images, the same for all forms in which they can arrive.
+
+    Whatever a keyed defense draws must be drawn over this. A float tensor has many spellings of one
+    image, such as -0.0 in place of 0.0: each would draw anew, and their mean is the clean answer.
+
+    Args:
+        inputs: uint8 (N, H, W, C), or float (N, C, H, W), whose values are clipped to [0, 1] and
+            rounded to the nearest level.
+
+    Returns:
+        uint8 (N, H, W, C) in C order; `inputs` itself where it is that.
+    """
+    if inputs.dtype == np.uint8:
+        return np.ascontiguousarray(inputs)
+    levels = np.rint(np.clip(inputs, 0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(np.moveaxis(levels, 1, -1))
+
+
 class DefenseError(ValueError):
     """A defense or one of its parameters is not allowed; says which, what it was, what is."""
 
@@ -58,7 +80,7 @@ class Defense(ABC):
     """
 
     keyed: ClassVar[bool] = False
-    """Whether `build` is to be given the server's secret, as `secret`."""
+    """Whether `build` is to be given the server's secret, as `secret`; see `canonical`."""
 
     @abstractmethod
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:

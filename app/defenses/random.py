@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from app.defenses.base import Defense, DefenseError, Inputs, Probs
+from app.defenses.base import Defense, DefenseError, Inputs, Probs, canonical
 
 _PURPOSE = b"scumble.random"  # the secret may serve other uses; their hashes must not meet
 
@@ -21,8 +21,9 @@ _PURPOSE = b"scumble.random"  # the secret may serve other uses; their hashes mu
 class Random(Defense):
     """y = (1 - epsilon/2) p + (epsilon/2) e_k, k uniform over the classes other than arg-max p.
 
-    k depends on the secret and the bytes of the row's image alone (the clean row's bytes where
-    there is no image): every replica with the secret gives the same answer. |y - p|_1 <= epsilon.
+    k depends on the secret and the 256-level grid of the row's image alone (the clean row where
+    there is no image): every replica with the secret gives the same answer, and so does every form
+    in which the image can be sent. |y - p|_1 <= epsilon.
     With a single class y = p.
 
     Attributes:
@@ -52,7 +53,8 @@ class Random(Defense):
         n, classes = probs.shape
         if classes == 1:
             return probs
-        source = np.ascontiguousarray(probs if inputs is None else inputs)
+        # Adding 0.0 leaves no -0.0, which would be another row of the same probabilities.
+        source = probs.astype(np.float64, "C") + 0.0 if inputs is None else canonical(inputs)
         if len(source) != n:
             raise ValueError(f"{n} rows, but {len(source)} inputs")
         key = hashlib.blake2b(self.secret, person=_PURPOSE).digest()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from starlette.testclient import TestClient
 
 from app.bundle import Card
@@ -107,6 +108,26 @@ def expected(client):
         return answer["predictions"][0]["probabilities"]
 
     return np.array([ask(n) for n in range(3)], np.float32)
+
+
+def test_every_form_of_an_image_gets_the_same_random_answer(make_client):
+    """PNG, pixels and floats, also with -0.0 for 0.0 and with noise of less than a level."""
+    client = make_client(defense="random", defense_params={"epsilon": 1.0})
+    pixels = PIXELS.copy()
+    pixels[:, :4] = 0
+    planar = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+    rng = np.random.default_rng(0)
+    pngs = [encoded(Image.fromarray(image)) for image in pixels]
+    noise = [rng.uniform(-1e-4, 1e-4, planar.shape).astype(np.float32) for _ in range(8)]
+    signs = [np.where(rng.random(planar.shape) < 0.5, -1, 1).astype(np.float32) for _ in range(8)]
+    answer = client.post(URL, **binary_files(pngs)).json()["outputs"][0]
+    expected = np.reshape(answer["data"], answer["shape"])
+    floats = [planar, *((planar + n).clip(0, 1) for n in noise)]
+    floats += [np.where(planar == 0, planar * sign, planar) for sign in signs]
+    assert any(np.signbit(array).any() for array in floats)
+    for array in (pixels, *floats):
+        found = from_binary(client.post(URL, **binary(array)))
+        np.testing.assert_allclose(found, expected, atol=1e-2)  # another draw is off by 0.5
 
 
 @pytest.mark.parametrize("array", [PIXELS, PLANAR], ids=["UINT8", "FP32"])

@@ -173,6 +173,31 @@ def test_row_depends_on_itself_alone(defense, needs_images, data):
         assert same_bits(answer(slice(i, None)), y[i:])
 
 
+KEYED = [row for row in ROWS if TABLE[row.name].keyed and not row.needs_images]
+
+
+@pytest.mark.parametrize("row", KEYED, ids=str)
+@examples
+@given(p=probs(), seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(["f4", "f8"]))
+def test_every_form_of_an_image_gets_the_same_draw(row, p, seed, dtype):
+    """Or as many answers as an image has spellings could be averaged."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.choice(np.array([0, 1, 127, 128, 254, 255], np.uint8), (len(p), 3, 5, 2))
+    exact = pixels.transpose(0, 3, 1, 2).astype(dtype) / np.dtype(dtype).type(255)
+    below_a_level = rng.uniform(-1e-3, 1e-3, exact.shape).astype(dtype)
+    negative = np.where((exact == 0) & (rng.random(exact.shape) < 0.5), -exact, exact)
+    y = row.make()(p, pixels)
+    for form in (
+        pixels[:, :, ::-1].copy()[:, :, ::-1],  # another layout in memory
+        exact,
+        np.asfortranarray(exact),
+        negative,
+        exact + below_a_level,
+        (exact + below_a_level).clip(0, 1),
+    ):
+        assert same_bits(row.make()(p, form), y)
+
+
 @pytest.mark.parametrize("row", [row for row in ROWS if row.zero is not None], ids=str)
 @examples
 @given(p=probs())
