@@ -1,34 +1,41 @@
 """A request's body -> the encoded images in it: raw, multipart or base64 in JSON.
 
 One reader per content type in `READERS`; each checks the framing and the number of images, none
-decodes one.
+decodes one. Where the content type does not say which one it is, the first bytes of the body do.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+import re
+from collections.abc import Callable, Mapping
 
 import orjson
-from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Message, Receive
 
 from app.errors import (
     BadFraming,
     ClientGone,
-    RequestError,
     TooLarge,
     Unprocessable,
     UnsupportedType,
 )
-from app.formats import FORMATS
+from app.formats import FORMATS, SIGNATURE
+from app.forms import read_form
 
 # A request's headers, names in small letters, as `dict` makes it of ASGI's pairs: to look a few up
 # in Starlette's own takes longer than to decode a small image.
 Fields = Mapping[bytes, bytes]
-Reader = Callable[[Fields, bytes, int], Awaitable[list[bytes]]]
+Reader = Callable[[Fields, bytes, int], list[bytes]]
+
+# What clients send that were not told what they send; the last is what curl says of any body.
+UNSPECIFIC = frozenset(
+    ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
+)
+OBJECT = re.compile(rb"[ \t\r\n]{0,100}\{")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+DATA_URL = re.compile(rb"data:[^,]{0,100};base64,")
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 async def read_images(
@@ -37,7 +44,7 @@ async def read_images(
     """The encoded images of a request, at least one.
 
     Raises:
-        UnsupportedType: a content type that is not in `READERS`, or a compressed body.
+        UnsupportedType: a content type that is not read, or a compressed body.
         TooLarge: over `max_bytes` or `max_images`.
         BadFraming: the body is not what the content type says.
         Unprocessable: it holds no image.
@@ -45,15 +52,19 @@ async def read_images(
     declared = fields.get(b"content-type", b"").decode("latin-1")
     content_type = declared.partition(";")[0].strip().lower()
     reader = READERS.get(content_type)
-    if reader is None:
-        raise UnsupportedType(f"Content-Type is {content_type!r}; allowed: {', '.join(READERS)}")
+    if reader is None and content_type not in UNSPECIFIC and not content_type.startswith("image/"):
+        raise _unsupported(content_type)
     refuse_encoding(fields)
     body = await read_body(fields, receive, max_bytes)
-    images = await reader(fields, body, max_images)
+    if reader is None:
+        reader = _recognised(body)
+        if reader is None:
+            raise _unsupported(content_type, f" and a body that starts with {body[:8]!r}")
+    images = reader(fields, body, max_images)
     if len(images) > max_images:
-        raise TooLarge(f"the request has {len(images)} images; allowed: {max_images}")
+        raise TooLarge(f"request has {len(images)} images; allowed: {max_images}")
     if not all(images):
-        raise Unprocessable("an image is empty (0 bytes)" if body else "the body is empty")
+        raise Unprocessable("an image is empty (0 bytes)" if body else "body is empty")
     return images
 
 
@@ -68,10 +79,10 @@ def refuse_encoding(fields: Fields) -> None:
     Raises:
         UnsupportedType: the body is compressed.
     """
-    encoding = fields.get(b"content-encoding", b"identity")
-    if encoding != b"identity":
-        name = encoding.decode("latin-1")
-        raise UnsupportedType(f"Content-Encoding is {name!r}; allowed: identity")
+    encoding = fields.get(b"content-encoding", b"identity").strip().lower()
+    if encoding not in (b"identity", b""):
+        name = encoding[:40].decode("latin-1")
+        raise UnsupportedType(f"unsupported Content-Encoding {name!r}; allowed: identity")
 
 
 async def read_body(fields: Fields, receive: Receive, max_bytes: int) -> bytes:
@@ -110,7 +121,7 @@ async def read_buffer(fields: Fields, receive: Receive, max_bytes: int) -> bytes
         chunk, more = _piece(await receive(), len(body), declared)
         body += chunk  # grows by an eighth beyond what it holds: no copy for each piece
     if len(body) < declared:
-        raise BadFraming(f"the body has {len(body)} bytes; its headers say {declared}")
+        raise BadFraming(f"body has {len(body)} bytes, but Content-Length is {declared}")
     return body
 
 
@@ -118,7 +129,7 @@ def _declared(fields: Fields, max_bytes: int) -> int:
     """Bytes of the body by its headers, 0 if they do not say."""
     declared = small_number(fields.get(b"content-length", b"0").decode("latin-1")) or 0
     if declared > max_bytes:
-        raise TooLarge(f"the body has {declared} bytes; allowed: {max_bytes}")
+        raise TooLarge(f"body has {declared} bytes; allowed: {max_bytes}")
     return declared
 
 
@@ -128,65 +139,51 @@ def _piece(message: Message, size: int, max_bytes: int) -> tuple[bytes, bool]:
         raise ClientGone(f"the connection closed after {size} bytes of the body")
     chunk = message.get("body", b"")
     if size + len(chunk) > max_bytes:
-        raise TooLarge(f"the body has more than {max_bytes} bytes, which is the limit")
+        raise TooLarge(f"body has more than {max_bytes} bytes, which is the limit")
     return chunk, message.get("more_body", False)
 
 
-async def raw(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
+def load_json(body: bytes | memoryview) -> object:
+    """A JSON document in UTF-8, the only encoding there is of one; a byte order mark is skipped.
+
+    Raises:
+        BadFraming: it is not one.
+    """
+    if body[:3] == BYTE_ORDER_MARK:
+        body = body[3:]
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        raise BadFraming(f"body is not valid JSON: {exc}") from exc
+
+
+def raw(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
     """The body is one image."""
     del fields, max_images
     return [body]
 
 
-async def multipart(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
+def multipart(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
     """Every `image` part of `multipart/form-data` is an image."""
-
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
-        if not parser.complete:  # raised here, inside parse(), so that it closes the open part
-            raise MultiPartException("cut off before its last boundary")
-
-    headers = Headers(raw=list(fields.items()))
-    parser = _Form(headers, stream(), max_files=max_images, max_fields=1, max_part_size=len(body))
-    parser.spool_max_size = len(body) + 1
-    try:
-        form = await parser.parse()
-    except MultiPartException as exc:
-        raise _too_many_or_malformed(exc.message, max_images) from exc
-    except (KeyError, UnicodeDecodeError) as exc:
-        raise BadFraming("the multipart body has no boundary or a broken part header") from exc
-    try:
-        parts = form.multi_items()
-        names = sorted({name for name, _ in parts} - {"image"})
-        if names or not parts:
-            raise BadFraming(f"the form has the fields {names}; allowed: image (repeatable)")
-        files = [part for _, part in parts if isinstance(part, UploadFile)]
-        if len(files) < len(parts):
-            raise BadFraming("field image has no file name: send it as a file part")
-        return [await file.read() for file in files]
-    finally:
-        await form.close()
+    return read_form(fields[b"content-type"].decode("latin-1"), body, max_images)
 
 
-async def instances(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
+def instances(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
     """`{"instances": [{"b64": "..."}, ...]}`: each instance is an image in base64."""
     del fields
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as exc:
-        raise BadFraming(f"the body is no JSON: {exc}") from exc
+    document = load_json(body)
     rows = document.get("instances") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows:
-        raise BadFraming(
-            'the body must be {"instances": [{"b64": "..."}]} with an instance or more'
-        )
+        raise BadFraming('body must be {"instances": [{"b64": "..."}]} with at least one instance')
     if len(rows) > max_images:
-        raise TooLarge(f"the request has {len(rows)} images; allowed: {max_images}")
+        raise TooLarge(f"request has {len(rows)} images; allowed: {max_images}")
     return [_unbase64(i, row) for i, row in enumerate(rows)]
 
 
 def unbase64(name: str, text: object) -> bytes:
     """The bytes of base64 as JSON carries it; `name` says where it stood.
+
+    Line breaks, the alphabet for URLs, missing padding and the head of a data URL are allowed.
 
     Raises:
         BadFraming: no string, or not base64.
@@ -195,17 +192,15 @@ def unbase64(name: str, text: object) -> bytes:
         raise BadFraming(f"{name} must be a string")
     try:
         return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise BadFraming(f"{name} is no base64: {exc}") from exc
-
-
-class _Form(MultiPartParser):
-    """Keeps all parts in memory, as the body already is, and knows whether the body was whole."""
-
-    complete = False
-
-    def on_end(self) -> None:
-        self.complete = True
+    except ValueError:
+        pass  # not of the plainest form
+    try:
+        loose = text.encode("ascii")
+        head = DATA_URL.match(loose)
+        digits = loose[head.end() if head else 0 :].translate(URL_SAFE, b" \t\r\n").rstrip(b"=")
+        return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
+    except ValueError as exc:
+        raise BadFraming(f"{name} is not valid base64: {exc}") from exc
 
 
 def _unbase64(i: int, row: object) -> bytes:
@@ -214,10 +209,17 @@ def _unbase64(i: int, row: object) -> bytes:
     return unbase64(f"instances[{i}].b64", row["b64"])
 
 
-def _too_many_or_malformed(message: str, max_images: int) -> RequestError:
-    if message.startswith("Too many"):
-        return TooLarge(f"the form has too many parts; allowed: {max_images} images")
-    return BadFraming(f"the multipart body is malformed: {message}")
+def _recognised(body: bytes) -> Reader | None:
+    """The reader of a body whose content type says nothing."""
+    if SIGNATURE.match(body) or not body:
+        return raw
+    return instances if OBJECT.match(body) else None
+
+
+def _unsupported(content_type: str, more: str = "") -> UnsupportedType:
+    return UnsupportedType(
+        f"unsupported Content-Type {content_type[:80]!r}{more}; allowed: {', '.join(READERS)}"
+    )
 
 
 READERS: dict[str, Reader] = {

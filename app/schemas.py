@@ -164,7 +164,7 @@ class RequestedOutput(BaseModel):
 class InferRequest(BaseModel):
     """JSON part of an infer request."""
 
-    id: str | None = None
+    id: str | int | None = None
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
     outputs: list[RequestedOutput] | None = Field(None, max_length=1)
     parameters: dict[str, int | str | bool] | None = Field(None, description="binary_data_output")

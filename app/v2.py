@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from app.bodies import Fields, small_number
+from app.bodies import Fields, load_json, small_number
 from app.bundle import Card
 from app.engines import Batch, Probs
 from app.errors import BadFraming, Unprocessable
@@ -84,8 +84,10 @@ def read_infer(
     tensor = _the_input(document)
     output = _the_output(document)
     request_id = document.get("id")
+    if type(request_id) is int:
+        request_id = str(request_id)  # answers have strings, as the protocol says
     if request_id is not None and not isinstance(request_id, str):
-        raise BadFraming(f"id is {str(request_id)[:20]}; it must be a string")
+        raise BadFraming(f"id is {str(request_id)[:20]}; allowed: a string or an integer")
     whole = _flag(document, "binary_data_output", default=False)
     return InferRequest(
         images=read_tensor(tensor, tail, card, limits),
@@ -132,12 +134,9 @@ def _split(
     if length is None or length > len(body):
         raise BadFraming(f"{LENGTH} is {str(text)[:20]!r}; allowed: 0 to the body's {len(body)}")
     view = memoryview(body)
-    try:
-        document = orjson.loads(view[:length])
-    except orjson.JSONDecodeError as exc:
-        raise BadFraming(f"the request's JSON is malformed: {exc}") from exc
+    document = load_json(view[:length])
     if not isinstance(document, dict):
-        raise BadFraming("the request's JSON must be an object")
+        raise BadFraming("body must be a JSON object")
     return document, view[length:]
 
 

@@ -211,6 +211,7 @@ def test_classification_of_labels_with_colons_and_other_letters():
 def test_id_comes_back_and_is_absent_without(client):
     request = {"inputs": [tensor(PIXELS, data=PIXELS.tolist())]}
     assert client.post(URL, json={**request, "id": "a/b"}).json()["id"] == "a/b"
+    assert client.post(URL, json={**request, "id": -3}).json()["id"] == "-3"
     assert "id" not in client.post(URL, json=request).json()
 
 
@@ -367,7 +368,7 @@ REFUSED = {
         framed(files(PNGS[:1], data=[b64(PNGS[0])]), prefixed(PNGS[:1])),
         400,
     ),
-    "id is a number": ({"json": {"id": 3, "inputs": [tensor(PIXELS, data=PIXELS.tolist())]}}, 400),
+    "id is a float": ({"json": {"id": 3.5, "inputs": [tensor(PIXELS, data=PIXELS.tolist())]}}, 400),
     "compressed": ({"content": b"x", "headers": {"Content-Encoding": "gzip"}}, 415),
     "too many": (binary(np.zeros((1025, 8, 8, 3), np.uint8)), 413),
 }
