@@ -17,6 +17,13 @@ files_argument = click.argument(
     required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
 )
+archived_option = click.option(
+    "--archived-through",
+    "archived",
+    multiple=True,
+    metavar="SEAL",
+    help="Seal of the last line of a file that is archived elsewhere; files may go on from it.",
+)
 
 
 @click.group()
@@ -31,16 +38,19 @@ def audit() -> None:
     "heads",
     multiple=True,
     metavar="SEAL",
-    help="A seal that `scumble audit head` printed before; must still be there.",
+    help="A seal that `scumble audit head` printed before; its line must still be there.",
 )
+@archived_option
 @click.pass_context
-def verify_(ctx: click.Context, files: tuple[Path, ...], heads: tuple[str, ...]) -> None:
+def verify_(
+    ctx: click.Context, files: tuple[Path, ...], heads: tuple[str, ...], archived: tuple[str, ...]
+) -> None:
     """Check files of audit logs, rotated ones among them, in any order.
 
     Ends with 1 where something was edited, deleted or reordered, and with 3 where the only fault is
     a last line without its end, which is what a crash leaves.
     """
-    parts, faults = _verified(files, heads)
+    parts, faults = _verified(files, heads, archived)
     for part in parts:
         if part.fault is None:
             click.echo(f"ok: {_about(part)}")
@@ -52,13 +62,14 @@ def verify_(ctx: click.Context, files: tuple[Path, ...], heads: tuple[str, ...])
 
 @audit.command("head")
 @files_argument
+@archived_option
 @click.pass_context
-def head_(ctx: click.Context, files: tuple[Path, ...]) -> None:
+def head_(ctx: click.Context, files: tuple[Path, ...], archived: tuple[str, ...]) -> None:
     """Print the seal of each file's last line: keep it where the server cannot write.
 
     A file that is not whole prints none.
     """
-    parts, faults = _verified(files, ())
+    parts, faults = _verified(files, (), archived)
     broken = {fault.file for fault in faults if fault.kind == "broken"}
     for part in parts:
         if part.last is not None and part.file not in broken:
@@ -69,14 +80,17 @@ def head_(ctx: click.Context, files: tuple[Path, ...]) -> None:
         ctx.exit(BROKEN)
 
 
-def _verified(files: tuple[Path, ...], heads: tuple[str, ...]) -> tuple[list[Part], list[Fault]]:
-    for head in heads:
-        if not SEAL_TEXT.fullmatch(head):
-            raise click.BadParameter(
-                f"{head!r} is no seal: 64 hexadecimal digits", param_hint="head"
-            )
+def _verified(
+    files: tuple[Path, ...], heads: tuple[str, ...], archived: tuple[str, ...]
+) -> tuple[list[Part], list[Fault]]:
+    for option, seals in (("--head", heads), ("--archived-through", archived)):
+        for seal in seals:
+            if not SEAL_TEXT.fullmatch(seal):
+                raise click.BadParameter(
+                    f"{seal!r} is not a seal; allowed: 64 hexadecimal digits", param_hint=option
+                )
     try:
-        return verify(files, heads)
+        return verify(files, heads, archived)
     except OSError as exc:
         raise click.ClickException(str(exc)) from exc
 

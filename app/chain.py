@@ -104,22 +104,29 @@ def opened(line: bytes) -> tuple[Link, Link] | None:
     return Link(chain, seq - 1, found[4].decode()), Link(chain, seq, found[5].decode())
 
 
-def verify(files: Sequence[Path], heads: Collection[str] = ()) -> tuple[list[Part], list[Fault]]:
+def verify(
+    files: Sequence[Path], heads: Collection[str] = (), archived: Collection[str] = ()
+) -> tuple[list[Part], list[Fault]]:
     """Check files that belong together, in any order.
 
     Args:
         files: of one or several chains; a chain may go on from file to file.
-        heads: seals that were kept elsewhere. Each must be found, or be what a file goes on from.
+        heads: seals that were kept elsewhere. The line of each must be in a file: that another line
+            refers to it does not show that it is there.
+        archived: seals of the last lines of files that are not among `files`. A file may go on from
+            such a line.
 
     Raises:
         OSError: a file cannot be read.
     """
     parts = [read(file) for file in files]
     faults = [part.fault for part in parts if part.fault is not None]
-    faults += _unconnected(parts, heads)
+    faults += _unconnected(parts, archived)
     known = {seal for part in parts for seal in part.seals}
-    known |= {part.first.seal for part in parts if part.first is not None}
-    why = "head {} is in no file: lines are missing at an end, or all were sealed anew"
+    why = (
+        "no line has the head {}: lines are missing, or all were sealed anew; the head of lines "
+        "that are archived elsewhere is given with --archived-through"
+    )
     faults += [Fault(files[0], 0, why.format(head)) for head in heads if head not in known]
     return parts, faults
 
@@ -158,18 +165,21 @@ def tail(file: Path) -> tuple[Link | None, bytes]:
     return None, found
 
 
-def _unconnected(parts: list[Part], heads: Collection[str]) -> Iterator[Fault]:
+def _unconnected(parts: list[Part], archived: Collection[str]) -> Iterator[Fault]:
     """Beginnings of files that lead nowhere, or where another file leads as well."""
     ends = {part.last for part in parts}
-    begun = set()
+    begun: set[Link | str] = set()
     for part in parts:
         first = part.first
         if first is None:
             continue
-        if first in begun:
+        # Of an archived line only the seal is known: no two files go on from one, whatever chain
+        # and number they claim for it.
+        line = first if first.seal == START else first.seal
+        if line in begun:
             yield Fault(part.file, 1, "another file goes on from the same line: one is a copy")
-        begun.add(first)
-        if first != Link(first.chain) and first not in ends and first.seal not in heads:
+        begun.add(line)
+        if first != Link(first.chain) and first not in ends and first.seal not in archived:
             yield Fault(
                 part.file,
                 1,

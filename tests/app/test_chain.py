@@ -122,10 +122,43 @@ def test_a_chain_over_files_is_checked_in_any_order(tmp_path):
     assert fault.file == files[2]
     assert "goes on from line 2" in fault.why
     # What was archived is vouched for by the head that was kept of it.
-    assert verify(files[2:], [end(LINES[2])])[1] == []
+    assert verify(files[2:], archived=[end(LINES[2])])[1] == []
+    assert verify(files[2:], [end(LINES[5])], [end(LINES[2])])[1] == []
     (tmp_path / "d").write_bytes(b"".join(LINES[2:3]))
     (fault,) = verify([*files, tmp_path / "d"])[1]
     assert "one is a copy" in fault.why
+
+
+@pytest.mark.parametrize("kept", range(len(LINES)))
+def test_a_head_must_be_found_not_only_referred_to(file, kept):
+    """Whoever deletes every line up to the head leaves a line that names it."""
+    head = end(LINES[kept])
+    found = faults(file, b"".join(LINES[kept + 1 :]), head)
+    assert any(f"no line has the head {head}" in fault.why for fault in found)
+    if kept + 1 == len(LINES):
+        return
+    assert verify([file], archived=[head])[1] == []
+    assert verify([file], [head], [head])[1], "archived lines are not lines that are here"
+    done = run("verify", "--head", head, str(file))
+    assert done.exit_code == 1
+    assert "--archived-through" in done.output
+    assert run("head", str(file)).exit_code == 1
+    done = run("head", "--archived-through", head, str(file))
+    assert done.output.startswith(end(LINES[-1]))
+    assert run("verify", "--archived-through", head, str(file)).exit_code == 0
+
+
+def test_no_two_files_go_on_from_one_archived_line(tmp_path):
+    """Its chain and number are not known, so a forgery could claim others."""
+    archived = end(LINES[2])
+    for name, lines in (
+        ("true", LINES[3:]),
+        ("forged", chain(3, Link("f" * 16, 99, archived))),
+    ):
+        (tmp_path / name).write_bytes(b"".join(lines))
+    files = sorted(tmp_path.iterdir())
+    (fault,) = verify(files, archived=[archived])[1]
+    assert "another file goes on from the same line" in fault.why
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 100, 200])
@@ -265,7 +298,7 @@ def test_the_command_says_where_and_ends_with_1(tmp_path):
     assert run("verify", str(file)).exit_code == 0
     done = run("verify", "--head", head, str(file))
     assert done.exit_code == 1
-    assert "lines are missing at an end" in done.output
+    assert f"no line has the head {head}: lines are missing" in done.output
 
     file.write_bytes(WHOLE.replace(b'"number":2', b'"number":9'))
     done = run("verify", str(file))
@@ -282,4 +315,5 @@ def test_the_command_says_where_and_ends_with_1(tmp_path):
     file.write_bytes(b"")
     assert run("verify", str(file)).output == f"ok: {file}: empty\n"
     assert run("verify", "--head", "x", str(file)).exit_code == 2
+    assert run("verify", "--archived-through", "x", str(file)).exit_code == 2
     assert run("verify", str(tmp_path / "none")).exit_code == 2
