@@ -3,8 +3,8 @@
     header -> SHA-256 -> grant -> route -> [endpoint: charge -> engine -> defense] -> headers
 
 The keys are read anew when their file changes. A file that is broken then changes nothing: the old
-keys go on, and the log says why. A request is charged when its images are known and before any of
-them reaches the engine; if it then fails or is refused, it is refunded.
+keys go on, and the log says why. A request is charged when the headers of its images are
+known and before any of them is decoded; if it then fails or is refused, it is refunded.
 """
 
 from __future__ import annotations

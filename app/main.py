@@ -21,6 +21,7 @@ from app.batching import Batcher
 from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
 from app.chain_file import ChainFile
 from app.errors import ConfigError
+from app.executor import BoundedExecutor
 from app.grants import Grant, Grants
 from app.graph import tensor_input
 from app.keys import KeyFile, read_keys
@@ -79,6 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         max_batch=settings.batch.max_size,
         metrics=metrics,
         count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
+        executor=BoundedExecutor(settings.limits.max_queue, settings.limits.max_decode_bytes),
         access=access,
         audit=make_audit(settings, bundle, metrics, keyless=access is None),
         traced=tracing is not None,

@@ -67,6 +67,7 @@ class LimitsInfo(BaseModel):
     max_body_bytes: int
     max_images: int
     max_pixels: int
+    max_request_pixels: int
     max_tensor_images: int
     deadline_ms: float
 

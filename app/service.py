@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import orjson
@@ -21,11 +22,12 @@ from app.access import Access, Visit
 from app.audit import Audit
 from app.batching import Batcher, Served
 from app.bodies import Fields, read_buffer, read_images, refuse_encoding, small_number
-from app.bundle import Card
-from app.decode import Pixels, decode
+from app.bundle import Card, InputShape, Preprocessing
+from app.decode import Header, Pixels, decode, inspect
 from app.defenses import Defense
 from app.engines import Batch, Probs
-from app.errors import ClientGone, ConfigError, NotFound, Unavailable, Unprocessable
+from app.errors import ClientGone, ConfigError, NotFound, TooLarge, Unavailable, Unprocessable
+from app.executor import BoundedExecutor
 from app.formats import FORMATS
 from app.late import Late
 from app.memory import give_back
@@ -38,6 +40,9 @@ from app.stages import Stages
 from app.v2 import read_infer, write_infer
 
 DEADLINE_HEADER = b"x-deadline-ms"
+# Files are decoded on the event loop up to this sum of pixels and bytes, which takes 3 ms at most.
+INLINE_WORK = 200_000
+NOT_PLAIN = 4  # times the work of a plain file of as many pixels and bytes
 log = logging.getLogger("scumble")
 
 
@@ -65,6 +70,35 @@ class Batchers(NamedTuple):
             batcher.prepare(stop)
 
 
+class Decoder(Protocol):
+    """What makes pixels of a file: `app.decode.decode`."""
+
+    def __call__(
+        self,
+        data: bytes,
+        shape: InputShape,
+        preprocessing: Preprocessing,
+        max_pixels: int,
+        header: Header | None = None,
+    ) -> Pixels:
+        """The pixels of one encoded image, uint8 (H, W, C)."""
+        ...
+
+
+class Answered(NamedTuple):
+    """What a batch gave, and when its images were decoded.
+
+    Attributes:
+        served: the probabilities.
+        decode_start: the images were there; later by the time that it took to charge for them.
+        decoded: their pixels were there.
+    """
+
+    served: Served
+    decode_start: float
+    decoded: float
+
+
 @dataclass(frozen=True)
 class Service:
     """Answers requests for one model.
@@ -78,9 +112,11 @@ class Service:
         max_batch: images that one call of a batcher may carry.
         metrics: of this worker.
         count_images: the metrics' counter of answered images of this model and precision.
+        executor: decodes what would hold the event loop.
         access: who may ask, and how much; None for anyone and any number.
         audit: keeps a line for each prediction, answered or refused; None for no such log.
         traced: leave the times of the stages in a request's state, for spans.
+        decoder: makes pixels of a file.
     """
 
     card: Card
@@ -90,9 +126,11 @@ class Service:
     max_batch: int
     metrics: Metrics
     count_images: Callable[[int], None]
+    executor: BoundedExecutor
     access: Access | None = None
     audit: Audit | None = None
     traced: bool = False
+    decoder: Decoder = decode
     state: State = field(default_factory=State)
     clock: Callable[[], float] = time.perf_counter
 
@@ -113,12 +151,11 @@ class Service:
             max_images=self.limits.max_images,
         )
         read = self.clock()
-        batch = self._decode(images)
-        decoded = self.clock()
-        served = await self._answer(request, self.pixels, batch, patience)
+        answered = await self._answer(request, images, patience, read)
         back = self.clock()
-        body = self._encode(request.scope["state"]["id"], served.probabilities, top_k)
-        self._count(request, served, start, read, decoded, back)
+        probabilities = answered.served.probabilities
+        body = self._encode(request.scope["state"]["id"], probabilities, top_k)
+        self._count(request, answered, start, read, back)
         return Answer(body, b"application/json")
 
     async def infer(self, request: Request) -> Response:
@@ -133,14 +170,12 @@ class Service:
         patience = self._patience(request, fields, start)
         refuse_encoding(fields)
         body = await read_buffer(fields, request.receive, self.limits.max_body_bytes)
-        read = self.clock()
         asked = read_infer(fields, body, self.card, self.limits)
-        batchers, batch = await self._rows(asked.images)
-        decoded = self.clock()
-        served = await self._answer(request, batchers, batch, patience)
+        read = self.clock()
+        answered = await self._answer(request, asked.images, patience, read)
         back = self.clock()
-        answer, headers = write_infer(self.card, asked, served.probabilities)
-        self._count(request, served, start, read, decoded, back)
+        answer, headers = write_infer(self.card, asked, answered.served.probabilities)
+        self._count(request, answered, start, read, back)
         return Response(answer, headers=headers)
 
     def check_path(self, request: Request) -> None:
@@ -168,13 +203,15 @@ class Service:
 
     def close(self) -> None:
         """Let running batches finish, end the engines' threads, hand the last metrics over."""
+        self.executor.close()
         for batcher in self._batchers():
             batcher.close()
         self.metrics.flush()
 
     def running_s(self) -> float:
-        """For how long the oldest batch has been running; 0 if there is none."""
-        return max(batcher.running_s for batcher in self._batchers())
+        """For how long the oldest batch, or the decoding of one image, has been running."""
+        batches = max(batcher.running_s for batcher in self._batchers())
+        return max(batches, self.executor.running_s)
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/model`: what a client must know, nothing about the defense."""
@@ -217,28 +254,42 @@ class Service:
         made = None if self.tensors is None else self.tensors.made
         yield from made or ()
 
-    async def _rows(self, images: Batch | list[bytes]) -> tuple[Batchers, Batch]:
-        """Images of a V2 request, and who answers them."""
-        if isinstance(images, list):
-            return self.pixels, self._decode(images)
-        if images.dtype == np.uint8:
-            return self.pixels, images
+    def _inspect(self, images: Sequence[bytes]) -> list[Header]:
+        """What the files say of themselves; nothing is decoded.
+
+        Raises:
+            TooLarge: one of them, or all together, have too many pixels.
+            Unprocessable: one of them is no image.
+        """
+        max_pixels = self.limits.max_pixels
+        headers = [inspect(image, max_pixels) for image in images]
+        pixels = sum(header.pixels for header in headers)
+        if len(images) > 1 and pixels > self.limits.max_request_pixels:
+            raise TooLarge(
+                f"the {len(images)} images of the request have {pixels} pixels together; "
+                f"allowed: {self.limits.max_request_pixels}"
+            )
+        return headers
+
+    def _decoders(
+        self, images: Sequence[bytes], headers: Sequence[Header]
+    ) -> list[Callable[[], Pixels]]:
+        """What decodes the files, one by one: (H, W, C) of each."""
+        card, max_pixels = self.card, self.limits.max_pixels
+        return [
+            partial(self.decoder, image, card.input, card.preprocessing, max_pixels, header)
+            for image, header in zip(images, headers, strict=True)
+        ]
+
+    async def _for_tensors(self) -> Batchers:
+        """Who answers float tensors."""
         if self.tensors is None:
             raise Unprocessable("datatype is 'FP32'; this server takes UINT8 only")
         try:
-            return await self.tensors(), images
+            return await self.tensors()
         except ConfigError as exc:
             log.error("float tensors cannot be answered: %s", exc)
             raise Unavailable("float tensors cannot be answered; UINT8 can") from exc
-
-    def _decode(self, images: list[bytes]) -> Pixels:
-        """Encoded files -> (N, H, W, C)."""
-        card = self.card
-        rows = [
-            decode(image, card.input, card.preprocessing, self.limits.max_pixels)
-            for image in images
-        ]
-        return rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
 
     def _patience(self, request: Request, fields: Fields, start: float) -> Patience:
         """How long the request may wait: as the settings say, or less if the client says so."""
@@ -250,27 +301,50 @@ class Service:
         return Patience(start + allowed_ms / 1000, line)
 
     async def _answer(
-        self, request: Request, batchers: Batchers, batch: Batch, patience: Patience
-    ) -> Served:
-        """What the client gets, if he is still there to get it: what he cannot see is free."""
-        ended = patience.ended(self.clock())  # before it is charged
+        self, request: Request, images: Batch | list[bytes], patience: Patience, read: float
+    ) -> Answered:
+        """What the client gets, if it is still there to get it: what it cannot see is free.
+
+        Limits come before the charge, and the charge before anything is decoded; what cannot be
+        decoded is refunded, as everything else that is not answered.
+
+        Args:
+            request: whose state has who is charged.
+            images: files to decode, or their pixels.
+            patience: looked at before the charge, while the request waits, and at the end.
+            read: the time at which `images` were there.
+        """
+        headers = self._inspect(images) if isinstance(images, list) else []
+        ended = patience.ended(read)
         if ended is not None:
             raise ended
         state = request.scope["state"]
-        state["images"] = len(batch)
+        state["images"] = len(images)
         visit: Visit | None = state.get("visit")
         defense = None
+        decode_start = read
         if visit is not None:
-            await visit.charge(len(batch))
+            before = self.clock()
+            await visit.charge(len(images))
+            decode_start += self.clock() - before
             defense = visit.grant.defense
+        if isinstance(images, list):
+            tasks = self._decoders(images, headers)
+            if sum(map(_work, images, headers)) <= INLINE_WORK:
+                rows = [task() for task in tasks]
+            else:
+                rows = await self.executor(tasks, sum(map(len, images)), patience)
+            images = rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
+        batchers = self.pixels if images.dtype == np.uint8 else await self._for_tensors()
+        decoded = self.clock()
         batcher = batchers.own if defense is None else batchers.apart
-        if len(batch) <= self.max_batch:
-            served = await batcher(batch, defense, patience)
+        if len(images) <= self.max_batch:
+            served = await batcher(images, defense, patience)
         else:
-            served = await self._in_parts(batcher, batch, defense, patience)
+            served = await self._in_parts(batcher, images, defense, patience)
         if patience.line.gone:
             raise ClientGone("the client closed the connection before the answer")
-        return served
+        return Answered(served, decode_start, decoded)
 
     async def _in_parts(
         self, batcher: Batcher, batch: Batch, defense: Defense | None, patience: Patience
@@ -288,18 +362,13 @@ class Service:
         )
 
     def _count(
-        self,
-        request: Request,
-        served: Served,
-        start: float,
-        read: float,
-        decoded: float,
-        back: float,
+        self, request: Request, answered: Answered, start: float, read: float, back: float
     ) -> None:
         end = self.clock()
+        served, decode_start, decoded = answered
         stage = self.metrics.stage
         stage["read"].observe(read - start)
-        stage["decode"].observe(decoded - read)
+        stage["decode"].observe(decoded - decode_start)
         stage["queue"].observe(served.queue_s)
         stage["infer"].observe(served.infer_s)
         stage["defend"].observe(served.defend_s)
@@ -307,7 +376,7 @@ class Service:
         self.count_images(len(served.probabilities))
         if self.traced:
             request.scope["state"]["stages"] = Stages(
-                start, read, decoded, back, end, served.queue_s, served.infer_s, served.defend_s
+                start, read, decode_start, decoded, back, end, *served[1:]
             )
 
     def _top_k(self, request: Request) -> int | None:
@@ -343,6 +412,11 @@ class Service:
             "predictions": predictions,
         }
         return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _work(data: bytes, header: Header) -> int:
+    """To decode a file, in pixels and bytes of a plain one."""
+    return (header.pixels + len(data)) * (1 if header.plain else NOT_PLAIN)
 
 
 def _milliseconds(value: bytes) -> int:

@@ -69,6 +69,14 @@ class LimitSettings(Section):
     max_pixels: int = Field(
         default=4_000_000, ge=1, description="width x height, from the image header"
     )
+    max_request_pixels: int = Field(
+        default=8_000_000, ge=1, description="of all images of a request together"
+    )
+    max_decode_bytes: int = Field(
+        default=64 * 2**20,
+        ge=1,
+        description="encoded images that wait for their decoding per worker; more get 503",
+    )
     max_queue: int = Field(
         default=4096, ge=1, description="images waiting per worker; more get 503"
     )

@@ -14,7 +14,8 @@ class Stages(NamedTuple):
     Attributes:
         start: the request came.
         read: its body was there.
-        decoded: its images were.
+        decode_start: its images were charged.
+        decoded: their pixels were there.
         back: its probabilities were.
         end: its answer was written.
         queue_s, infer_s, defend_s: of the batch, between `decoded` and `back`.
@@ -22,6 +23,7 @@ class Stages(NamedTuple):
 
     start: float
     read: float
+    decode_start: float
     decoded: float
     back: float
     end: float
@@ -32,14 +34,14 @@ class Stages(NamedTuple):
     def spans(self) -> Iterator[tuple[Stage, float, float]]:
         """Name, begin and end of each stage.
 
-        The batch is laid out backwards from its end: before it, budgets may have been charged. Of a
-        request in several batches the times are sums, which its own time bounds.
+        The batch is laid out backwards from its end. Of a request in several batches the times are
+        sums, which its own time bounds.
         """
         defend = max(self.decoded, self.back - self.defend_s)
         infer = max(self.decoded, defend - self.infer_s)
         queue = max(self.decoded, infer - self.queue_s)
         yield "read", self.start, self.read
-        yield "decode", self.read, self.decoded
+        yield "decode", self.decode_start, self.decoded
         yield "queue", queue, infer
         yield "infer", infer, defend
         yield "defend", defend, self.back

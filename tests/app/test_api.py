@@ -6,10 +6,13 @@ status equals the HTTP status, error equals detail, X-Request-ID is echoed.
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
+from app.api import build
 from app.bundle import open_bundle
 from app.engines import load
 from tests.pictures import PNG, encoded, picture
@@ -137,11 +140,12 @@ def check_problem(answer):
     assert "Traceback" not in answer.text
 
 
-def test_a_fault_of_ours_is_a_problem_too_and_is_logged(client, monkeypatch, caplog):
+def test_a_fault_of_ours_is_a_problem_too_and_is_logged(client, caplog):
     def broken(*args):
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr("app.service.decode", broken)
+    app = build(replace(client.app.state.service, decoder=broken))
+    client = TestClient(app, raise_server_exceptions=False)
     answer = client.post("/v1/predict", content=PNG, headers=HEADERS)
     assert answer.status_code == 500
     check_problem(answer)

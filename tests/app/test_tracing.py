@@ -183,7 +183,7 @@ def test_a_fault_of_the_server_is_an_error():
     assert (span.start_time, span.end_time) == (750_000_000, 10**9)
 
 
-@given(st.lists(st.floats(0, 10), min_size=8, max_size=8))
+@given(st.lists(st.floats(0, 10), min_size=9, max_size=9))
 def test_stages_never_overlap_and_stay_inside(values):
     *times, queue, infer, defend = values
     spans = list(Stages(*sorted(times), queue, infer, defend).spans())

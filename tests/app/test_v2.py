@@ -3,6 +3,7 @@
 import base64
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
+from app.api import build
 from app.bundle import Card
 from app.errors import ConfigError, RequestError
 from app.late import Late
@@ -276,10 +278,10 @@ def binary_tensor() -> dict:
     return tensor(PIXELS, parameters={"binary_data_size": PIXELS.nbytes})
 
 
-def test_limits_are_checked_before_decode(make_client, monkeypatch):
+def test_limits_are_checked_before_decode(make_client):
     client = make_client(limits={"max_images": 2, "max_pixels": 63})
+    client = TestClient(build(replace(client.app.state.service, decoder=None)))
     assert client.post(URL, **binary_files(PNGS[:1])).status_code == 413
-    monkeypatch.setattr("app.service.decode", None)
     assert client.post(URL, **binary_files()).status_code == 413
     assert client.post(URL, **FILES["JSON"]).status_code == 413
 
