@@ -6,14 +6,16 @@
     golden.json     outputs for a few made-up inputs, checked at every load
     surrogate.onnx, misinformation.onnx    optional, for some defenses; see `app.auxiliary`
 
-Each file is read once, hashed, and handed on as bytes, so that what was checked is what runs.
+Each file is read once, hashed, and handed on as bytes, so that what was checked is what runs. The
+card names files of its own folder only, and no network has weights in files outside of itself.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +37,11 @@ ONNX_FILE: dict[Precision, str] = {
 }
 # Optional files that `python -m training.auxiliary` makes, with the same input as the others.
 AUXILIARY_FILES = ("surrogate.onnx", "misinformation.onnx")
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
+"""Of a file in the bundle's folder: no path, and not hidden."""
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Frozen(BaseModel):
@@ -79,7 +86,7 @@ class Card(Frozen):
     labels: list[str] = Field(min_length=1)
     input: InputShape
     preprocessing: Preprocessing = Preprocessing()
-    files: dict[str, str]
+    files: dict[FileName, Sha256]
     accuracy: dict[str, Accuracy] = {}
     quantization: dict[str, Any] = {}
     training: dict[str, Any] = {}
@@ -108,12 +115,13 @@ class Bundle:
         """A file's bytes.
 
         Raises:
-            BundleError: the card does not list it, it is missing, or its sha256 is another.
+            BundleError: the card does not list it, it is missing or no regular file, its sha256 is
+                another, or it is a network with weights in other files.
         """
         if file not in self.card.files:
             raise BundleError(f"{self} has no {file}; its card lists {', '.join(self.card.files)}")
         try:
-            content = (self.folder / file).read_bytes()
+            content = _content(self.folder / file)
         except OSError as exc:
             raise BundleError(f"{self}: {file} cannot be read: {exc.strerror}") from exc
         found = hashlib.sha256(content).hexdigest()
@@ -121,6 +129,8 @@ class Bundle:
             raise BundleError(
                 f"{self}: {file} has sha256 {found}, its card says {self.card.files[file]}"
             )
+        if file.endswith(".onnx"):
+            self._refuse_weights_elsewhere(file, content)
         return content
 
     def onnx(self, precision: Precision) -> bytes:
@@ -134,16 +144,39 @@ class Bundle:
         except ValidationError as exc:
             raise BundleError(f"{self}: golden.json is malformed: {exc}") from exc
 
+    def _refuse_weights_elsewhere(self, file: str, content: bytes) -> None:
+        """Refuse what engines would read from files that the card does not vouch for."""
+        if b"location" not in content:  # the word that such a network has; quick to look for
+            return
+        from app.graph import outside  # here: it imports numpy, which the supervisor needs not
+
+        if (elsewhere := outside(content)) is not None:
+            raise BundleError(
+                f"{self}: {file} has weights in another file, {elsewhere!r}; allowed: networks "
+                "whose weights are all in the ONNX file"
+            )
+
     def _card(self) -> Card:
         path = self.folder / "card.json"
         try:
-            return Card.model_validate_json(path.read_bytes())
+            return Card.model_validate_json(_content(path))
         except OSError as exc:
             raise BundleError(
                 f"no bundle at {str(self.folder)!r}: {exc.strerror}: card.json"
             ) from exc
         except ValidationError as exc:
             raise BundleError(f"{str(path)!r} is malformed: {exc}") from exc
+
+
+def _content(path: Path) -> bytes:
+    """A regular file's bytes: a pipe would never end, and a device neither.
+
+    Raises:
+        OSError: it cannot be read, or is something else.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
 
 
 def open_bundle(root: Path, name: str) -> Bundle:
@@ -181,7 +214,7 @@ def write_card(folder: Path, card: dict[str, Any]) -> Card:
     files = {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.iterdir())
-        if p.name != "card.json"
+        if p.name != "card.json" and p.is_file() and not p.name.startswith(".")
     }
     try:
         full = Card.model_validate_json(orjson.dumps({**card, "format": FORMAT, "files": files}))

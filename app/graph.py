@@ -7,7 +7,7 @@ tensors instead of pixels, the nodes before it go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from app.errors import ConfigError
 
 if TYPE_CHECKING:
     import onnx
+    from google.protobuf.message import Message
 
 TENSOR = "tensor"
 ANSWERS = "answers"  # output of `measured`: defended rows, and their distance as the last column
@@ -42,6 +43,26 @@ def parse(model: bytes) -> onnx.ModelProto:
     if not proto.graph.node:
         raise ConfigError(f"{len(model)} bytes are not an ONNX model: no graph in them")
     return proto
+
+
+def outside(model: bytes) -> str | None:
+    """The file in which a network has weights that are not in `model`; None where all are there.
+
+    Raises:
+        ConfigError: not an ONNX model.
+    """
+    return next(_locations(parse(model)), None)
+
+
+def _locations(message: Message) -> Iterator[str]:
+    """Of all tensors anywhere in a protobuf message: subgraphs and attributes hold some, too."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in value if isinstance(value, Sequence) else [value]:
+            if field.name == "external_data" and part.key == "location":
+                yield part.value
+            yield from _locations(part)
 
 
 def tensor_input(model: bytes) -> bytes:

@@ -21,16 +21,16 @@ def take(settings: Settings, folder: Path) -> Settings:
         folder: where the copy goes; made.
 
     Raises:
-        BundleError: there is none, or a file that is needed is missing or not what its card says.
+        BundleError: there is none, a file that is needed is missing, or one is not what its card
+            says.
     """
     bundle = open_bundle(settings.model_dir, settings.model)
     target = folder / settings.model
     target.mkdir(parents=True)
     shutil.copyfile(bundle.folder / "card.json", target / "card.json")
     needed = {ONNX_FILE[settings.precision], "golden.json"}
-    for name in needed:
-        (target / name).write_bytes(bundle.read(name))
-    for name in bundle.card.files.keys() - needed:
-        if (bundle.folder / name).is_file():  # who needs one that is missing says so
-            shutil.copyfile(bundle.folder / name, target / name)
+    for name in bundle.card.files:
+        # Hashed before it is written. Who needs one that is missing says so.
+        if name in needed or (bundle.folder / name).exists():
+            (target / name).write_bytes(bundle.read(name))
     return settings.model_copy(update={"model_dir": folder})

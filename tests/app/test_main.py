@@ -1,16 +1,19 @@
 """Assembly: what the settings choose is what answers, and what cannot be served does not start."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 
 from app.errors import BundleError, ConfigError
 from app.main import create_app
 from app.settings import Settings
+from app.snapshot import take
 from tests.pictures import PNG
 
 HEADERS = {"Content-Type": "image/png"}
@@ -120,6 +123,65 @@ def test_a_tampered_model_is_refused(own_models):
         file.write(b"\0")
     with pytest.raises(BundleError, match=r"float32\.onnx has sha256"):
         create_app(settings(own_models))
+
+
+OUTSIDE = ["../../../x", "..", ".", "a/b", "/etc/hostname", "a\0b", "x" * 256, "", ".hidden", "a\n"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_card_names_files_of_its_own_folder_only(own_models, tmp_path, name):
+    edit_card(own_models / "tiny", lambda card: card["files"].update({name: "0" * 64}))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BundleError, match=r"card\.json.*is malformed"):
+        take(settings(own_models), tmp_path / "copy")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["../other", "../models/tiny", ".", "..", "/", "tiny/", "a\0b"])
+def test_a_model_is_a_folder_of_the_model_folder(models, tmp_path, name):
+    with pytest.raises(BundleError, match="there: tiny"):
+        take(settings(models, model=name), tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_hashed_before_it_is_copied(own_models, tmp_path):
+    """Also one that this server does not need: nothing unchecked gets into the copy."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    aside = own_models / "tiny" / "int8.onnx"
+    aside.unlink()
+    aside.symlink_to(secret)
+    with pytest.raises(BundleError, match=r"int8\.onnx has sha256"):
+        take(settings(own_models), tmp_path / "copy")
+    assert not (tmp_path / "copy" / "tiny" / "int8.onnx").exists()
+
+
+@pytest.mark.parametrize("file", ["card.json", "float32.onnx", "golden.json"])
+def test_what_never_ends_is_no_file_of_a_bundle(own_models, file):
+    (own_models / "tiny" / file).unlink()
+    os.mkfifo(own_models / "tiny" / file)
+    with pytest.raises(BundleError, match="not a regular file"):
+        create_app(settings(own_models))
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["of the graph", "of a subgraph"])
+def test_a_network_with_weights_in_other_files_is_refused(own_models, inside):
+    """Engines read them, from wherever the file says, and no hash covers what is there."""
+    from app.bundle import Bundle, write_card
+
+    folder = own_models / "tiny"
+    model = onnx.load(folder / "float32.onnx")
+    tensor = model.graph.initializer[0]
+    if inside:
+        node = model.graph.node.add(op_type="Constant", output=["unused"])
+        node.attribute.append(onnx.helper.make_attribute("value", tensor))
+        tensor = node.attribute[0].t
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../secret")
+    (folder / "float32.onnx").write_bytes(model.SerializeToString())
+    write_card(folder, json.loads((folder / "card.json").read_text()))
+    with pytest.raises(BundleError, match=r"weights in another file, '../../secret'"):
+        Bundle(folder).read("float32.onnx")
 
 
 def test_a_missing_file_is_named(own_models):
