@@ -138,11 +138,13 @@ def create_admin(
     if helper is not None:
         served += console_routes(settings, workers, registry, helper)
         middleware = [Middleware(Guard, hosts=settings.admin_hosts)]
-    return Starlette(
+    admin = Starlette(
         routes=served,
         middleware=middleware,
         exception_handlers={HTTPException: _refused, errors.RequestError: _problem},
     )
+    admin.router.redirect_slashes = False  # to wherever the Host header says
+    return admin
 
 
 async def _refused(request: Request, exc: Exception) -> Response:

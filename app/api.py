@@ -49,10 +49,10 @@ class Fronted(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI call."""
-        # The V2 protocol writes its paths with and without a slash at the end.
+        # Clients of the V2 protocol write its paths with and without a slash at the end.
         path = scope.get("path", "")
-        if path.startswith("/v2/") and path.endswith("/"):
-            scope = {**scope, "path": path.rstrip("/")}
+        if path[-1:] == "/" and len(path) > 1:
+            scope = {**scope, "path": path.rstrip("/") or "/"}
         await self.front(scope, receive, send)
 
     async def dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,6 +61,8 @@ class Fronted(FastAPI):
         if scope["type"] == "http":
             endpoint = self.hot.get((scope["method"], scope["path"]))
         if endpoint is None:
+            if scope.get("method") == "HEAD":  # the server leaves the answer's body away
+                scope = {**scope, "method": "GET"}
             await super().__call__(scope, receive, send)
             return
         response = await endpoint(Request(scope, receive))
@@ -116,6 +118,7 @@ def build(service: Service, *, access_log: bool = False, tracing: Tracing | None
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # to wherever the Host header says
         exception_handlers={HTTPException: refused},
     )
     app.router.route_class = Direct
@@ -211,7 +214,9 @@ def _translated(exc: Exception, request: Request) -> errors.RequestError:
             return errors.NotFound("no such route; /openapi.json lists them")
         if exc.status_code == 405:
             allowed = (exc.headers or {}).get("Allow", "")
-            detail = f"method not allowed here; allowed: {allowed}"
+            if allowed == "GET":
+                allowed = "GET, HEAD"
+            detail = f"method {request.method[:20]} is not allowed here; allowed: {allowed}"
             return errors.MethodNotAllowed(detail, {"Allow": allowed})
         return errors.BadFraming(str(exc.detail))
     log.error("unexpected error", exc_info=exc, extra={"id": request.scope["state"]["id"]})

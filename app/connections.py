@@ -130,7 +130,17 @@ class Connection(HttpToolsProtocol):
         """A piece of one request, or of several."""
         self._all_head = self._heading
         self._piece_bytes = len(data)
-        super().data_received(data)
+        rest: bytes | memoryview = data
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(rest)
+                    break
+                except httptools.HttpParserUpgrade as offer:
+                    rest = memoryview(rest)[offer.args[0] :]
+                    self._decline_upgrade()
+        except httptools.HttpParserError:
+            self.send_400_response("not an HTTP/1.1 request")
         if self._all_head:
             self._head_bytes += len(data)
             if self._head_bytes > self._limits.max_header_bytes:
@@ -153,11 +163,19 @@ class Connection(HttpToolsProtocol):
             self._refusal = self._too_large()
             raise self._refusal
         parser, scope, before = self.parser, self.scope, self.cycle
-        version, target = parser.get_http_version(), httptools.parse_url(self.url)
+        method, version = parser.get_method().decode("ascii"), parser.get_http_version()
+        fault = _fault(method, version, self.headers)
+        if fault is not None:
+            self._refusal = BadFraming(fault)
+            raise self._refusal
+        if parser.should_upgrade():
+            return  # the parser takes what follows for another protocol: `_decline_upgrade`
+        target = httptools.parse_url(self.url)
+        raw_path = target.path or b"/"
         scope["http_version"] = version
-        scope["method"] = parser.get_method().decode("ascii")
-        scope["path"] = unquote(target.path.decode("ascii"))
-        scope["raw_path"] = target.path
+        scope["method"] = method
+        scope["path"] = _decoded(raw_path)
+        scope["raw_path"] = raw_path
         scope["query_string"] = target.query or b""
         self.cycle = Cycle(
             scope,
@@ -181,6 +199,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is there, body and all."""
+        if self.parser.should_upgrade():
+            return
         self._heading = True
         self._head_bytes = 0
         self._since = self._quiet_since = None
@@ -203,7 +223,7 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What came is no HTTP, or over a limit."""
-        self._refuse(self._refusal or BadFraming(f"{msg} It must be HTTP/1.1."))
+        self._refuse(self._refusal or BadFraming(msg))
 
     def check(self, now: float) -> None:
         """Close the connection if its client is too slow.
@@ -246,6 +266,19 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
         self._hand.count_closed()
 
+    def _decline_upgrade(self) -> None:
+        """Read the request's headers again without the offer to speak another protocol.
+
+        Clients offer HTTP/2 so with any request, and expect HTTP/1.1 unless the answer is a 101.
+        """
+        parser, headers = self.parser, self.headers
+        version = parser.get_http_version().encode()
+        lines = [b"%s: %s\r\n" % header for header in headers if header[0] != b"upgrade"]
+        head = [parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's has it
+        self.parser.feed_data(b"".join(head))
+
     def _idle(self) -> bool:
         """Nobody works on an answer."""
         return self.cycle is None or self.cycle.response_complete
@@ -284,3 +317,29 @@ class Connection(HttpToolsProtocol):
             lines = [b"%s: %s\r\n" % header for header in headers]
             self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
         self.transport.close()
+
+
+def _fault(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> str | None:
+    """What a proxy in front of this server could read differently, beside what llhttp refuses."""
+    hosts, coding = 0, None
+    for name, value in headers:
+        if name == b"host":
+            hosts += 1
+        elif name == b"transfer-encoding":
+            coding = value
+    if version not in ("1.1", "1.0"):
+        return f"unsupported HTTP version {version}; allowed: 1.1, 1.0"
+    if hosts > 1 or (hosts == 0 and version == "1.1"):
+        return f"request has {hosts} Host headers; it must have one"
+    if coding is not None and (version == "1.0" or coding.strip().lower() != b"chunked"):
+        shown = coding[:40].decode("latin-1")
+        return f"unsupported Transfer-Encoding {shown!r}; allowed: chunked, with HTTP/1.1"
+    return "unsupported method CONNECT; this server is no proxy" if method == "CONNECT" else None
+
+
+def _decoded(raw_path: bytes) -> str:
+    """A path without its percent-encoding; an encoded slash is no slash, and stays as it is."""
+    path = raw_path.decode("ascii")
+    if "%" not in path:
+        return path
+    return unquote(path.replace("%2F", "%252F").replace("%2f", "%252f"))
