@@ -23,7 +23,10 @@ from app.formats import FORMATS
 MOST_PARTS = 256
 BYTES_A_PART = 512
 MOST_SCANS = 32  # of a progressive JPEG; encoders write 10, and each visits every block
-MAX_SIDE = 65_535  # of a JPEG by its format; of the others a limit of ours
+MAX_SIDE = 65_500  # what libjpeg reads; PNG could say more, WebP cannot
+# The Huffman codes of a lossless WebP come in groups, each of 20 bits of the file or more, and at
+# most one for 4 x 4 pixels. A group takes 6 kB of libwebp's memory: 300 kB of file, 360 MiB.
+MOST_GROUPS = 16_384
 SMALL_JPEG = 65_536  # bytes; the scans of a larger one are not read by `inspect`
 SEARCHED = 1 << 20  # bytes of a scan in one search, between which other threads have a turn
 
@@ -326,11 +329,12 @@ def _check_frame(data: bytes, at: int, end: int, canvas: tuple[int, int]) -> Non
     at += 16
     kind, size = RIFF_CHUNK.unpack_from(data, at)
     if kind == b"ALPH":
+        _check_lossless(width, height, size)
         at = _after(at, size)
-    if _webp_bitstream(data, at, end) != (width, height):
-        raise Unprocessable("WebP has a frame and a picture in it of different sizes")
     if left + width > canvas[0] or top + height > canvas[1]:
         raise Unprocessable("WebP has a frame that is larger than its canvas")
+    if _webp_bitstream(data, at, end) != (width, height):
+        raise Unprocessable("WebP has a frame and a picture in it of different sizes")
 
 
 def _webp_bitstream(data: bytes, at: int, end: int) -> tuple[int, int]:
@@ -345,8 +349,20 @@ def _webp_bitstream(data: bytes, at: int, end: int) -> tuple[int, int]:
     elif kind == b"VP8L":
         bits = int.from_bytes(data[at + 9 : at + 13], "little")
         if data[at + 8] == 0x2F and bits >> 29 == 0:
-            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+            width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+            _check_lossless(width, height, size)
+            return width, height
     raise Unprocessable(f"WebP has an invalid chunk {kind!r} where a picture is expected")
+
+
+def _check_lossless(width: int, height: int, size: int) -> None:
+    """Of a VP8L bitstream, also of one that holds an alpha channel."""
+    groups = -(-width // 4) * -(-height // 4)
+    if min(groups, size * 8 // 20) > MOST_GROUPS:
+        raise TooLarge(
+            f"lossless WebP is {width} x {height} pixels in {size} bytes; allowed: "
+            f"{MOST_GROUPS * 16} pixels or {MOST_GROUPS * 20 // 8} bytes"
+        )
 
 
 def _after(at: int, size: int) -> int:

@@ -2,10 +2,8 @@ import contextlib
 import io
 import os
 import random
-import struct
 import sys
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from app.bundle import InputShape, Preprocessing
-from app.decode import _quick, decode, inspect, to_pixels
+from app.decode import Header, _quick, decode, inspect, to_pixels
 from app.errors import RequestError, TooLarge, Unprocessable
+from app.image_header import MOST_SCANS, SMALL_JPEG
+from loadtest import bomb_files
+from loadtest.bomb_files import chunk, png
 from tests.pictures import PNG, encoded, picture
 
 RGB = InputShape(height=8, width=8, channels=3)
@@ -86,24 +88,104 @@ def test_first_frame_of_an_animation():
     assert decode(data, RGB, STRETCH, MAX)[0, 0].tolist() == [255, 0, 0]
 
 
-def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few hundred bytes that claims any size."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        crc = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(1000))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
-
-
 @pytest.mark.parametrize(("width", "height"), [(1001, 1000), (100_000, 100_000), (2**31 - 1, 1)])
 def test_a_bomb_is_stopped_by_its_header(width, height):
     with pytest.raises(TooLarge, match="allowed: 1000000"):
-        decode(bomb(width, height), RGB, STRETCH, MAX)
+        decode(png(width, height, colour=2, pixels=[chunk(b"IDAT", b"")]), RGB, STRETCH, MAX)
+
+
+REFUSED = {
+    TooLarge: """
+        png-100000-x-100000 png-1-x-4000000 png-4000000-x-1 jpeg-two-frames webp-huge-canvas
+        webp-16383-x-16383 webp-lossless-16383-x-16383 webp-huffman-groups
+        webp-huffman-groups-frame
+    """,
+    Unprocessable: """
+        png-palette-5-mib png-two-headers png-empty-idats png-empty-texts png-huge-chunk-length
+        png-apng-frames jpeg-2500-scans jpeg-100000-scans jpeg-repeated-baseline-scan
+        jpeg-two-headers jpeg-frame-after-the-scan jpeg-62000-empty-segments
+        jpeg-empty-segments-5-mib jpeg-fill-bytes jpeg-ff-in-the-scan jpeg-arithmetic
+        jpeg-lossless-arithmetic jpeg-lossless jpeg-12-bit jpeg-255-components jpeg-height-later
+        jpeg-lines-after-the-scan jpeg-hierarchical jpeg-10000-huffman-tables
+        jpeg-10000-quantizations webp-small-canvas webp-large-canvas webp-metadata-chunks
+        webp-frame-of-another-size webp-says-4-gib
+    """,
+}
+REFUSALS = {name: error for error, names in REFUSED.items() for name in names.split()}
+WORKS_MOST = {"png-empty-blocks"}  # refused by the decoder, after work in proportion to its bytes
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bombs_are_refused_before_a_decoder_sees_them(name):
+    data = bomb_files.FILES[name]()
+    with pytest.raises(REFUSALS[name]):
+        inspect(data, 4_000_000, whole=True)
+    with pytest.raises(REFUSALS[name]):
+        decode(data, RGB, STRETCH, 4_000_000)
+
+
+HARMLESS = bomb_files.FILES.keys() - REFUSALS - WORKS_MOST
+LONG_SCANS = {"jpeg-stuffed-scan", "jpeg-restarts-in-the-scan", "jpeg-zeros-in-the-scan"}
+
+
+@pytest.mark.parametrize("name", sorted(HARMLESS))
+def test_of_other_bombs_a_decoder_gets_the_picture_alone(name):
+    data = bomb_files.FILES[name]()
+    header = inspect(data, 4_000_000, whole=True)
+    assert header.pixels <= 4_000_000
+    picture_alone = header.picture(data)
+    for kind in (b"zTXt", b"iTXt", b"iCCP", b"tEXt", b"eXIf", b"MPF", b"ICC_PROFILE", b"ICCP"):
+        assert kind not in picture_alone
+    if header.pixels == 28 * 28 and name not in {*LONG_SCANS, "png-idat-300-mib"}:
+        assert len(picture_alone) < 1000
+    pixels = decode(data, RGB, STRETCH, 4_000_000)
+    if name not in {
+        "png-noise",
+        "jpeg-32-scans-cmyk",
+        "jpeg-cmyk",
+        "jpeg-restart-after-each-block",
+    }:
+        assert pixels.max() == 0  # black, as their pictures are
+
+
+@pytest.mark.parametrize("part", [chunk(b"tEXt"), chunk(b"IDAT")], ids=["text", "pixels"])
+def test_parts_of_a_file_are_counted_and_capped(part):
+    """As many as fit `MOST_PARTS` and its bytes are read, one more is not."""
+    pixels = chunk(b"IDAT", bomb_files.zeros(29 * 28))
+    few = png(pixels=[*[part] * 200, pixels])
+    assert decode(few, GREY, STRETCH, MAX).max() == 0
+    with pytest.raises(Unprocessable, match=r"too many parts for its \d+ bytes; allowed: 2"):
+        inspect(png(pixels=[*[part] * 300, pixels]), MAX)
+
+
+def test_progressive_scans_are_counted_and_capped():
+    own = len(bomb_files.parts(bomb_files.jpeg(progressive=True))) - len(
+        bomb_files.parts(bomb_files.jpeg())
+    )
+    assert own < MOST_SCANS
+    for repeats, allowed in ((1, True), (20, True), (MOST_SCANS + 1, False)):
+        data = bomb_files.jpeg(progressive=True, repeat_last_scan=repeats)
+        if allowed:
+            assert decode(data, GREY, STRETCH, MAX).max() == 0
+        else:
+            with pytest.raises(Unprocessable, match=f"too many scans; allowed: {MOST_SCANS}"):
+                inspect(data, MAX)
+
+
+def test_scans_of_a_large_jpeg_are_read_by_decode_alone():
+    """`inspect` takes as many steps as the file has parts before its first scan, no more."""
+    data = bomb_files.jpeg(scan_data=bytes(SMALL_JPEG))
+    header = inspect(data, MAX)
+    assert (header.width, header.height, header.whole, header.plain) == (28, 28, False, False)
+    assert decode(data, GREY, STRETCH, MAX, header).max() == 0
+    many = bomb_files.jpeg(progressive=True, repeat_last_scan=3000)
+    with pytest.raises(Unprocessable, match="too many scans"):
+        decode(many, GREY, STRETCH, MAX, inspect(many, MAX))
+
+
+def test_a_decoder_that_finds_another_size_is_not_believed():
+    with pytest.raises(Unprocessable, match="two sizes"):
+        decode(PNG, GREY, STRETCH, MAX, Header("PNG", 9, 9, channels=3))
 
 
 NO_IMAGES = {
@@ -186,6 +268,75 @@ def test_the_quick_way_gives_what_pillow_gives(kind, options, shape, size, seed)
         assert header.channels == shape.channels
         assert _quick(header.picture(data), header) is not None
     expected = to_pixels(Image.open(io.BytesIO(data)), shape, STRETCH)
+    np.testing.assert_array_equal(decode(data, shape, STRETCH, MAX), expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("shape", [RGB, GREY], ids=["rgb", "grey"])
+@pytest.mark.parametrize("fit", [STRETCH, Preprocessing(fit="crop", ratio=0.875)])
+def test_every_small_size_gives_what_pillow_gives(kind, mode, shape, fit):
+    for width in range(1, 10):
+        for height in range(1, 10):
+            data = encoded(picture(width, height, mode, seed=width), kind)
+            expected = to_pixels(Image.open(io.BytesIO(data)), shape, fit)
+            np.testing.assert_array_equal(decode(data, shape, fit, MAX), expected)
+
+
+def with_metadata() -> dict[str, bytes]:
+    """Files of many kinds with much beside their picture."""
+    icc, exif = bytes(70_000), b"Exif\x00\x00MM\x00*" + bytes(400)
+    source = picture(21, 13)
+    text = PngInfo()
+    text.add_text("a", "b" * 5000, zip=True)
+    text.add_itxt("c", "d" * 5000, zip=True)
+    options = {"pnginfo": text, "dpi": (72, 72), "icc_profile": icc, "exif": exif}
+    frames = [picture(21, 13, seed=seed) for seed in (1, 2)]
+    more = {"save_all": True, "append_images": frames}
+    wide = Image.fromarray(np.arange(273, dtype=np.uint16).reshape(13, 21) * 200)
+    small = [
+        bomb_files.frame_of(encoded(picture(8, 6, seed=seed), "WEBP")[12:], 4, 2, 8, 6)
+        for seed in (1, 2)
+    ]
+    return {
+        **{
+            f"png {mode}": encoded(source.convert(mode), **options)
+            for mode in ("1", "L", "LA", "P", "RGB", "RGBA")
+        },
+        "png palette, transparent": encoded(source.convert("P"), transparency=bytes(range(256))),
+        "png rgb, transparent": encoded(source, transparency=(1, 2, 3)),
+        "png grey, transparent": encoded(source.convert("L"), transparency=7),
+        "png interlaced": png(21, 13, 8, 6, 1),
+        "png 16 bit": encoded(wide),
+        "apng": encoded(source, **more),
+        "apng, its default image apart": encoded(source, default_image=True, **more),
+        "png, bytes after": encoded(source) + bytes(1000),
+        "jpeg": encoded(source, "JPEG", icc_profile=icc, exif=exif, comment=b"of a length"),
+        "jpeg grey": encoded(source.convert("L"), "JPEG", icc_profile=icc, exif=exif),
+        "jpeg cmyk": encoded(source.convert("CMYK"), "JPEG", icc_profile=icc, exif=exif),
+        "jpeg rgb": encoded(source, "JPEG", keep_rgb=True, icc_profile=icc),
+        "jpeg progressive": encoded(source, "JPEG", progressive=True, icc_profile=icc),
+        "jpeg, bytes after": encoded(source, "JPEG") + bytes(1000),
+        "mpo": encoded(source, "MPO", **more),
+        "webp": encoded(source, "WEBP", icc_profile=icc, exif=exif, xmp=b"<x/>"),
+        "webp lossless": encoded(source, "WEBP", lossless=True, icc_profile=icc, exif=exif),
+        "webp alpha": encoded(picture(21, 13, "RGBA"), "WEBP", exif=exif),
+        "webp animation": encoded(source, "WEBP", exif=exif, icc_profile=icc, **more),
+        "webp small frame": bomb_files.animation(21, 13, *small),
+        "webp, bytes after": encoded(source, "WEBP") + bytes(1001),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", with_metadata())
+@pytest.mark.parametrize("shape", [RGB, GREY], ids=["rgb", "grey"])
+def test_pictures_are_the_same_without_their_metadata(name, shape):
+    data = with_metadata()[name]
+    header = inspect(data, MAX, whole=True)
+    left_out = name not in {"png interlaced", "png 16 bit", "jpeg rgb", "jpeg"}
+    assert header.picture(data) != data or not left_out
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of a palette with transparency
+        expected = to_pixels(Image.open(io.BytesIO(data)), shape, STRETCH)
     np.testing.assert_array_equal(decode(data, shape, STRETCH, MAX), expected)
 
 
