@@ -35,7 +35,7 @@ from app.snapshot import take
 from app.watchdog import Watchdog
 
 RESTART_S = 0.5
-LOAD_S = 300  # for the workers of a reload
+LOAD_S = 300  # for a worker to load
 POLL_S = 0.05
 GRACE_S = 5  # beyond what a worker allows itself
 log = logging.getLogger("scumble")
@@ -45,6 +45,7 @@ log = logging.getLogger("scumble")
 class _Worker:
     process: Child
     pipe: Connection
+    begun: float
     loaded: bool = False
     ready: bool = False
     leaving: bool = False
@@ -101,6 +102,9 @@ class Supervisor:
         self._admin = admin
         self._metrics_dir = metrics_dir
         self._workers: dict[int, _Worker] = {}
+        self._forking: dict[int, asyncio.Task[None]] = {}
+        self._unwanted: set[int] = set()  # of those: the numbers that shall end once they are there
+        self._ending: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._said_ready = False
         self._exit_code = 0
@@ -158,7 +162,7 @@ class Supervisor:
         finish what they have.
         """
         async with self._reloading:
-            while self._workers.keys() - set(self._serving):  # noqa: ASYNC110  # _ended removes them
+            while (self._workers.keys() | self._forking.keys()) - set(self._serving):  # noqa: ASYNC110  # _ended removes them
                 await asyncio.sleep(POLL_S)
             done = self._said_ready and await self._replace()
         self._incidents.reloads["done" if done else "failed"].inc()
@@ -211,32 +215,51 @@ class Supervisor:
             self._arrived = None
         if not done:
             for number in numbers:
-                if number in self._workers:
-                    self._workers[number].process.send(signal.SIGKILL)
+                self._discard(number)
         return done
+
+    def _discard(self, number: int) -> None:
+        """End a worker that serves nobody yet, as soon as there is one."""
+        if number in self._forking:
+            self._unwanted.add(number)
+        elif number in self._workers:
+            self._workers[number].process.send(signal.SIGKILL)
 
     def _start(self, number: int, served: Settings) -> None:
         if self._stopping.is_set():
             return
-        ours, theirs = Pipe()
-        hand = self._dealer.hand(number)
+        task = asyncio.get_running_loop().create_task(self._fork(number, served))
+        self._forking[number] = task
+
+    async def _fork(self, number: int, served: Settings) -> None:
+        ours: Connection | None = None
         try:
-            process = self._nursery(
-                f"worker-{number}", worker.run, served, hand, self._watchdog.pulse(number), theirs
-            )
-        except (OSError, EOFError) as exc:
-            log.error("a worker cannot be forked: %r", exc, extra={"worker": number})
-            ours.close()
+            ours, theirs = Pipe()
+            with theirs:
+                hand = self._dealer.hand(number)
+                pulse = self._watchdog.pulse(number)
+                with hand.channel:
+                    process = await self._nursery.fork(
+                        f"worker-{number}", worker.run, served, hand, pulse, theirs
+                    )
+        except Exception as exc:  # noqa: BLE001  # whatever it is, it must be tried again
+            if ours is not None:
+                ours.close()
             self._dealer.gone(number)
+            self._unwanted.discard(number)
+            if not self._stopping.is_set():
+                log.error("a worker cannot be forked: %r", exc, extra={"worker": number})
             self._lost(number, loaded=False)
             return
         finally:
-            theirs.close()
-            hand.channel.close()
-        self._workers[number] = _Worker(process, ours)
+            del self._forking[number]
         loop = asyncio.get_running_loop()
+        self._workers[number] = _Worker(process, ours, loop.time())
         loop.add_reader(ours.fileno(), self._heard, number)
         loop.add_reader(process.sentinel, self._ended, number)
+        if number in self._unwanted or self._stopping.is_set():
+            process.send(signal.SIGKILL)
+        self._unwanted.discard(number)
 
     def _heard(self, number: int) -> None:
         child = self._workers[number]
@@ -247,8 +270,7 @@ class Supervisor:
             return
         if said == "draining":
             if not self._stopping.is_set():  # somebody wants this one to end
-                child.leaving = True
-                self._dealer.leave(number)
+                self._leave(number, child)
             return
         child.ready = said == "ready"
         if not child.loaded:
@@ -275,15 +297,21 @@ class Supervisor:
         loop.remove_reader(child.process.sentinel)
         loop.remove_reader(child.pipe.fileno())
         child.pipe.close()
-        exit_code = child.process.exit_code()
+        child.process.close()
         mark_process_dead(child.process.pid, self._metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
         if self._lost(number, loaded=child.loaded):
             self._incidents.restarts[child.end].inc()
-            log.error(
-                "worker %s, starting another",
-                child.end,
-                extra={"worker": number, "exit_code": exit_code},
-            )
+            saying = loop.create_task(self._say_ended(number, child))
+            self._ending.add(saying)  # or nobody would hold it
+            saying.add_done_callback(self._ending.discard)
+
+    async def _say_ended(self, number: int, child: _Worker) -> None:
+        exit_code = await child.process.exit_code()
+        log.error(
+            "worker %s, starting another",
+            child.end,
+            extra={"worker": number, "exit_code": exit_code},
+        )
 
     def _lost(self, number: int, *, loaded: bool) -> bool:
         """A worker is not there; whether another will be."""
@@ -339,34 +367,49 @@ class Supervisor:
         """No more connections: the worker finishes what it has, and ends."""
         child = self._workers.get(number)
         if child is None:
-            return
+            self._discard(number)
+        else:
+            self._leave(number, child)
+
+    def _leave(self, number: int, child: _Worker) -> None:
         child.leaving = True
         self._dealer.leave(number)
         allowed = self._settings.http.keep_alive_s + self._settings.shutdown_timeout_s + GRACE_S
         asyncio.get_running_loop().call_later(allowed, child.process.send, signal.SIGKILL)
 
     async def _watch(self) -> None:
-        """Kill workers that hang; they are replaced like any that ends."""
+        """Kill workers that hang or never load; they are replaced like any that ends."""
+        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(min(1.0, self._watchdog.allowed_s / 4))
             for number, child in self._workers.items():
-                if child.loaded and not child.leaving and self._watchdog.hung(number):
+                if child.loaded:
+                    hung = not child.leaving and self._watchdog.hung(number)
+                elif hung := loop.time() - child.begun > LOAD_S:
+                    log.error(
+                        "worker has not loaded for %d s, killing it",
+                        LOAD_S,
+                        extra={"worker": number},
+                    )
+                if hung:
                     child.end = "hung"
                     child.process.send(signal.SIGKILL)
 
     async def _stop(self) -> None:
         log.info("draining", extra={"workers": len(self._workers)})
+        self._nursery.close()
         for child in self._workers.values():
             child.process.send(signal.SIGTERM)
         await asyncio.sleep(self._settings.drain_delay_s)
         self._dealer.close()
         deadline = asyncio.get_running_loop().time() + self._settings.shutdown_timeout_s + GRACE_S
-        while self._workers and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110  # _ended empties it
+        while (self._workers or self._forking) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110  # _ended empties it
             await asyncio.sleep(0.02)
         for number, child in self._workers.items():
             log.error("worker does not end, killing it", extra={"worker": number})
             child.process.send(signal.SIGKILL)
             self._exit_code = 1
+        self._nursery.end()  # or this process would wait at its end for what that one forked
         log.info("stopped")
 
 

@@ -1,5 +1,6 @@
 """The process that workers are forked from: what it must not be, and what its end means."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -81,26 +82,90 @@ def test_when_it_is_killed_its_workers_go_on_and_another_makes_new_ones(serve):
     wait_for(lambda: stat(before[1]) is None)
 
 
+def events(server) -> str:
+    return " ".join(entry["event"] for entry in server.log)
+
+
+@contextlib.contextmanager
+def stopped(pid):
+    """Meanwhile the process does nothing; whoever waits for it waits for ever."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_while_it_is_stopped_all_is_served_and_it_is_replaced_when_a_worker_is_needed(serve):
+    server = serve(workers=2)
+    before, (forker,) = server.workers(), server.forkers()
+    with stopped(forker):
+        os.kill(before[0], signal.SIGKILL)
+        codes = set()
+        while "starting another" not in events(server) or server.forkers() == [forker]:
+            codes |= {post(server).status_code, httpx2.get(f"{server.admin}/livez").status_code}
+        wait_for(lambda: ready(server))
+        assert codes == {200}
+        assert stat(forker) is None
+        assert Path(f"/proc/{before[1]}").exists()
+        assert "has not answered for" in events(server)
+        assert server.stop() == 0
+
+
+def test_while_it_is_stopped_sigterm_ends_all(serve):
+    server = serve(workers=2)
+    workers, (forker,) = server.workers(), server.forkers()
+    with stopped(forker):
+        assert server.stop() == 0
+        wait_for(lambda: not any(map(stat, [*workers, forker])))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_while_it_is_stopped_before_its_first_fork_a_signal_ends_all(models, how):
+    server = start({"model_dir": models, "model": "tiny", "workers": 2})
+    wait_for(server.forkers)
+    (forker,) = server.forkers()
+    with stopped(forker):
+        wait_for(lambda: len(list(Path(f"/proc/{server.process.pid}/task").iterdir())) > 1)
+        assert server.stop(how) == 0
+        assert "Traceback" not in events(server)
+        assert stat(forker) is None
+
+
+def test_when_it_is_killed_another_imports_before_a_worker_is_needed(serve):
+    server = serve(workers=1)
+    (forker,) = server.forkers()
+    os.kill(forker, signal.SIGKILL)
+    wait_for(lambda: server.forkers() not in ([], [forker]))
+    assert post(server).status_code == 200
+
+
 CANNOT_FORK = """
 import sys
 from app import nursery
-calls, fork = [], nursery.Nursery.__call__
-def sometimes(self, *args):
+calls, fork = [], nursery.Nursery.fork
+async def sometimes(self, *args):
     calls.append(args)
     if len(calls) in map(int, sys.argv[1].split()):
         raise BlockingIOError(11, "Resource temporarily unavailable")
-    return fork(self, *args)
-nursery.Nursery.__call__ = sometimes
+    return await fork(self, *args)
+nursery.Nursery.fork = sometimes
 from scumble.cli import main
 main(["serve"])
 """
 
 
 def start_that_cannot_fork(models, *calls: int) -> Server:
-    settings = {"model_dir": models, "model": "tiny", "workers": 2, "port": 0, "admin_port": 0}
+    settings = {"model_dir": models, "model": "tiny", "workers": 2}
+    return start_script([CANNOT_FORK, " ".join(map(str, calls))], settings)
+
+
+def start_script(arguments, settings) -> Server:
+    """Start a script that serves, with settings, on free ports."""
     process = subprocess.Popen(
-        [sys.executable, "-c", CANNOT_FORK, " ".join(map(str, calls))],
-        env={**os.environ, **variables(settings)},
+        [sys.executable, "-c", *arguments],
+        env={**os.environ, **variables({"port": 0, "admin_port": 0, **settings})},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -138,6 +203,24 @@ def test_no_fork_in_a_reload_leaves_all_as_it_was_and_the_next_one_works(models)
     assert server.stop() == 0
 
 
+NEVER_LOADS = """
+import sys
+from app import supervisor
+supervisor.LOAD_S = 1
+from scumble.cli import main
+main(["serve"])
+"""
+
+
+def test_a_worker_that_never_loads_is_killed_and_said(models, tmp_path):
+    defense = tmp_path / "endless.py"
+    defense.write_text("import time\ntime.sleep(3600)\n")
+    settings = {"model_dir": models, "model": "tiny", "workers": 1, "defense": f"{defense}:Defense"}
+    server = start_script([NEVER_LOADS], settings)
+    assert server.wait() == 1
+    assert "has not loaded for 1 s" in events(server)
+
+
 def test_what_lies_in_the_current_folder_is_not_imported(models, tmp_path):
     """Many a service is a file `app.py`."""
     (tmp_path / "app.py").write_text("raise SystemExit('not this one')")
@@ -158,13 +241,15 @@ def test_what_lies_in_the_current_folder_is_not_imported(models, tmp_path):
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("after_s", [0.2, 0.5, 0.8])
-def test_an_early_ctrl_c_ends_all_without_a_traceback(models, after_s):
-    server = start({"model_dir": models, "model": "tiny", "workers": 2}, new_session=True)
-    time.sleep(after_s)
+def test_ctrl_c_while_the_model_is_read_exits_130_without_a_traceback(own_models):
+    card = own_models / "tiny" / "card.json"
+    card.unlink()
+    os.mkfifo(card)  # to read it takes for ever
+    server = start({"model_dir": own_models, "model": "tiny", "workers": 2}, new_session=True)
+    wait_for(server.forkers)
     os.killpg(server.process.pid, signal.SIGINT)
-    assert server.wait() in (0, 1, 130)
-    assert not [entry for entry in server.log if "Traceback" in entry["event"]]
+    assert server.wait() == 130
+    assert "Traceback" not in events(server)
 
 
 def test_a_folder_for_its_socket_that_is_too_deep_is_named(models, tmp_path, monkeypatch):
