@@ -82,6 +82,7 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
         self._busy = False
+        self._filling: asyncio.TimerHandle | None = None
         self._started: float | None = None
         self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="engine")
 
@@ -147,6 +148,10 @@ class Batcher:
         if not self._busy:
             self._busy = True
             loop.call_soon(self._start)
+        elif self._filling is not None and self._waiting >= self._pace():
+            self._filling.cancel()
+            self._filling = None
+            loop.call_soon(self._start)
         if patience.deadline < math.inf:  # a batch may run for longer
             timer = loop.call_later(patience.deadline - now, self._withdraw, jobs)
             jobs[-1].future.add_done_callback(lambda _: timer.cancel())
@@ -160,6 +165,7 @@ class Batcher:
                 _refuse(job, TooLate(LATE))
 
     def _start(self) -> None:
+        self._filling = None
         started = self._clock()
         jobs = self._take(started)
         if not jobs:
@@ -225,8 +231,8 @@ class Batcher:
         loop = asyncio.get_running_loop()
         if not self._jobs:
             self._busy = False
-        elif self._max_wait_s and self._waiting < self._max_size:
-            loop.call_later(self._max_wait_s, self._start)
+        elif self._max_wait_s and self._waiting < self._pace():
+            self._filling = loop.call_later(self._max_wait_s, self._start)
         else:
             loop.call_soon(self._start)
 

@@ -45,6 +45,19 @@ class Echo:
         return np.concatenate([first, 1 - first], axis=1)
 
 
+class Gate:
+    """Lets an engine's thread go on when the test says so."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.begun, self.open = threading.Event(), threading.Event()
+
+    def __call__(self, batch):
+        self.begun.set()
+        assert self.open.wait(30)
+        return self.engine(batch)
+
+
 def images(*values: int) -> np.ndarray:
     return np.array(values, np.uint8).reshape(-1, 1, 1, 1)
 
@@ -103,36 +116,73 @@ async def test_a_request_is_never_split(inline):
 
 
 async def test_nobody_waits_when_idle(inline):
-    batcher = make_batcher(Echo(), inline=inline, max_wait_s=5.0)
-    start = time.perf_counter()
-    await batcher(images(1))
-    await asyncio.sleep(0)
-    assert time.perf_counter() - start < 1.0
+    batcher = make_batcher(Echo(), inline=inline, max_wait_s=3600.0)
+    await asyncio.wait_for(batcher(images(1)), 30)
     batcher.close()
 
 
 async def test_a_busy_engine_gathers_the_next_batch():
-    engine = Echo(seconds=0.05)
-    batcher = make_batcher(engine, inline=False)
+    engine = Echo()
+    gate = Gate(engine)
+    batcher = make_batcher(gate, inline=False)
     first = asyncio.create_task(batcher(images(0)))
-    await asyncio.sleep(0.01)
+    await asyncio.to_thread(gate.begun.wait, 30)
     rest = [asyncio.create_task(batcher(images(n))) for n in range(5)]
+    await asyncio.sleep(0)
+    gate.open.set()
     await asyncio.gather(first, *rest)
     batcher.close()
     assert engine.batches == [1, 4, 1]
 
 
 async def test_max_wait_lets_a_following_batch_fill_up():
-    engine = Echo(seconds=0.02)
-    batcher = make_batcher(engine, inline=False, max_wait_s=0.1)
+    engine = Echo()
+    gate = Gate(engine)
+    batcher = make_batcher(gate, inline=False, max_wait_s=1.0)
     first = asyncio.create_task(batcher(images(0)))
-    await asyncio.sleep(0.005)
+    await asyncio.to_thread(gate.begun.wait, 30)
     second = asyncio.create_task(batcher(images(1)))
-    await asyncio.sleep(0.04)
+    await asyncio.sleep(0)
+    gate.open.set()
+    await first
     third = asyncio.create_task(batcher(images(2)))
-    await asyncio.gather(first, second, third)
+    await asyncio.gather(second, third)
     batcher.close()
     assert engine.batches == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "arrivals", "batches"),
+    [
+        ({"max_size": 4}, [[1, 1, 1, 1]], [1, 4]),  # full before the wait would begin
+        ({"max_size": 4}, [[1], [1, 1, 1]], [1, 4]),  # full while it waits
+        ({"max_size": 4}, [[1], [3]], [1, 4]),  # by one request
+        ({"max_size": 4}, [[3], [3]], [1, 3]),  # by one that does not fit any more
+        ({"max_size": 8, "target_s": 4.0}, [[1], [1]], [1, 2]),  # as full as the target allows
+    ],
+)
+async def test_a_full_batch_does_not_wait(options, arrivals, batches):
+    """With a wait of an hour, what is answered at all has not waited."""
+    clock, engine = Clock(), Echo()
+    gate = Gate(engine)
+    batcher = make_batcher(gate, inline=False, max_wait_s=3600.0, clock=clock, **options)
+    first = asyncio.create_task(batcher(images(0)))
+    await asyncio.to_thread(gate.begun.wait, 30)
+    clock.now = 1.0  # a batch of one takes a second: with a target of 4 s, two may share one
+    tasks = [asyncio.create_task(batcher(images(*range(n)))) for n in arrivals[0]]
+    await asyncio.sleep(0)
+    gate.open.set()
+    await first
+    for later in arrivals[1:]:
+        await asyncio.sleep(0)  # the first batch has ended: the next one waits for these
+        tasks += [asyncio.create_task(batcher(images(*range(n)))) for n in later]
+    answered = tasks[: len(arrivals[0])]
+    await asyncio.wait_for(asyncio.gather(*answered), 30)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    batcher.close()
+    assert engine.batches == batches
 
 
 async def test_a_full_queue_refuses_and_recovers(inline):
@@ -216,14 +266,14 @@ def test_batches_of_one_size_tell_what_they_can():
 
 
 async def test_a_target_keeps_batches_small(inline):
-    engine = Echo(seconds=0.02)
+    clock, engine = Clock(), Echo()
 
     def timed(batch):
-        time.sleep(0.005 * len(batch))
+        clock.now += 0.02 + 0.005 * len(batch)
         return engine(batch)
 
-    free = make_batcher(timed, inline=inline, max_size=16)
-    held = make_batcher(timed, inline=inline, max_size=16, target_s=0.1)
+    free = make_batcher(timed, inline=inline, max_size=16, clock=clock)
+    held = make_batcher(timed, inline=inline, max_size=16, target_s=0.1, clock=clock)
     for batcher in (free, held):
         for n in (1, 4, 8):  # what it learns from
             await batcher(images(*range(n)))
@@ -280,14 +330,14 @@ async def test_a_deadline_that_passes_while_waiting_is_refused_before_inference(
 
 
 async def test_a_deadline_is_answered_while_a_long_batch_runs():
-    engine = Echo(seconds=0.3)
-    batcher = make_batcher(engine, inline=False)
+    engine = Echo()
+    gate = Gate(engine)
+    batcher = make_batcher(gate, inline=False)
     first = asyncio.create_task(batcher(images(0)))
-    await asyncio.sleep(0.01)
-    start = time.perf_counter()
+    await asyncio.to_thread(gate.begun.wait, 30)
     with pytest.raises(TooLate):
-        await batcher(images(1), patience=Patience(start + 0.05, STAYS))
-    assert time.perf_counter() - start < 0.2
+        await batcher(images(1), patience=Patience(time.perf_counter() + 0.05, STAYS))
+    gate.open.set()
     await first
     await batcher(images(2))
     batcher.close()
