@@ -2,21 +2,20 @@
 
     header -> SHA-256 -> grant -> route -> [endpoint: charge -> engine -> defense] -> headers
 
-The keys are read anew when their file changes. A file that is broken then changes nothing: the old
-keys go on, and the log says why. A request is charged when the headers of its images are
-known and before any of them is decoded; if it then fails or is refused, it is refunded.
+The keys are read anew when their file changes (`app.file_watcher`). A file that is broken changes
+nothing: the old keys go on, and the log says why; with `closed` only for a limited time. A request
+is charged when the headers of its images are known and before any of them is decoded; if it then
+fails or is refused, it is refunded.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from prometheus_client import Counter
 from starlette.requests import Request
@@ -25,13 +24,13 @@ from starlette.types import Scope
 
 from app import quota
 from app.clients import Clients
-from app.errors import ConfigError, OverBudget, Unauthorized, Unavailable
+from app.errors import OverBudget, Unauthorized, Unavailable
+from app.file_watcher import WatchedFile
 from app.grants import Grant, Grants
 from app.keys import digest
 from app.routing import Endpoint
 from app.stores import Charge, StateStore, StoreError
 
-POLL_S = 1.0  # how soon a changed file counts
 SAY_S = 10.0  # how often the log says that the store is away
 OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 log = logging.getLogger("scumble")
@@ -88,8 +87,8 @@ class Access:
     """Admits requests.
 
     Args:
-        load: reads and builds the grants; `ConfigError` where the file is broken.
-        file: whose changes make it load again; None for keyless.
+        keys: the grants, as their file is loaded; None for keyless.
+        closed: refuse requests with keys while that file is stale.
         anybody: what a request without a key may do where there are no keys.
         store: of the budgets.
         failures: counts requests that the store did not answer.
@@ -98,9 +97,9 @@ class Access:
 
     def __init__(
         self,
-        load: Callable[[], Grants],
+        keys: WatchedFile[Grants] | None,
         *,
-        file: Path | None,
+        closed: bool = False,
         anybody: Grant,
         store: StateStore,
         failures: Counter,
@@ -108,24 +107,25 @@ class Access:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store
-        self._load = load
-        self._file = file
+        self._keys = keys
+        self._closed = closed
         self._anybody = anybody
         self._failures = failures
         self.clients = clients
         self._clock = clock
         self._said = -SAY_S
-        self._seen = self._signature()
-        self._grants = load()
 
     def known(self, scope: Scope) -> Grant:
         """The grant of a request's key.
 
         Raises:
             Unauthorized: no key, or none of ours.
+            Unavailable: the keys are too old to go by.
         """
-        if self._file is None:
+        if self._keys is None:
             return self._anybody
+        if self.outdated:
+            raise Unavailable("API keys cannot be checked at the moment")
         key = _key(scope)
         if key is None:
             raise Unauthorized(
@@ -133,7 +133,7 @@ class Access:
                 {"WWW-Authenticate": 'Bearer realm="scumble"'},
             )
         found = digest(key)
-        grant = self._grants.get(found, self._anybody)
+        grant = self._keys.value.get(found, self._anybody)
         if not hmac.compare_digest(grant.digest, found):
             raise Unauthorized(
                 "this API key is not known here",
@@ -169,6 +169,11 @@ class Access:
 
         return guarded
 
+    @property
+    def outdated(self) -> bool:
+        """Whether requests are refused because the file of keys cannot be read."""
+        return self._closed and self._keys is not None and self._keys.stale
+
     async def ready(self) -> bool:
         """Whether no request would be refused for want of the store."""
         if not any(grant.closed and grant.buckets for grant in self._all()):
@@ -188,47 +193,16 @@ class Access:
             self._said = now
             log.error("the store of budgets does not answer: %s", exc)
 
-    async def reload(self) -> None:
-        """Take the file's keys if it has changed; keep the old ones if it is broken."""
-        seen = self._signature()
-        if seen == self._seen:
-            return
-        self._seen = seen
-        try:
-            # On a thread: a defense may have a network to load.
-            self._grants = await asyncio.to_thread(self._load)
-        except ConfigError as exc:
-            log.error("the old API keys stay: %s", exc)
-        else:
-            log.info("API keys read anew", extra={"keys": len(self._grants)})
-
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Watch the file meanwhile; close the store at the end."""
-        watching = asyncio.create_task(self._watch())
+        """Close the store at the end."""
         try:
             yield
         finally:
-            watching.cancel()
             await self.store.close()
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(POLL_S)
-            await self.reload()
-
     def _all(self) -> list[Grant]:
-        return [self._anybody] if self._file is None else list(self._grants.values())
-
-    def _signature(self) -> tuple[int, int, int] | None:
-        """What a change of the file changes; None where there is none."""
-        if self._file is None:
-            return None
-        try:
-            found = self._file.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return [self._anybody] if self._keys is None else list(self._keys.value.values())
 
 
 def _key(scope: Scope) -> bytes | None:

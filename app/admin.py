@@ -5,7 +5,7 @@ What it shows tells which answers the defense changed, so it is bound to loopbac
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from app.console.guard import Guard
 from app.console.helper import Helper
 from app.console.routes import console_routes
 from app.incidents import Incidents
-from app.responses import json_response
+from app.responses import health, json_response
 from app.settings import Settings
 
 
@@ -35,6 +35,10 @@ class Workers(Protocol):
 
     def ready(self) -> bool:
         """Every worker is ready and nobody is draining."""
+        ...
+
+    def stale(self) -> Sequence[str]:
+        """Files that some worker could not read anew for longer than allowed."""
         ...
 
     async def reload(self) -> bool:
@@ -112,9 +116,7 @@ def create_admin(
 
     async def ready(request: Request) -> Response:
         del request
-        if workers.ready():
-            return json_response({"status": "ready"})
-        return json_response({"status": "not ready"}, 503)
+        return health("ready" if workers.ready() else "not ready", workers.stale())
 
     async def reload(request: Request) -> Response:
         if "origin" in request.headers:  # a page in a browser on this machine

@@ -86,6 +86,7 @@ def build(service: Service, *, access_log: bool = False, tracing: Tracing | None
         async with (
             service.audit.running() if service.audit else nullcontext(),
             service.access.running() if service.access else nullcontext(),
+            service.files.running() if service.files else nullcontext(),
         ):
             ending = threading.Event()
             preparing = asyncio.create_task(asyncio.to_thread(service.prepare, ending.is_set))

@@ -154,8 +154,17 @@ def read_keys(path: Path) -> KeyFile:
     Raises:
         ConfigError: no such file, or not one of ours; the message has no part of a hash.
     """
+    return parse_keys(path, load_keys(path))
+
+
+def load_keys(path: Path) -> bytes:
+    """What the file holds.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
-        return parse_keys(path, path.read_bytes())
+        return path.read_bytes()
     except OSError as exc:
         raise ConfigError(f"SCUMBLE_KEYS_FILE: {path}: {exc.strerror or exc}") from exc
 

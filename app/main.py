@@ -22,9 +22,10 @@ from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
 from app.chain_file import ChainFile
 from app.errors import ConfigError
 from app.executor import BoundedExecutor
+from app.file_watcher import FileName, FileWatcher, LastGood, Listener, WatchedFile
 from app.grants import Grant, Grants
 from app.graph import tensor_input
-from app.keys import KeyFile, read_keys
+from app.keys import load_keys, parse_keys
 from app.late import Late
 from app.metrics import Metrics
 from app.pipeline import Composed, Composer, Fused, self_test
@@ -43,8 +44,18 @@ OTEL_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDP
 log = logging.getLogger("scumble")
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(
+    settings: Settings | None = None,
+    *,
+    last_good: Mapping[FileName, LastGood] | None = None,
+    listener: Listener | None = None,
+) -> FastAPI:
     """The service for these settings (default: from the environment), loaded, tested and warm.
+
+    Args:
+        settings: what is served.
+        last_good: files to use where those that the settings name cannot be loaded.
+        listener: is told of files that are loaded anew.
 
     Raises:
         ConfigError: the settings cannot be served, and why.
@@ -68,7 +79,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     metrics = make_metrics(settings, bundle, engine)
     batchers = partial(make_batchers, settings, metrics, inline)
     tracing = make_tracing(settings, os.environ)
-    access = make_access(settings, bundle, defense, metrics)
+    files = FileWatcher(
+        failures=metrics.reload_failures,
+        failing_s=metrics.reload_failing_s,
+        allowed_s=settings.reload_failure_s,
+        listener=listener,
+    )
+    access = make_access(settings, bundle, defense, metrics, files, last_good or {})
     service = Service(
         card=bundle.card,
         limits=settings.limits,
@@ -83,6 +100,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         executor=BoundedExecutor(settings.limits.max_queue, settings.limits.max_decode_bytes),
         access=access,
         audit=make_audit(settings, bundle, metrics, keyless=access is None),
+        files=files,
         traced=tracing is not None,
     )
     log.info(
@@ -177,9 +195,14 @@ def configure(
 
 
 def make_access(
-    settings: Settings, bundle: Bundle, defense: defenses.Defense, metrics: Metrics
+    settings: Settings,
+    bundle: Bundle,
+    defense: defenses.Defense,
+    metrics: Metrics,
+    files: FileWatcher,
+    last_good: Mapping[FileName, LastGood],
 ) -> Access | None:
-    """Keys and budgets, or None where anyone may ask any number.
+    """Keys and budgets, or None where anyone may ask any number; `files` keeps the keys loaded.
 
     Raises:
         ConfigError: the file of keys is broken, or the store cannot count for all workers.
@@ -190,10 +213,14 @@ def make_access(
         log.warning("NO API KEYS: whoever reaches the port may ask; see SCUMBLE_KEYS_FILE")
         if not common:
             return None
-    load = partial(load_grants, settings, make_policies(settings, bundle, defense, common))
+    keys = make_keys(
+        settings, make_policies(settings, bundle, defense, common), last_good.get("keys")
+    )
+    if keys is not None:
+        files.add(keys)
     return Access(
-        load,
-        file=settings.keys_file,
+        keys,
+        closed=settings.keys_on_failure == "closed",
         anybody=Grant(buckets=common, policy=settings.defense),
         store=open_store(settings.store),
         failures=metrics.store_failures,
@@ -265,14 +292,33 @@ def make_policies(
     )
 
 
-def load_grants(settings: Settings, policies: Policies) -> Grants:
-    """The grants of the file of keys as it is now.
+def make_keys(
+    settings: Settings, policies: Policies, last_good: LastGood | None
+) -> WatchedFile[Grants] | None:
+    """The grants of the file of keys; None where there is none.
 
     Raises:
-        ConfigError: it is broken, or has budgets that the store cannot count for all workers.
+        ConfigError: it is broken, or there are budgets that the store cannot count for all workers.
     """
-    file = KeyFile() if settings.keys_file is None else read_keys(settings.keys_file)
-    grants = policies(file)
+    path = settings.keys_file
+    if path is None:
+        refuse_uncountable(settings, {})
+        return None
+
+    def build(parts: tuple[bytes, ...]) -> Grants:
+        grants = policies(parse_keys(path, parts[0]))
+        refuse_uncountable(settings, grants)
+        return grants
+
+    return WatchedFile("keys", lambda: (load_keys(path),), build, last_good=last_good)
+
+
+def refuse_uncountable(settings: Settings, grants: Grants) -> None:
+    """Stop where each worker would count for itself.
+
+    Raises:
+        ConfigError: there are budgets, several workers, and no store that they share.
+    """
     budgets = settings.budget.model_dump(exclude={"window_s"}).values()
     counted = any(grant.buckets for grant in grants.values()) or any(
         images is not None for images in budgets
@@ -283,4 +329,3 @@ def load_grants(settings: Settings, policies: Policies) -> Grants:
             "have for itself: budgets would be served that many times over; allowed: one worker, "
             "sqlite:///PATH or redis://HOST:PORT/DB"
         )
-    return grants

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from app.clients import Clients
 from app.errors import REASONS
+from app.file_watcher import FILE_NAMES
 
 Stage = Literal["read", "decode", "queue", "infer", "defend", "encode"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -134,6 +135,21 @@ class Metrics:
             "Times that the store of budgets did not answer.",
             registry=registry,
         )
+        reload_failures = Counter(
+            "scumble_reload_failures_total",
+            "Attempts to read a changed file of the service that failed.",
+            ["file"],
+            registry=registry,
+        )
+        self.reload_failures = {name: reload_failures.labels(name) for name in FILE_NAMES}
+        reload_failing_s = Gauge(
+            "scumble_reload_failing_seconds",
+            "Seconds since such a file could last be read; 0 while it can.",
+            ["file"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.reload_failing_s = {name: reload_failing_s.labels(name) for name in FILE_NAMES}
         self.clients = Clients(registry)
         audit_lines = Counter(
             "scumble_audit_lines_total",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import orjson
 from starlette.responses import Response
 
@@ -25,3 +27,9 @@ class Answer(Response):
 def json_response(document: object, status: int = 200) -> Response:
     """A small JSON answer."""
     return Response(orjson.dumps(document), status, media_type="application/json")
+
+
+def health(status: str, stale: Sequence[str] = ()) -> Response:
+    """The answer of `/readyz`: 200 if the status is `ready`, else 503."""
+    document = {"status": status, "stale": stale} if stale else {"status": status}
+    return json_response(document, 200 if status == "ready" else 503)

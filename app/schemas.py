@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from app.file_watcher import FileName
+
 
 class Instance(BaseModel):
     """One image in JSON."""
@@ -84,9 +86,10 @@ class ModelInfo(BaseModel):
 
 
 class Health(BaseModel):
-    """Answer of `/livez` and `/readyz`."""
+    """Answer of `/livez` and `/readyz`; `stale` names files that cannot be read any more."""
 
     status: str
+    stale: list[FileName] | None = None
 
 
 class Problem(BaseModel):

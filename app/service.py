@@ -28,12 +28,13 @@ from app.defenses import Defense
 from app.engines import Batch, Probs
 from app.errors import ClientGone, ConfigError, NotFound, TooLarge, Unavailable, Unprocessable
 from app.executor import BoundedExecutor
+from app.file_watcher import FileWatcher
 from app.formats import FORMATS
 from app.late import Late
 from app.memory import give_back
 from app.metrics import Metrics
 from app.patience import STAYS, Patience
-from app.responses import Answer, json_response
+from app.responses import Answer, health, json_response
 from app.schemas import LimitsInfo
 from app.settings import LimitSettings
 from app.stages import Stages
@@ -115,6 +116,7 @@ class Service:
         executor: decodes what would hold the event loop.
         access: who may ask, and how much; None for anyone and any number.
         audit: keeps a line for each prediction, answered or refused; None for no such log.
+        files: are read anew while the service runs; None for none.
         traced: leave the times of the stages in a request's state, for spans.
         decoder: makes pixels of a file.
     """
@@ -129,6 +131,7 @@ class Service:
     executor: BoundedExecutor
     access: Access | None = None
     audit: Audit | None = None
+    files: FileWatcher | None = None
     traced: bool = False
     decoder: Decoder = decode
     state: State = field(default_factory=State)
@@ -237,12 +240,15 @@ class Service:
         """`GET /readyz`: loaded, tested, warm, not draining, budgets and the audit log work."""
         del request
         obstacle = await self.obstacle()
-        return json_response({"status": obstacle or "ready"}, 503 if obstacle else 200)
+        stale = [] if self.files is None else self.files.stale()
+        return health(obstacle or "ready", stale)
 
     async def obstacle(self) -> str | None:
         """Why no requests should come at the moment."""
         if self.state.draining:
             return "draining"
+        if self.access is not None and self.access.outdated:
+            return "API keys cannot be checked"
         if self.access is not None and not await self.access.ready():
             return "budgets cannot be counted"
         if self.audit is not None and not await self.audit.ready():

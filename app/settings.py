@@ -173,6 +173,16 @@ class Settings(BaseSettings):
     keys_file: Path | None = Field(
         default=None, description="API keys (scumble keys); without it anyone may ask"
     )
+    keys_on_failure: Literal["open", "closed"] = Field(
+        default="open",
+        description="while that file cannot be read: go on with the old keys, or refuse with 503",
+    )
+    reload_failure_s: float = Field(
+        default=60.0,
+        ge=1,
+        le=366 * 86400,
+        description="for how long keys or certificate may fail to be read before that counts",
+    )
     store: str = Field(
         default="memory://",
         description="where budgets are counted: memory://, sqlite:///PATH or redis://HOST:PORT/DB",

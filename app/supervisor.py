@@ -28,7 +28,9 @@ from app.admin import create_admin
 from app.console.helper import Helper
 from app.dealer import Dealer
 from app.errors import ConfigError
+from app.file_watcher import FileName
 from app.incidents import End, Incidents
+from app.last_good import Chunk, Failing, LastGoodFiles
 from app.nursery import Child, Nursery
 from app.settings import Settings
 from app.snapshot import take
@@ -99,6 +101,7 @@ class Supervisor:
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[bool]] = set()
         self._incidents = Incidents()
+        self._files = LastGoodFiles()
         self._admin = admin
         self._metrics_dir = metrics_dir
         self._workers: dict[int, _Worker] = {}
@@ -120,6 +123,10 @@ class Supervisor:
     def connections(self) -> dict[int, int]:
         """Open connections by worker number."""
         return self._dealer.open_connections()
+
+    def stale(self) -> list[FileName]:
+        """Files that some worker could not read anew for longer than the settings allow."""
+        return self._files.stale(self._settings.reload_failure_s)
 
     async def run(self) -> int:
         """Serve until a signal or a worker that cannot start; gives the exit code."""
@@ -234,6 +241,7 @@ class Supervisor:
     async def _fork(self, number: int, served: Settings) -> None:
         ours: Connection | None = None
         try:
+<<<<<<< HEAD
             ours, theirs = Pipe()
             with theirs:
                 hand = self._dealer.hand(number)
@@ -245,6 +253,20 @@ class Supervisor:
         except Exception as exc:  # noqa: BLE001  # whatever it is, it must be tried again
             if ours is not None:
                 ours.close()
+=======
+            process = self._nursery(
+                f"worker-{number}",
+                worker.run,
+                served,
+                hand,
+                self._watchdog.pulse(number),
+                theirs,
+                self._files.given(),
+            )
+        except (OSError, EOFError) as exc:
+            log.error("a worker cannot be forked: %r", exc, extra={"worker": number})
+            ours.close()
+>>>>>>> 5dba2cf (Files count as seen when they are loaded, and what fails is tried again)
             self._dealer.gone(number)
             self._unwanted.discard(number)
             if not self._stopping.is_set():
@@ -267,6 +289,9 @@ class Supervisor:
             said = child.pipe.recv()
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(child.pipe.fileno())
+            return
+        if isinstance(said, Chunk | Failing):
+            self._files.heard(number, said)
             return
         if said == "draining":
             if not self._stopping.is_set():  # somebody wants this one to end
@@ -293,6 +318,7 @@ class Supervisor:
     def _ended(self, number: int) -> None:
         child = self._workers.pop(number)
         self._dealer.gone(number)
+        self._files.gone(number)
         loop = asyncio.get_running_loop()
         loop.remove_reader(child.process.sentinel)
         loop.remove_reader(child.pipe.fileno())

@@ -5,62 +5,27 @@ The supervisor deals plain sockets; each worker does the handshakes of its own c
 
 from __future__ import annotations
 
-import logging
+import os
 import ssl
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from app.errors import ConfigError
+from app.file_watcher import FileName, LastGood, WatchedFile
 from app.settings import Settings
 
-LOOK_S = 1.0  # how often the files are looked at, if connections come
-log = logging.getLogger("scumble")
+NONE: Mapping[FileName, LastGood] = {}
 
 
-class Certificate:
-    """A certificate and its key, as they are on disk.
+def open_certificate(
+    settings: Settings, last_good: Mapping[FileName, LastGood] = NONE
+) -> WatchedFile[ssl.SSLContext] | None:
+    """A context for new connections, as the files that the settings name say; None for plain HTTP.
 
-    Raises:
-        ConfigError: they cannot be read, or do not belong together.
-    """
-
-    def __init__(
-        self, cert: Path, key: Path, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._cert = cert
-        self._key = key
-        self._clock = clock
-        self._looked = clock()
-        self._seen = self._signature()
-        self._context = _load(cert, key)
-
-    def context(self) -> ssl.SSLContext:
-        """For a new connection; the old one goes on while the files are not a pair."""
-        now = self._clock()
-        if now - self._looked >= LOOK_S:
-            self._looked = now
-            self._look()
-        return self._context
-
-    def _look(self) -> None:
-        seen = self._signature()
-        if seen == self._seen:
-            return
-        self._seen = seen
-        try:
-            self._context = _load(self._cert, self._key)
-        except ConfigError as exc:  # often only one of the two has been replaced so far
-            log.error("the old TLS certificate stays: %s", exc)
-        else:
-            log.info("TLS certificate read anew")
-
-    def _signature(self) -> list[tuple[int, int, int] | None]:
-        return [_facts(self._cert), _facts(self._key)]
-
-
-def open_certificate(settings: Settings) -> Certificate | None:
-    """What the settings name; None for plain HTTP.
+    Args:
+        settings: name the certificate and its key.
+        last_good: what to use if these cannot be loaded.
 
     Raises:
         ConfigError: one file without the other, or files that cannot be used.
@@ -70,22 +35,49 @@ def open_certificate(settings: Settings) -> Certificate | None:
     if settings.tls_cert is None or settings.tls_key is None:
         missing = "SCUMBLE_TLS_CERT" if settings.tls_cert is None else "SCUMBLE_TLS_KEY"
         raise ConfigError(f"{missing} is not set: TLS needs both, a certificate and its key")
-    return Certificate(settings.tls_cert, settings.tls_key)
+    cert, key = settings.tls_cert, settings.tls_key
+
+    def read() -> tuple[bytes, ...]:
+        with _named(cert, key):
+            return cert.read_bytes(), key.read_bytes()
+
+    def build(parts: tuple[bytes, ...]) -> ssl.SSLContext:
+        with _named(cert, key):
+            return _context(*parts)
+
+    return WatchedFile("tls", read, build, last_good=last_good.get("tls"))
 
 
-def _load(cert: Path, key: Path) -> ssl.SSLContext:
+def _context(cert: bytes, key: bytes) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    try:
+    # The ssl module takes files only, and what was read is what must be used.
+    with _in_memory(cert) as cert_file, _in_memory(key) as key_file:
         # A password would be asked for on the terminal: with an empty one it fails instead.
-        context.load_cert_chain(cert, key, password="")
+        context.load_cert_chain(cert_file, key_file, password="")
+    return context
+
+
+@contextmanager
+def _in_memory(content: bytes) -> Iterator[str]:
+    """A file with this content that no folder has."""
+    with os.fdopen(os.memfd_create("scumble"), "wb") as file:
+        file.write(content)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
+
+
+@contextmanager
+def _named(cert: Path, key: Path) -> Iterator[None]:
+    """An error names the settings whose files it is about."""
+    try:
+        yield
     except OSError as exc:  # the ssl module's own errors are such, too
         raise ConfigError(
             f"SCUMBLE_TLS_CERT {str(cert)!r} and SCUMBLE_TLS_KEY {str(key)!r} cannot be used: "
             f"{_reason(exc)}"
         ) from exc
-    return context
 
 
 def _reason(exc: OSError) -> str:
@@ -97,12 +89,3 @@ def _reason(exc: OSError) -> str:
         "they must be PEM files, the certificate followed by those that signed it, "
         f"the key without a password ({exc.reason or exc})"
     )
-
-
-def _facts(path: Path) -> tuple[int, int, int] | None:
-    """What a change of a file changes; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -8,8 +8,9 @@ import gc
 import logging
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection as Pipe
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from app import logs
+from app.background import repeat
 from app.connections import Connection
 from app.dealer import Hand
 from app.errors import ConfigError
+from app.file_watcher import FileName, LastGood, WatchedFile
+from app.last_good import Reporter
 from app.memory import give_back
 from app.settings import Settings
-from app.tls import Certificate, open_certificate
+from app.tls import open_certificate
 from app.watchdog import Pulse
 
 if TYPE_CHECKING:
@@ -52,7 +56,7 @@ class WorkerServer(uvicorn.Server):
         hand: Hand,
         pulse: Pulse,
         pipe: Pipe,
-        certificate: Certificate | None = None,
+        certificate: WatchedFile[ssl.SSLContext] | None = None,
     ) -> None:
         super().__init__(config_for(app, settings))
         self._limits = settings.http
@@ -63,7 +67,8 @@ class WorkerServer(uvicorn.Server):
         self._pulse = pulse
         self._pipe = pipe
         self._opening: set[asyncio.Task[Any]] = set()
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[Any] | None = None
+        self._ready = False
         self._told = False
         self._end_by: float | None = None
 
@@ -78,17 +83,19 @@ class WorkerServer(uvicorn.Server):
         ready = await service.obstacle() is None
         self._pipe.send("ready" if ready else "not ready")
         if service.access is not None or service.audit is not None:
-            self._watching = loop.create_task(self._watch(service, ready))
+            self._ready = ready
+            self._watching = loop.create_task(repeat("telling readiness", self._watch, WATCH_S))
 
-    async def _watch(self, service: Service, said: bool) -> None:
+    async def _watch(self) -> None:
         """Tell the supervisor, who speaks for all workers, whenever readiness changes."""
-        while not service.state.draining:
-            await asyncio.sleep(WATCH_S)
-            ready = await service.obstacle() is None
-            if ready != said:
-                with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
-                    self._pipe.send("ready" if ready else "not ready")
-                said = ready
+        service: Service = self._app.state.service
+        if service.state.draining:
+            return
+        ready = await service.obstacle() is None
+        if ready != self._ready:
+            with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
+                self._pipe.send("ready" if ready else "not ready")
+            self._ready = ready
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: show the supervisor that nothing hangs, look for slow clients."""
@@ -125,13 +132,19 @@ class WorkerServer(uvicorn.Server):
         protocol = self._protocol()
         tls: dict[str, Any] = {}
         if self._certificate is not None:
-            tls["ssl"] = self._certificate.context()
+            tls["ssl"] = self._certificate.value
             tls["ssl_handshake_timeout"] = self._handshake_timeout_s
         loop = asyncio.get_running_loop()
         try:
             await loop.connect_accepted_socket(lambda: protocol, connection, **tls)
-        except OSError as exc:
-            log.debug("a connection could not be opened: %s", exc)
+        except Exception as exc:  # whatever it is, the connection must be counted
+            foreseen = isinstance(exc, OSError)
+            log.log(
+                logging.DEBUG if foreseen else logging.ERROR,
+                "a connection could not be opened: %r",
+                exc,
+                exc_info=None if foreseen else exc,
+            )
             if protocol.transport is None:  # it was never told of the connection, nor of its end
                 self._hand.count_closed()
 
@@ -169,18 +182,26 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def run(settings: Settings, hand: Hand, pulse: Pulse, pipe: Pipe) -> None:
+def run(
+    settings: Settings,
+    hand: Hand,
+    pulse: Pulse,
+    pipe: Pipe,
+    last_good: Mapping[FileName, LastGood],
+) -> None:
     """Entry point of the process; exits 0 after draining, 1 when the settings cannot be served."""
     logs.configure(settings.log_level)
     # Imported here: the supervisor imports this module too, and is smaller without the service.
     from app.main import create_app
 
     try:
-        certificate = open_certificate(settings)
-        app = create_app(settings)
+        certificate = open_certificate(settings, last_good)
+        app = create_app(settings, last_good=last_good, listener=Reporter(pipe))
     except ConfigError as exc:
         log.error("%s", exc)  # a sentence for a person, not a traceback
         sys.exit(1)
+    if certificate is not None:
+        app.state.service.files.add(certificate)
     gc.collect()
     gc.freeze()  # what is there now stays: no later collection looks through it
     give_back()

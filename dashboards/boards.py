@@ -207,10 +207,20 @@ SERVICE = Board(
             ),
             Graph(
                 "Workers",
-                "Running worker processes; those replaced in an hour, by what ended them; and "
-                "reloads of the model in an hour, by how they went.",
+                "Running worker processes; those replaced in an hour, by what ended them; "
+                "reloads of the model in an hour, by how they went; minutes for which keys or a "
+                "certificate could not be read anew, and such failures in an hour.",
                 "short",
                 (
+                    Query(
+                        'max by (job, file) (scumble_reload_failing_seconds{job=~"$job"}) / 60',
+                        "{{job}} {{file}} minutes",
+                    ),
+                    Query(
+                        "sum by (job, file) "
+                        '(increase(scumble_reload_failures_total{job=~"$job"}[1h]))',
+                        "{{job}} {{file}} failures",
+                    ),
                     Query('sum by (job) (scumble_workers{job=~"$job"})', "{{job}}"),
                     Query(
                         'sum by (job, result) (increase(scumble_reloads_total{job=~"$job"}[1h]))',

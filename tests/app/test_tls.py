@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from app.errors import ConfigError
 from app.service import State
 from app.settings import Settings
-from app.tls import Certificate, open_certificate
+from app.tls import open_certificate
 from app.worker import WorkerServer
 from scumble import AsyncClient, Client, Unreachable
 from scumble.cli import main
@@ -183,25 +183,24 @@ def test_a_new_certificate_is_used_for_new_connections(serve, issue, trusting):
         assert old.get(f"{server.url}/livez").status_code == 200
 
 
-def test_half_a_change_keeps_the_old_pair(issue, tmp_path, caplog):
-    now = [0.0]
+def test_half_a_change_keeps_the_old_pair(issue):
     files = issue()
-    certificate = Certificate(files["tls_cert"], files["tls_key"], clock=lambda: now[0])
-    first = certificate.context()
+    certificate = open_certificate(Settings(**files))
+    first = certificate.value
+    assert not certificate.check()
     old_key = files["tls_key"].read_bytes()
     issue()
     new_key = files["tls_key"].read_bytes()
     files["tls_key"].write_bytes(old_key)
-    assert certificate.context() is first, "not looked at before a second has gone"
-    now[0] = 1.0
-    assert certificate.context() is first
-    assert "the key is not the certificate's" in caplog.text
+    with pytest.raises(ConfigError, match="the key is not the certificate's"):
+        certificate.check()
     files["tls_key"].unlink()
-    now[0] = 2.0
-    assert certificate.context() is first
+    with pytest.raises(ConfigError, match="No such file"):
+        certificate.check()
+    assert certificate.value is first
     files["tls_key"].write_bytes(new_key)
-    now[0] = 3.0
-    assert certificate.context() is not first
+    assert certificate.check()
+    assert certificate.value is not first
 
 
 @pytest.mark.parametrize(
