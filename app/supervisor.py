@@ -241,32 +241,23 @@ class Supervisor:
     async def _fork(self, number: int, served: Settings) -> None:
         ours: Connection | None = None
         try:
-<<<<<<< HEAD
             ours, theirs = Pipe()
             with theirs:
                 hand = self._dealer.hand(number)
                 pulse = self._watchdog.pulse(number)
                 with hand.channel:
                     process = await self._nursery.fork(
-                        f"worker-{number}", worker.run, served, hand, pulse, theirs
+                        f"worker-{number}",
+                        worker.run,
+                        served,
+                        hand,
+                        pulse,
+                        theirs,
+                        self._files.given(),
                     )
         except Exception as exc:  # noqa: BLE001  # whatever it is, it must be tried again
             if ours is not None:
                 ours.close()
-=======
-            process = self._nursery(
-                f"worker-{number}",
-                worker.run,
-                served,
-                hand,
-                self._watchdog.pulse(number),
-                theirs,
-                self._files.given(),
-            )
-        except (OSError, EOFError) as exc:
-            log.error("a worker cannot be forked: %r", exc, extra={"worker": number})
-            ours.close()
->>>>>>> 5dba2cf (Files count as seen when they are loaded, and what fails is tried again)
             self._dealer.gone(number)
             self._unwanted.discard(number)
             if not self._stopping.is_set():
