@@ -32,7 +32,7 @@ from app.pipeline import Composed, Composer, Fused, self_test
 from app.policies import Policies
 from app.quota import common_buckets
 from app.service import Batchers, Service
-from app.settings import Settings, load_settings
+from app.settings import Settings, collector, load_settings
 from app.stores import MEMORY, Bucket, open_store
 
 if TYPE_CHECKING:
@@ -266,6 +266,12 @@ def make_tracing(settings: Settings, environ: Mapping[str, str]) -> Tracing | No
         return None
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
+    for name in () if named else OTEL_ENDPOINTS:
+        try:
+            collector(environ.get(name) or "http://localhost")
+        except ValueError as exc:  # the exporter would log parts of it
+            log.warning("no traces: %s: %s", name, exc)
+            return None
     try:
         from app.tracing import Tracing, exporting
     except ImportError as exc:

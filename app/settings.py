@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,13 +23,14 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from app import stores
 from app.errors import ConfigError
 from app.json_values import Parameters
 from app.precision import Precision
+from app.urls import HIDDEN, redacted, split
 
 PREFIX = "SCUMBLE_"
 NESTED = "__"
+URLS = frozenset({"store", "otel_endpoint"})  # settings that may have a password in them
 
 
 class Section(BaseModel):
@@ -121,6 +122,18 @@ class BudgetSettings(Section):
     )
 
 
+def collector(url: str) -> str:
+    """The URL of a collector of traces, as it is.
+
+    Raises:
+        ValueError: it is none; the message has no part of it.
+    """
+    parts = split(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("allowed: http://HOST:PORT and https://HOST:PORT, without a query")
+    return url
+
+
 def default_model_dir() -> Path:
     """`models/` beside the package in a checkout, inside the package in an installed wheel."""
     package = Path(__file__).parent
@@ -185,6 +198,7 @@ class Settings(BaseSettings):
     )
     store: str = Field(
         default="memory://",
+        repr=False,
         description="where budgets are counted: memory://, sqlite:///PATH or redis://HOST:PORT/DB",
     )
     budget: BudgetSettings = BudgetSettings()
@@ -219,8 +233,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="of stderr"
     )
-    otel_endpoint: Annotated[str, Field(pattern="^https?://")] | None = Field(
-        default=None, description="OpenTelemetry collector, http://HOST:4318; needs the extra otel"
+    otel_endpoint: Annotated[str, AfterValidator(collector)] | None = Field(
+        default=None,
+        repr=False,
+        description="OpenTelemetry collector, http://HOST:4318; needs the extra otel",
     )
     access_log: bool = Field(False, description="one log line per request")
 
@@ -278,8 +294,8 @@ def shown(settings: Settings, variable: str) -> str:
     value: Any = settings
     for part in variable.removeprefix(PREFIX).lower().split(NESTED):
         value = getattr(value, part)
-    if variable == f"{PREFIX}STORE":
-        value = stores.shown(str(value))
+    if variable.removeprefix(PREFIX).lower() in URLS and value is not None:
+        return redacted(value)
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
@@ -309,5 +325,9 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterable[tuple[str, str]]:
 
 def _sentence(error: Any) -> str:
     name = PREFIX + NESTED.join(str(part) for part in error["loc"]).upper()
-    value = "" if error["loc"][0] == "secret" else f" is {error['input']!r}"
-    return f"{name}{value}: {error['msg']}"
+    value = error["input"]
+    if error["loc"][0] in URLS and isinstance(value, str):
+        value = redacted(value)
+    elif error["loc"][0] in {"secret", *URLS} or error["type"] == "extra_forbidden":
+        value = HIDDEN  # what is no setting may be a secret under a mistyped name
+    return f"{name} is {value!r}: {error['msg']}"

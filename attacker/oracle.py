@@ -37,6 +37,7 @@ from attacker.errors import (
     ResumeMismatch,
 )
 from attacker.transports import TRANSPORTS, Images, Message, Probs, Transport
+from scumble import wire
 from scumble.client import BUSY, UNSENT, retry_policy
 
 SPARE = 4096  # bytes of a request that are not pixels
@@ -271,10 +272,12 @@ class HttpOracle:
         response = self._retrying.copy()(self._post, number, message)
         if response.status_code in BUSY:
             raise OracleUnavailable(
-                f"{response.url} stays busy: {response.status_code} {_detail(response)}"
+                f"{_place(response)} stays busy: {response.status_code} {_detail(response)}"
             )
         if response.status_code != 200:
-            raise OracleRefused(f"{response.url} answered {response.status_code}: {response.text}")
+            raise OracleRefused(
+                f"{_place(response)} answered {response.status_code}: {response.text}"
+            )
         try:
             answer = self.transport.unpack(response.headers, response.content, self.labels)
             if answer.shape != (len(part), self.labels):
@@ -282,7 +285,7 @@ class HttpOracle:
         except (OracleRefused, ValueError, LookupError, TypeError) as exc:
             with self._lock:  # it was counted, whatever it is
                 self.ledger.lost += len(part)
-            raise OracleRefused(f"{response.url} gave no probabilities: {exc}") from exc
+            raise OracleRefused(f"{_place(response)} gave no probabilities: {exc}") from exc
         self._journal.answer(number, answer.tobytes())
         return answer
 
@@ -378,6 +381,11 @@ class Journal:
     def _do(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._db.execute(statement, values).fetchall()
+
+
+def _place(response: httpx2.Response) -> str:
+    """Who answered, without a query: an owner's template may have a key in it."""
+    return wire.shown(response.url.copy_with(query=None))
 
 
 def _detail(response: httpx2.Response) -> str:

@@ -189,13 +189,17 @@ class AsyncClient:
         await self.aclose()
 
 
+ALLOWED = "allowed: http://HOST[:PORT] and https://HOST[:PORT]"
+
+
 def _base(url: str) -> httpx2.URL:
     try:
         base = httpx2.URL(url)
     except httpx2.InvalidURL as exc:
-        raise ValueError(f"url is {url!r}: {exc}") from exc
+        why = "" if "@" in url else f": {exc}"  # it may quote a part of a password
+        raise ValueError(f"url is {wire.typed(url)}{why}; {ALLOWED}") from None
     if base.scheme not in ("http", "https") or not base.host:
-        raise ValueError(f"url is {url!r}; allowed: http://HOST[:PORT] and https://HOST[:PORT]")
+        raise ValueError(f"url is {wire.typed(url)}; {ALLOWED}")
     return base
 
 

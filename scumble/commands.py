@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import click
+import httpx2
 import orjson
 from rich import box
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from scumble.client import Client
 from scumble.errors import ClientError, Refused
-from scumble.wire import Answer, Choice, ModelInfo
+from scumble.wire import Answer, Choice, ModelInfo, shown
 
 TOP_K = 3
 BAR = 10  # characters of a full bar
@@ -127,7 +128,7 @@ def _print_table(url: str, model: ModelInfo, outcomes: list[Outcome]) -> bool:
     console = Console(highlight=False)
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=Text(_plain(f"{model.name} {model.version} at {url}")),
+        title=Text(_plain(f"{model.name} {model.version} at {shown(httpx2.URL(url))}")),
         title_justify="left",
         show_edge=False,
         padding=(0, 1, 0, 0),

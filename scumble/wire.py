@@ -219,6 +219,11 @@ def shown(url: httpx2.URL) -> str:
     return str(url.copy_with(userinfo=b""))
 
 
+def typed(url: str) -> str:
+    """What is no URL, for messages: as it was typed, unless it may hold a password."""
+    return "'***'" if "@" in url else repr(url)
+
+
 def _several(images: Sendable | Iterable[Sendable]) -> Iterable[Sendable]:
     if isinstance(images, np.ndarray):
         return images if images.ndim == 4 else [images]  # (N, H, W, C)

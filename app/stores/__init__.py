@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from app.errors import ConfigError, ScumbleError
+from app.urls import redacted, split
 
 MEMORY = "memory://"
+ALLOWED = "allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB"
 
 
 class StoreError(ScumbleError):
@@ -111,7 +112,10 @@ def open_store(url: str) -> StateStore:
     Raises:
         ConfigError: another scheme, a file that cannot be opened, or an extra that is missing.
     """
-    scheme = urlsplit(url).scheme
+    try:
+        scheme = split(url).scheme
+    except ValueError as exc:
+        raise ConfigError(f"SCUMBLE_STORE is {redacted(url)!r}, {exc}; {ALLOWED}") from exc
     if scheme == "memory":
         from app.stores.memory import MemoryStore
 
@@ -125,16 +129,8 @@ def open_store(url: str) -> StateStore:
             from app.stores.redis import RedisStore
         except ImportError as exc:
             raise ConfigError(
-                f"SCUMBLE_STORE is {shown(url)!r}: {exc}; "
+                f"SCUMBLE_STORE is {redacted(url)!r}: {exc}; "
                 "install it with: pip install 'scumble[redis]'"
             ) from exc
         return RedisStore.at(url)
-    raise ConfigError(
-        f"SCUMBLE_STORE is {shown(url)!r}; allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB"
-    )
-
-
-def shown(url: str) -> str:
-    """`url` without what may be secret: a user's name and password, a query."""
-    scheme, separator, rest = url.rpartition("://")
-    return scheme + separator + rest.partition("?")[0].rpartition("@")[2]
+    raise ConfigError(f"SCUMBLE_STORE is {redacted(url)!r}; {ALLOWED}")

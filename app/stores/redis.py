@@ -16,7 +16,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from app.errors import ConfigError
-from app.stores import Bucket, Charge, Level, StoreError, shown
+from app.stores import Bucket, Charge, Level, StoreError
+from app.urls import redacted
 
 TAG = "{scumble}:"
 TIMEOUT_S = 1.0  # of each step: to get a connection, to connect, to get an answer
@@ -89,7 +90,7 @@ class RedisStore:
                 retry=Retry(NoBackoff(), 0),
             )
         except ValueError as exc:
-            raise ConfigError(f"SCUMBLE_STORE is {shown(url)!r}: {exc}") from exc
+            raise ConfigError(f"SCUMBLE_STORE is {redacted(url)!r}: {exc}") from exc
         return cls(Redis.from_pool(pool))
 
     async def charge(self, buckets: Sequence[Bucket], images: int) -> Charge:

@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 from app.errors import ConfigError
 from app.stores import Bucket, Charge, StoreError
 from app.stores.memory import current, decide
+from app.urls import redacted
 
 BUSY_S = 2.0  # how long to wait for another worker's transaction
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class SqliteStore:
         parts = urlsplit(url)
         path = unquote(parts.path)
         if parts.netloc or path in ("", "/"):
-            raise ConfigError(f"SCUMBLE_STORE is {url!r}; allowed: sqlite:///PATH")
+            raise ConfigError(f"SCUMBLE_STORE is {redacted(url)!r}; allowed: sqlite:///PATH")
         return cls(path)
 
     async def charge(self, buckets: Sequence[Bucket], images: int) -> Charge:

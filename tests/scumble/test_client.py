@@ -477,6 +477,13 @@ async def test_messages_do_not_show_a_password(ask):
     assert wire.shown(url) == "http://scumble.test/v1/predict?top_k=1"
 
 
+@pytest.mark.parametrize("url", ["http://me:pa?ss@x", "http://:1/pa@x", "ftp://me:pa@x", "pa@x"])
+def test_a_refused_url_shows_no_password(url):
+    with pytest.raises(ValueError, match=r"url is '\*\*\*'; allowed: http://") as caught:
+        Client(url)
+    assert "pa" not in str(caught.value)
+
+
 def test_the_public_names_are_the_listed_ones():
     assert sorted(scumble.__all__) == scumble.__all__
     assert {name for names in scumble._HOMES.values() for name in names} == set(scumble.__all__)
