@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import access, errors, schemas, v2_routes
 from app.formats import FORMATS
+from app.front import Cors, Prefix
 from app.middleware import Observe
 from app.routing import DEADLINE_PARAMETER, Endpoint, Route, problems
 from app.service import Service
@@ -77,8 +78,23 @@ class Direct(APIRoute):
         return self.endpoint
 
 
-def build(service: Service, *, access_log: bool = False, tracing: Tracing | None = None) -> FastAPI:
-    """The application; `tracing` makes spans of its requests."""
+def build(
+    service: Service,
+    *,
+    access_log: bool = False,
+    tracing: Tracing | None = None,
+    root_path: str = "",
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
+    """The application.
+
+    Args:
+        service: answers.
+        access_log: a line for each request.
+        tracing: makes spans of requests.
+        root_path: a prefix that paths may have.
+        cors_origins: whose web pages may ask.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -137,8 +153,8 @@ def build(service: Service, *, access_log: bool = False, tracing: Tracing | None
         if method == "POST":
             hot[method, plain] = endpoint
     app.hot = hot
-    app.front = Observe(
-        app.dispatch,
+    observed = Observe(
+        Cors(app.dispatch, cors_origins) if cors_origins else app.dispatch,
         metrics=service.metrics,
         routes=labels,
         access_log=access_log,
@@ -146,6 +162,8 @@ def build(service: Service, *, access_log: bool = False, tracing: Tracing | None
         tracing=tracing,
         untraced=access.OPEN,
     )
+    app.front = Prefix(observed, root_path) if root_path else observed
+    app.servers = [{"url": root_path}] if root_path else []
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
     app.state.service = service
     return app
@@ -266,7 +284,11 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's document plus the schemas that only our own descriptions refer to."""
     if app.openapi_schema is None:
         document = get_openapi(
-            title=app.title, version=app.version, summary=app.summary, routes=app.routes
+            title=app.title,
+            version=app.version,
+            summary=app.summary,
+            routes=app.routes,
+            servers=app.servers or None,
         )
         extra: list[type[BaseModel]] = [
             schemas.PredictForm,

@@ -74,13 +74,16 @@ def reload(**arguments: Any) -> None:
         settings = _settings(arguments)
         host = "127.0.0.1" if settings.admin_host in ("0.0.0.0", "::") else settings.admin_host  # noqa: S104  # compared, not bound
         url = f"http://[{host}]" if ":" in host else f"http://{host}"
-        answer = httpx2.post(f"{url}:{settings.admin_port}/reload", timeout=RELOAD_S)
+        # Never through a proxy that the environment names: that would ask a machine of its own.
+        answer = httpx2.post(
+            f"{url}:{settings.admin_port}/reload", timeout=RELOAD_S, trust_env=False
+        )
     except ConfigError as exc:
         raise click.ClickException(str(exc)) from exc
     except httpx2.HTTPError as exc:
         raise click.ClickException(f"no answer from the admin port: {exc}") from exc
     if answer.status_code != 200:
-        raise click.ClickException(answer.json()["error"])
+        raise click.ClickException(_refusal(answer.status_code, answer.content))
     click.echo("reloaded")
 
 
@@ -116,6 +119,14 @@ def check(**arguments: Any) -> None:
     click.echo(f"engine    {engine}, {settings.precision}, {settings.worker_count} worker(s)")
     click.echo(f"defense   {defense!r}")
     click.echo("ok: these settings can be served")
+
+
+def _refusal(status: int, body: bytes) -> str:
+    """What the admin port says, or that it is not one."""
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, TypeError, KeyError):
+        return f"answer {status} is not from a Scumble server; is --admin-port that of one?"
 
 
 def _settings(arguments: dict[str, Any]) -> Settings:

@@ -200,7 +200,8 @@ class Dealer:
             log.warning("a connection could not be accepted: %s", exc)
             self._pause_for_a_while()  # or the loop would turn round and round this
             return False
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return self._deal(connection)
 
     def _deal(self, connection: socket.socket) -> bool:

@@ -5,6 +5,19 @@ from __future__ import annotations
 import logging
 import logging.config
 
+from pythonjsonlogger.orjson import OrjsonFormatter
+
+from app.chain import stamp
+
+
+class Formatter(OrjsonFormatter):
+    """JSON lines whose times are those of the audit log: ISO 8601, UTC, with the offset."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  # logging's name
+        """The time of a record."""
+        del datefmt
+        return stamp(record.created)
+
 
 def configure(level: str) -> None:
     """Send every logger of this process, uvicorn's included, through one JSON handler."""
@@ -14,7 +27,7 @@ def configure(level: str) -> None:
             "disable_existing_loggers": False,
             "formatters": {
                 "json": {
-                    "()": "pythonjsonlogger.orjson.OrjsonFormatter",
+                    "()": Formatter,
                     "fmt": "%(asctime)s %(levelname)s %(name)s %(process)d %(message)s",
                     "rename_fields": {
                         "asctime": "time",

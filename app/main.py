@@ -116,7 +116,13 @@ def create_app(
             "full_batch_ms": round(pixels.seconds * 1000, 3),
         },
     )
-    return build(service, access_log=settings.access_log, tracing=tracing)
+    return build(
+        service,
+        access_log=settings.access_log,
+        tracing=tracing,
+        root_path=settings.root_path or "",
+        cors_origins=settings.cors_origins,
+    )
 
 
 def for_tensors(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from app import logs
@@ -32,10 +36,31 @@ def serve(settings: Settings) -> int:
         from app.supervisor import Supervisor  # here: what workers need is imported meanwhile
 
         served = take(settings, Path(copies, "0"))
-        public = bind(settings.host, settings.port)
-        admin = bind(settings.admin_host, settings.admin_port)
-        supervisor = Supervisor(settings, served, public, admin, folder, Path(copies), nursery)
-        return asyncio.run(supervisor.run())
+        with public_socket(settings) as public:
+            admin = bind(settings.admin_host, settings.admin_port)
+            supervisor = Supervisor(settings, served, public, admin, folder, Path(copies), nursery)
+            return asyncio.run(supervisor.run())
+
+
+@contextmanager
+def public_socket(settings: Settings) -> Iterator[socket.socket]:
+    """The socket of the public port; a Unix socket's file is removed at the end.
+
+    Raises:
+        ConfigError: it cannot be bound.
+    """
+    if settings.uds is None:
+        yield bind(settings.host, settings.port)
+        return
+    path = settings.uds.absolute()
+    listener = bind_unix(path)
+    ours = path.lstat()
+    try:
+        yield listener
+    finally:
+        with suppress(FileNotFoundError):
+            if os.path.samestat(ours, path.lstat()):  # and not another server's
+                path.unlink()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -54,3 +79,41 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"cannot bind {host} port {port}: {exc.strerror or exc}") from exc
     return listener
+
+
+def bind_unix(path: Path) -> socket.socket:
+    """A bound Unix socket, for its user and group, in place of one that a killed server left.
+
+    Raises:
+        ConfigError: the path is taken, too long, or not ours to write.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        before = os.umask(0o117)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+    except OSError as exc:
+        listener.close()
+        raise ConfigError(f"cannot bind Unix socket {str(path)!r}: {exc.strerror or exc}") from exc
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket that nobody listens on."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise FileExistsError(None, "there is a file that is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise FileExistsError(None, "another server is listening there")

@@ -15,7 +15,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,12 +31,15 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from app.cores import available_cores
 from app.errors import ConfigError
 from app.json_values import Parameters
 from app.precision import Precision
 from app.urls import HIDDEN, redacted, split
 
 PREFIX = "SCUMBLE_"
+# As browsers write it, in small letters and without a slash at the end.
+ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?)$"
 NESTED = "__"
 URLS = frozenset({"store", "otel_endpoint"})  # settings that may have a password in them
 
@@ -150,6 +161,15 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="public address")
     port: int = Field(default=8000, ge=0, le=65535, description="public port; 0 takes a free one")
+    uds: Path | None = Field(
+        default=None, description="Unix socket of the public port, in place of host and port"
+    )
+    root_path: Annotated[str, Field(pattern=r"^((/[A-Za-z0-9._~-]+)+)?$")] | None = Field(
+        default=None, description="path prefix that a proxy serves it under, such as /scumble"
+    )
+    cors_origins: list[Annotated[str, Field(pattern=ORIGIN)]] = Field(
+        default=[], description="origins of web pages that may ask, a JSON list; * for any"
+    )
     admin_host: str = Field(default="127.0.0.1", description="address of metrics and health")
     admin_port: int = Field(
         default=9000, ge=0, le=65535, description="admin port; 0 takes a free one"
@@ -240,10 +260,17 @@ class Settings(BaseSettings):
     )
     access_log: bool = Field(False, description="one log line per request")
 
+    @field_validator("root_path")
+    @classmethod
+    def _no_route(cls, value: str | None) -> str | None:
+        if value is not None and value.split("/")[1:2] in (["v1"], ["v2"]):
+            raise ValueError("must not begin with /v1 or /v2, which are paths of the service")
+        return value
+
     @property
     def worker_count(self) -> int:
         """`workers` with auto resolved to the cores that this process may use."""
-        return len(os.sched_getaffinity(0)) if self.workers == "auto" else self.workers
+        return available_cores() if self.workers == "auto" else self.workers
 
     @classmethod
     def settings_customise_sources(

@@ -143,9 +143,12 @@ class HttpOracle:
         self.transport = TRANSPORTS[transport] if isinstance(transport, str) else transport
         self.step = self.transport.step
         # A proxy that the environment names has a localhost of its own.
-        self._http = client or httpx2.Client(
-            base_url=url, timeout=60, trust_env=not consent.loopback(url)
-        )
+        try:
+            self._http = client or httpx2.Client(
+                base_url=url, timeout=60, trust_env=not consent.loopback(url)
+            )
+        except ImportError as exc:  # the environment names a SOCKS proxy
+            raise OracleUnavailable(str(exc)) from exc
         self._http.headers.update(headers or {})
         self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(30.0, retries))
         try:

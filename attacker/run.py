@@ -354,6 +354,6 @@ def _metrics(admin: str) -> str:
         outside = not consent.loopback(admin)
         response = httpx2.get(f"{admin}/metrics", timeout=10, trust_env=outside)
         response.raise_for_status()
-    except httpx2.HTTPError as exc:
+    except (httpx2.HTTPError, ImportError) as exc:  # ImportError: a SOCKS proxy
         raise OracleUnavailable(f"no metrics at {admin}: {exc}") from exc
     return response.text

@@ -61,7 +61,9 @@ def write_key(path: Path, key: str, limits: KeyLimits) -> None:
 def steal(server: Server, key: str, size: int) -> Counter[str]:
     """On one connection, `size` images a request, fewer once less is left, until nothing is."""
     got: Counter[str] = Counter()
-    with httpx2.Client(base_url=server.url, headers={"X-API-Key": key}, timeout=60) as client:
+    with httpx2.Client(
+        base_url=server.url, headers={"X-API-Key": key}, timeout=60, trust_env=False
+    ) as client:
         while True:
             files = [("image", ("x.png", DIGIT, "image/png"))] * size
             answer = client.post("/v1/predict", files=files)
@@ -116,7 +118,10 @@ def wrong_keys(folder: Path, count: int) -> dict[str, Any]:
     draw.shuffle(order)
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     statuses: Counter[int] = Counter()
-    with serving(keys_file=file, workers=1) as server, httpx2.Client(base_url=server.url) as client:
+    with (
+        serving(keys_file=file, workers=1) as server,
+        httpx2.Client(base_url=server.url, trust_env=False) as client,
+    ):
         for _ in range(100):  # warm; and the series of refused requests are there
             client.get("/v1/model", headers={"X-API-Key": new_key()})
         before = series(server)

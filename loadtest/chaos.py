@@ -116,7 +116,7 @@ def honest(server: Server, tally: Tally, stop: threading.Event) -> None:
     """A picture after the other, sometimes with a deadline."""
     headers = {**PNG, "X-API-Key": "honest"}
     body = {"content": DIGIT}
-    with httpx2.Client(base_url=server.url, headers=headers, timeout=60) as client:
+    with httpx2.Client(base_url=server.url, headers=headers, timeout=60, trust_env=False) as client:
         while not stop.is_set():
             hurry = {"X-Deadline-Ms": "500"} if random.random() < 0.2 else {}  # noqa: S311  # no secret
             answer = ask(client, tally, {**body, "headers": hurry})
@@ -128,7 +128,9 @@ def honest(server: Server, tally: Tally, stop: threading.Event) -> None:
 def thief(server: Server, tally: Tally, stop: threading.Event) -> None:
     """Eight at a time until nothing is left, and then he tries on."""
     body = {"files": [("image", ("x.png", DIGIT, "image/png"))] * 8}
-    with httpx2.Client(base_url=server.url, headers={"X-API-Key": "thief"}, timeout=60) as client:
+    with httpx2.Client(
+        base_url=server.url, headers={"X-API-Key": "thief"}, timeout=60, trust_env=False
+    ) as client:
         while not stop.is_set():
             answer = ask(client, tally, body)
             if answer is not None:
@@ -140,7 +142,7 @@ def thief(server: Server, tally: Tally, stop: threading.Event) -> None:
 
 def vandal(server: Server, tally: Tally, stop: threading.Event) -> None:
     """Bodies and headers that are wrong in some way."""
-    with httpx2.Client(base_url=server.url, timeout=60) as client:
+    with httpx2.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         while not stop.is_set():
             for content, headers in BROKEN:
                 headers = {**headers, "X-API-Key": "honest"}
@@ -236,7 +238,7 @@ def set_version(models: Path, version: str) -> None:
 
 def reload(server: Server) -> int:
     """Status of the answer."""
-    return httpx2.post(f"{server.admin}/reload", timeout=120).status_code
+    return httpx2.post(f"{server.admin}/reload", timeout=120, trust_env=False).status_code
 
 
 def good_reload(server: Server, models: Path, tally: Tally, version: str) -> None:
@@ -313,7 +315,7 @@ def write_grants(path: Path) -> None:
 def end(server: Server, stop: threading.Event, crowd: list[threading.Thread]) -> int:
     """SIGTERM under load; clients turn away when readiness says so. Gives the exit code."""
     server.process.send_signal(signal.SIGTERM)
-    while httpx2.get(f"{server.admin}/readyz", timeout=20).status_code == 200:
+    while httpx2.get(f"{server.admin}/readyz", timeout=20, trust_env=False).status_code == 200:
         time.sleep(0.01)
     stop.set()
     for thread in crowd:

@@ -24,6 +24,7 @@ import tenacity
 
 from scumble import wire
 from scumble.errors import BadAnswer, Unreachable
+from scumble.proxies import explained, is_loopback
 
 BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
@@ -43,11 +44,13 @@ class Client:
         timeout: seconds for each step: to connect, to send, to receive.
         max_wait: longest pause before trying again, also where the service asks for a longer one.
         retries: how often to try again.
-        transport: what carries the requests; the network if None.
+        transport: what carries the requests; the network if None, through the proxies that the
+            environment names unless the service is on this machine.
         sleep: what waits; tests pass their own.
 
     Raises:
-        ValueError: `url`, `key`, `max_wait` or `retries` is out of range.
+        ValueError: `url`, `key`, `max_wait` or `retries` is out of range, or the environment names
+            a proxy that cannot be used.
         OSError: `ca_file` cannot be read.
     """
 
@@ -63,13 +66,17 @@ class Client:
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._http = httpx2.Client(
-            base_url=_base(url),
-            headers=_headers(key),
-            timeout=timeout,
-            transport=transport,
-            verify=_verify(ca_file),
-        )
+        base, verify = _base(url), _verify(ca_file)
+        if transport is None and is_loopback(base):
+            transport = httpx2.HTTPTransport(verify=verify)  # and no proxy
+        with explained():
+            self._http = httpx2.Client(
+                base_url=base,
+                headers=_headers(key),
+                timeout=timeout,
+                transport=transport,
+                verify=verify,
+            )
         self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(max_wait, retries))
 
     def predict(
@@ -144,13 +151,17 @@ class AsyncClient:
         transport: httpx2.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self._http = httpx2.AsyncClient(
-            base_url=_base(url),
-            headers=_headers(key),
-            timeout=timeout,
-            transport=transport,
-            verify=_verify(ca_file),
-        )
+        base, verify = _base(url), _verify(ca_file)
+        if transport is None and is_loopback(base):
+            transport = httpx2.AsyncHTTPTransport(verify=verify)  # and no proxy
+        with explained():
+            self._http = httpx2.AsyncClient(
+                base_url=base,
+                headers=_headers(key),
+                timeout=timeout,
+                transport=transport,
+                verify=verify,
+            )
         self._retrying = tenacity.AsyncRetrying(sleep=sleep, **retry_policy(max_wait, retries))
 
     async def predict(

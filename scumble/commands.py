@@ -80,6 +80,8 @@ def predict(
     except OSError as exc:  # the ssl module's own errors are such, too
         raise click.BadParameter(f"{ca_file}: {exc}", param_hint="--ca-file") from exc
     except ValueError as exc:
+        if "proxy" in str(exc).lower():
+            raise click.ClickException(str(exc)) from exc
         hint = "URL" if str(exc).startswith("url") else "--key-file"
         raise click.BadParameter(str(exc), param_hint=hint) from exc
     with client:

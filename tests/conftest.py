@@ -20,6 +20,7 @@ settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
 
 ROOT = Path(__file__).parent.parent
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 DATA = ROOT.parent / "shared" / "data"
 
 
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch):
     for name in os.environ:
-        if name.startswith("SCUMBLE_"):
+        if name.startswith("SCUMBLE_") or name.lower() in PROXIES:
             monkeypatch.delenv(name)
 
 

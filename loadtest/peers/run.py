@@ -291,7 +291,9 @@ def ask(url: str, post: Post) -> bytes:
         HTTPError: no answer, or not a good one.
     """
     headers = {"Content-Type": post.content_type, **post.headers}
-    answer = httpx2.post(url + post.path, content=post.body, headers=headers, timeout=10)
+    answer = httpx2.post(
+        url + post.path, content=post.body, headers=headers, timeout=10, trust_env=False
+    )
     return answer.raise_for_status().content
 
 
