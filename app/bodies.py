@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
+from reprlib import Repr
 
 import orjson
 from starlette.types import Message, Receive
@@ -20,8 +22,10 @@ from app.errors import (
     Unprocessable,
     UnsupportedType,
 )
+from app.executor import BoundedExecutor
 from app.formats import FORMATS, SIGNATURE
 from app.forms import read_form
+from app.patience import Patience
 
 # A request's headers, names in small letters, as `dict` makes it of ASGI's pairs: to look a few up
 # in Starlette's own takes longer than to decode a small image.
@@ -37,17 +41,46 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 DATA_URL = re.compile(rb"data:[^,]{0,100};base64,")
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
+# Bodies up to this size are parsed on the event loop, which takes some milliseconds at most.
+INLINE_BYTES = 65_536
+# What a JSON document may hold. Its parser keeps the interpreter's lock, so a thread does not take
+# the work off the event loop: 40 ms of it are the most.
+MOST_VALUES = 400_000
+LIST_VALUES = 4  # a list or an object takes as long as so many numbers
+MOST_STRINGS = 10_000  # names of members among them
+
+PIECE = 1 << 20  # digits of base64 that are decoded at once
+
+_BRIEF = Repr()
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxdict = 2, 6, 3
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 40
+
 
 async def read_images(
-    fields: Fields, receive: Receive, *, max_bytes: int, max_images: int
+    fields: Fields,
+    receive: Receive,
+    *,
+    max_bytes: int,
+    max_images: int,
+    executor: BoundedExecutor,
+    patience: Patience,
 ) -> list[bytes]:
     """The encoded images of a request, at least one.
+
+    Args:
+        fields: the headers.
+        receive: gives the body.
+        max_bytes: of the body.
+        max_images: in it.
+        executor: parses what would hold the event loop.
+        patience: how long that is worth it.
 
     Raises:
         UnsupportedType: a content type that is not read, or a compressed body.
         TooLarge: over `max_bytes` or `max_images`.
         BadFraming: the body is not what the content type says.
         Unprocessable: it holds no image.
+        Unavailable, TooLate, ClientGone: as `executor` raises them.
     """
     declared = fields.get(b"content-type", b"").decode("latin-1")
     content_type = declared.partition(";")[0].strip().lower()
@@ -60,7 +93,11 @@ async def read_images(
         reader = _recognised(body)
         if reader is None:
             raise _unsupported(content_type, f" and a body that starts with {body[:8]!r}")
-    images = reader(fields, body, max_images)
+    if len(body) <= INLINE_BYTES or reader is raw:
+        images = reader(fields, body, max_images)
+    else:
+        task = partial(reader, fields, body, max_images)
+        (images,) = await executor([task], len(body), patience)
     if len(images) > max_images:
         raise TooLarge(f"request has {len(images)} images; allowed: {max_images}")
     if not all(images):
@@ -96,12 +133,11 @@ async def read_body(fields: Fields, receive: Receive, max_bytes: int) -> bytes:
     body, more = _piece(await receive(), 0, max_bytes)
     if not more:  # nearly always
         return body
-    chunks, size = [body], len(body)
+    whole = bytearray(body)  # not a list: small pieces would be objects of many times their size
     while more:
-        chunk, more = _piece(await receive(), size, max_bytes)
-        chunks.append(chunk)
-        size += len(chunk)
-    return b"".join(chunks)
+        chunk, more = _piece(await receive(), len(whole), max_bytes)
+        whole += chunk
+    return bytes(whole)
 
 
 async def read_buffer(fields: Fields, receive: Receive, max_bytes: int) -> bytes | bytearray:
@@ -143,18 +179,41 @@ def _piece(message: Message, size: int, max_bytes: int) -> tuple[bytes, bool]:
     return chunk, message.get("more_body", False)
 
 
+def brief(value: object) -> str:
+    """A value of a request as messages quote it, whatever its length and depth."""
+    return _BRIEF.repr(value)
+
+
 def load_json(body: bytes | memoryview) -> object:
     """A JSON document in UTF-8, the only encoding there is of one; a byte order mark is skipped.
 
     Raises:
         BadFraming: it is not one.
+        TooLarge: it holds more values than can be parsed at once.
     """
     if body[:3] == BYTE_ORDER_MARK:
         body = body[3:]
+    if len(body) > INLINE_BYTES:
+        body = bytes(body)
+        _check_values(body)
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as exc:
         raise BadFraming(f"body is not valid JSON: {exc}") from exc
+
+
+def _check_values(body: bytes) -> None:
+    """By what stands between values; in a string it counts, too, but base64 has none of it."""
+    lists = body.count(b"[") + body.count(b"{")
+    values = body.count(b",") + LIST_VALUES * lists
+    if values > MOST_VALUES:
+        raise TooLarge(
+            f"JSON has {values} values, where a list or an object counts as {LIST_VALUES}; "
+            f"allowed: {MOST_VALUES}, or any number of pixels as binary data"
+        )
+    strings = body.count(b'"') // 2
+    if strings > MOST_STRINGS:
+        raise TooLarge(f"JSON has {strings} strings; allowed: {MOST_STRINGS}")
 
 
 def raw(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
@@ -191,16 +250,31 @@ def unbase64(name: str, text: object) -> bytes:
     if not isinstance(text, str):
         raise BadFraming(f"{name} must be a string")
     try:
-        return base64.b64decode(text, validate=True)
+        return _decode64(text)
     except ValueError:
         pass  # not of the plainest form
     try:
         loose = text.encode("ascii")
         head = DATA_URL.match(loose)
         digits = loose[head.end() if head else 0 :].translate(URL_SAFE, b" \t\r\n").rstrip(b"=")
-        return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
+        return _decode64(digits + b"=" * (-len(digits) % 4))
     except ValueError as exc:
         raise BadFraming(f"{name} is not valid base64: {exc}") from exc
+
+
+def _decode64(digits: str | bytes) -> bytes:
+    """In pieces, between which other threads have a turn.
+
+    Raises:
+        ValueError: not base64 of the plainest form.
+    """
+    pieces = []
+    for start in range(0, len(digits), PIECE):
+        piece = base64.b64decode(digits[start : start + PIECE], validate=True)
+        if len(piece) % 3 and start + PIECE < len(digits):
+            raise ValueError("Excess data after padding")
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _unbase64(i: int, row: object) -> bytes:

@@ -58,11 +58,11 @@ class BoundedExecutor:
         """
         if self._tasks and self._tasks + len(tasks) > self._max_tasks:
             raise Unavailable(
-                f"{self._tasks} images are waiting to be decoded; allowed: {self._max_tasks}"
+                f"{self._tasks} images or bodies are waiting to be read; allowed: {self._max_tasks}"
             )
         if self._bytes and self._bytes + size > self._max_bytes:
             raise Unavailable(
-                f"{self._bytes} bytes are waiting to be decoded; allowed: {self._max_bytes}"
+                f"{self._bytes} bytes are waiting to be read; allowed: {self._max_bytes}"
             )
         self._tasks += len(tasks)
         self._bytes += size

@@ -21,7 +21,14 @@ from starlette.responses import Response
 from app.access import Access, Visit
 from app.audit import Audit
 from app.batching import Batcher, Served
-from app.bodies import Fields, read_buffer, read_images, refuse_encoding, small_number
+from app.bodies import (
+    INLINE_BYTES,
+    Fields,
+    read_buffer,
+    read_images,
+    refuse_encoding,
+    small_number,
+)
 from app.bundle import Card, InputShape, Preprocessing
 from app.decode import Header, Pixels, decode, inspect
 from app.defenses import Defense
@@ -38,11 +45,12 @@ from app.responses import Answer, health, json_response
 from app.schemas import LimitsInfo
 from app.settings import LimitSettings
 from app.stages import Stages
-from app.v2 import read_infer, write_infer
+from app.v2 import json_length, read_infer, write_infer
 
 DEADLINE_HEADER = b"x-deadline-ms"
 # Files are decoded on the event loop up to this sum of pixels and bytes, which takes 3 ms at most.
 INLINE_WORK = 200_000
+INLINE_VALUES = 20_000  # of an answer that is written on the event loop
 NOT_PLAIN = 4  # times the work of a plain file of as many pixels and bytes
 log = logging.getLogger("scumble")
 
@@ -113,7 +121,7 @@ class Service:
         max_batch: images that one call of a batcher may carry.
         metrics: of this worker.
         count_images: the metrics' counter of answered images of this model and precision.
-        executor: decodes what would hold the event loop.
+        executor: parses, decodes and writes what would hold the event loop.
         access: who may ask, and how much; None for anyone and any number.
         audit: keeps a line for each prediction, answered or refused; None for no such log.
         files: are read anew while the service runs; None for none.
@@ -152,6 +160,8 @@ class Service:
             request.receive,
             max_bytes=self.limits.max_body_bytes,
             max_images=self.limits.max_images,
+            executor=self.executor,
+            patience=patience,
         )
         read = self.clock()
         answered = await self._answer(request, images, patience, read)
@@ -173,11 +183,21 @@ class Service:
         patience = self._patience(request, fields, start)
         refuse_encoding(fields)
         body = await read_buffer(fields, request.receive, self.limits.max_body_bytes)
-        asked = read_infer(fields, body, self.card, self.limits)
+        if json_length(fields, body) <= INLINE_BYTES:
+            asked = read_infer(fields, body, self.card, self.limits)
+        else:
+            task = partial(read_infer, fields, body, self.card, self.limits)
+            (asked,) = await self.executor([task], len(body), patience)
         read = self.clock()
         answered = await self._answer(request, asked.images, patience, read)
         back = self.clock()
-        answer, headers = write_infer(self.card, asked, answered.served.probabilities)
+        probabilities = answered.served.probabilities
+        if probabilities.size <= INLINE_VALUES:
+            answer, headers = write_infer(self.card, asked, probabilities)
+        else:
+            write = partial(write_infer, self.card, asked, probabilities)
+            finish = patience._replace(deadline=math.inf)  # what has begun is answered
+            ((answer, headers),) = await self.executor([write], 0, finish)
         self._count(request, answered, start, read, back)
         return Response(answer, headers=headers)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from app.bodies import unbase64
+from app.bodies import brief, unbase64
 from app.bundle import Card
 from app.engines import Batch
 from app.errors import BadFraming, TooLarge, Unprocessable
@@ -55,13 +55,13 @@ def read_tensor(
 def _files(tensor: dict[str, Any], tail: memoryview, max_images: int) -> list[bytes]:
     datatype, shape = tensor.get("datatype"), tensor.get("shape")
     if datatype != "BYTES":
-        raise Unprocessable(f"datatype is {str(datatype)[:20]!r}; allowed for {FILES}: BYTES")
+        raise Unprocessable(f"datatype is {brief(datatype)}; allowed for {FILES}: BYTES")
     if not (_is_shape(shape) and shape[1:] in ([], [1])):
-        raise Unprocessable(f"shape is {str(shape)[:60]}; allowed for {FILES}: [N] or [N, 1]")
+        raise Unprocessable(f"shape is {brief(shape)}; allowed for {FILES}: [N] or [N, 1]")
     _check_count(shape[0], max_images)
     size = _binary_size(tensor)
     if size not in (None, len(tail)):
-        raise BadFraming(f"binary_data_size is {str(size)[:20]}; {len(tail)} bytes follow the JSON")
+        raise BadFraming(f"binary_data_size is {brief(size)}; {len(tail)} bytes follow the JSON")
     if size is None:
         _check_tail(tail, 0)
         return _files_from_json(tensor.get("data"), shape[0])
@@ -93,16 +93,16 @@ def _pixels(tensor: dict[str, Any], tail: memoryview, card: Card, max_images: in
     datatype, shape = tensor.get("datatype"), tensor.get("shape")
     if not isinstance(datatype, str) or datatype not in WIDTHS:
         allowed = ", ".join(WIDTHS)
-        raise Unprocessable(f"datatype is {str(datatype)[:20]!r}; allowed for {PIXELS}: {allowed}")
+        raise Unprocessable(f"datatype is {brief(datatype)}; allowed for {PIXELS}: {allowed}")
     image = shapes(card)[datatype]
     if not (_is_shape(shape) and tuple(shape[1:]) == image):
         allowed = ", ".join(map(str, image))
-        raise Unprocessable(f"shape is {str(shape)[:60]}; allowed for {datatype}: [N, {allowed}]")
+        raise Unprocessable(f"shape is {brief(shape)}; allowed for {datatype}: [N, {allowed}]")
     _check_count(shape[0], max_images)
     size = _binary_size(tensor)
     needed = 0 if size is None else math.prod(shape) * WIDTHS[datatype]
     if size not in (None, needed):
-        raise BadFraming(f"binary_data_size is {str(size)[:20]}; {datatype} {shape} has {needed}")
+        raise BadFraming(f"binary_data_size is {brief(size)}; {datatype} {shape} has {needed}")
     _check_tail(tail, needed)
     batch = (
         _pixels_from_json(tensor.get("data"), datatype, shape)
@@ -130,10 +130,10 @@ def _pixels_from_json(data: object, datatype: str, shape: list[int]) -> Batch:
 
 
 def _is_shape(shape: object) -> TypeGuard[list[int]]:
-    """Whole numbers, the first of them positive."""
+    """Up to four whole numbers, the first of them positive."""
     return (
         isinstance(shape, list)
-        and len(shape) > 0
+        and 0 < len(shape) <= 4
         and all(type(side) is int for side in shape)
         and shape[0] > 0
     )

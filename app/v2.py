@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from app.bodies import Fields, load_json, small_number
+from app.bodies import Fields, brief, load_json, small_number
 from app.bundle import Card
 from app.engines import Batch, Probs
 from app.errors import BadFraming, Unprocessable
@@ -65,6 +65,22 @@ def metadata(card: Card, *, floats: bool) -> dict[str, Any]:
     }
 
 
+def json_length(fields: Fields, body: bytes | bytearray) -> int:
+    """Bytes of the body that are JSON; others follow.
+
+    Raises:
+        BadFraming: the header that says so is no number, or larger than the body.
+    """
+    found = fields.get(LENGTH.encode())
+    if found is None:
+        return len(body)
+    text = found.decode("latin-1")
+    length = small_number(text)
+    if length is None or length > len(body):
+        raise BadFraming(f"{LENGTH} is {brief(text)}; allowed: 0 to the body's {len(body)}")
+    return length
+
+
 def read_infer(
     fields: Fields, body: bytes | bytearray, card: Card, limits: LimitSettings
 ) -> InferRequest:
@@ -75,19 +91,17 @@ def read_infer(
         Unprocessable: another input, datatype or shape than the model's, or values out of range.
         TooLarge: too many images.
     """
-    found = fields.get(LENGTH.encode())
-    text = None if found is None else found.decode("latin-1")
-    length = len(body) if text is None else small_number(text)
-    if length == 0 and text is not None:
+    length = json_length(fields, body)
+    if length == 0 and LENGTH.encode() in fields:
         return InferRequest([bytes(body)], binary=True)
-    document, tail = _split(body, length, text)
+    document, tail = _split(body, length)
     tensor = _the_input(document)
     output = _the_output(document)
     request_id = document.get("id")
     if type(request_id) is int:
         request_id = str(request_id)  # answers have strings, as the protocol says
     if request_id is not None and not isinstance(request_id, str):
-        raise BadFraming(f"id is {str(request_id)[:20]}; allowed: a string or an integer")
+        raise BadFraming(f"id is {brief(request_id)}; allowed: a string or an integer")
     whole = _flag(document, "binary_data_output", default=False)
     return InferRequest(
         images=read_tensor(tensor, tail, card, limits),
@@ -128,11 +142,7 @@ def write_infer(
     }
 
 
-def _split(
-    body: bytes | bytearray, length: int | None, text: str | None
-) -> tuple[dict[str, Any], memoryview]:
-    if length is None or length > len(body):
-        raise BadFraming(f"{LENGTH} is {str(text)[:20]!r}; allowed: 0 to the body's {len(body)}")
+def _split(body: bytes | bytearray, length: int) -> tuple[dict[str, Any], memoryview]:
     view = memoryview(body)
     document = load_json(view[:length])
     if not isinstance(document, dict):
@@ -142,12 +152,13 @@ def _split(
 
 def _the_input(document: dict[str, Any]) -> dict[str, Any]:
     inputs = document.get("inputs")
-    if not isinstance(inputs, list) or not all(isinstance(row, dict) for row in inputs):
+    if not isinstance(inputs, list) or not all(isinstance(row, dict) for row in inputs[:2]):
         raise BadFraming("inputs must be a list of tensors")
-    names = [row.get("name") for row in inputs]
+    names = [row.get("name") for row in inputs[:2]]
     if names not in ([FILES], [PIXELS]):
         raise Unprocessable(
-            f"the inputs are {str(names)[:60]}; the model takes one, {FILES!r} or {PIXELS!r}"
+            f"the {len(inputs)} inputs begin with {brief(names)}; "
+            f"the model takes one, {FILES!r} or {PIXELS!r}"
         )
     tensor: dict[str, Any] = inputs[0]
     return tensor
@@ -158,11 +169,13 @@ def _the_output(document: dict[str, Any]) -> dict[str, Any]:
     outputs = document.get("outputs")
     if outputs is None:
         return {}
-    if not isinstance(outputs, list) or not all(isinstance(row, dict) for row in outputs):
+    if not isinstance(outputs, list) or not all(isinstance(row, dict) for row in outputs[:2]):
         raise BadFraming("outputs must be a list of requested outputs")
-    names = [row.get("name") for row in outputs]
+    names = [row.get("name") for row in outputs[:2]]
     if outputs and names != [OUTPUT]:
-        raise Unprocessable(f"the outputs are {str(names)[:60]}; the model gives one, {OUTPUT!r}")
+        raise Unprocessable(
+            f"the {len(outputs)} outputs begin with {brief(names)}; the model gives one, {OUTPUT!r}"
+        )
     return outputs[0] if outputs else {}
 
 

@@ -63,7 +63,10 @@ async def test_requests_take_turns(executor):
 
 @pytest.mark.parametrize(
     ("tasks", "size", "message"),
-    [(4, 1, "1 images are waiting.*allowed: 4"), (1, 41, "60 bytes are waiting.*allowed: 100")],
+    [
+        (4, 1, "1 images or bodies are waiting.*allowed: 4"),
+        (1, 41, "60 bytes are waiting.*allowed: 100"),
+    ],
 )
 async def test_what_is_over_a_bound_is_refused_and_takes_no_room(executor, tasks, size, message):
     gate = Gate()

@@ -255,8 +255,8 @@ def test_a_deadline_is_answered_while_a_large_image_is_decoded_and_costs_nothing
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"max_queue": 2}, "1 images are waiting to be decoded; allowed: 2"),
-        ({"max_decode_bytes": len(LARGE) + 1}, "bytes are waiting to be decoded"),
+        ({"max_queue": 2}, "1 images or bodies are waiting to be read; allowed: 2"),
+        ({"max_decode_bytes": len(LARGE) + 1}, "bytes are waiting to be read"),
     ],
 )
 def test_more_than_may_wait_for_decoding_is_503_and_costs_nothing(start, limits, message):
