@@ -142,10 +142,9 @@ class HttpOracle:
         self.budget = budget
         self.transport = TRANSPORTS[transport] if isinstance(transport, str) else transport
         self.step = self.transport.step
-        # A proxy that the environment names has a localhost of its own.
         try:
             self._http = client or httpx2.Client(
-                base_url=url, timeout=60, trust_env=not consent.loopback(url)
+                base_url=url, timeout=60, transport=consent.transport(url)
             )
         except ImportError as exc:  # the environment names a SOCKS proxy
             raise OracleUnavailable(str(exc)) from exc

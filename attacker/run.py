@@ -351,8 +351,8 @@ def timing(oracle: HttpOracle, wall_s: float) -> Timing:
 
 def _metrics(admin: str) -> str:
     try:
-        outside = not consent.loopback(admin)
-        response = httpx2.get(f"{admin}/metrics", timeout=10, trust_env=outside)
+        with httpx2.Client(timeout=10, transport=consent.transport(admin)) as client:
+            response = client.get(f"{admin}/metrics")
         response.raise_for_status()
     except (httpx2.HTTPError, ImportError) as exc:  # ImportError: a SOCKS proxy
         raise OracleUnavailable(f"no metrics at {admin}: {exc}") from exc

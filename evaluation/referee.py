@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attacker import students
+from attacker import consent, students
 from attacker.oracle import HttpOracle, Oracle
 from attacker.pool import pool
 from attacker.run import Job, data, run
@@ -221,7 +221,10 @@ def latencies(
     found: dict[str, list[float]] = {name: [] for name in urls}
     with ExitStack() as stack:
         clients = {
-            name: stack.enter_context(Client(url, key=token or None)) for name, url in urls.items()
+            name: stack.enter_context(
+                Client(url, key=token or None, transport=consent.transport(url))
+            )
+            for name, url in urls.items()
         }
         for i in range(requests + UNTIMED):
             for name, client in clients.items():

@@ -1,5 +1,6 @@
 """Whom one may attack: the table of hosts, the token, and no way out by a redirect."""
 
+import ipaddress
 import os
 import threading
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from attacker.consent import check, loopback
+from attacker.consent import LoopbackTransport, check, loopback
 from attacker.errors import AttackError, NoConsent, OracleRefused
 from attacker.oracle import HttpOracle
 from attacker.transports import TRANSPORTS
@@ -123,8 +124,75 @@ def test_what_needs_nothing_is_connected_to_here(url):
     except AttackError:
         return
     if own:
-        host = httpx2.Client(base_url=url).build_request("POST", "/x").url.host
-        assert host.endswith("localhost") or host.startswith("127.") or ":" in host
+        connected, client = recorded(url)
+        client.post("/x")
+        assert all(host.is_loopback for host in connected)
+
+
+def recorded(url: str):
+    """A list of the addresses that are connected to, and a client of `url`."""
+    hosts = []
+
+    def answer(request):
+        address = ipaddress.ip_address(request.url.host)
+        hosts.append(getattr(address, "ipv4_mapped", None) or address)
+        return httpx2.Response(200, text=request.headers["host"])
+
+    inner = LoopbackTransport(httpx2.MockTransport(answer))
+    return hosts, httpx2.Client(base_url=url, transport=inner)
+
+
+@pytest.mark.parametrize("url", [*OWN, "http://evil.localhost", "https://a.b.localhost:1"])
+def test_what_is_connected_to_is_a_loopback_address(url):
+    """No name is left for a resolver, which might ask the network for it."""
+    hosts, client = recorded(url)
+    assert client.get("/x").text == httpx2.Request("GET", url).headers["host"]
+    assert [host.is_loopback for host in hosts] == [True]
+
+
+def test_a_name_of_this_machine_is_also_looked_for_on_ipv6():
+    hosts = []
+
+    def answer(request):
+        hosts.append((request.url.host, request.extensions["sni_hostname"], request.read()))
+        if request.url.host == "127.0.0.1":
+            raise httpx2.ConnectError("refused")
+        return httpx2.Response(200)
+
+    inner = LoopbackTransport(httpx2.MockTransport(answer))
+    with httpx2.Client(base_url="https://a.localhost", transport=inner) as client:
+        assert client.post("/x", content=b"body").status_code == 200
+    assert hosts == [("127.0.0.1", "a.localhost", b"body"), ("::1", "a.localhost", b"body")]
+
+
+@pytest.mark.parametrize("url", FOREIGN)
+def test_what_may_ask_this_machine_alone_asks_no_other(url):
+    """Also where something follows a redirect."""
+    hosts, client = recorded("http://localhost")
+    with pytest.raises(httpx2.ConnectError, match="is not this machine"):
+        client.get(url)
+    assert hosts == []
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_a_name_below_localhost_is_asked_here_and_not_through_a_proxy(variable, monkeypatch):
+    monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    with listening(lambda here: here.send_response(204)) as (url, asked):
+        named = url.replace("127.0.0.1", "evil.localhost")
+        with (
+            HttpOracle(named, budget=4, transport=TRANSPORTS["png"], model=MODEL) as oracle,
+            pytest.raises(OracleRefused, match=r"evil\.localhost:.* answered 204"),
+        ):
+            oracle(np.zeros((2, 1, 2, 2), np.float32))
+    assert len(asked) == 1
+
+
+MODEL = {
+    "name": "m",
+    "labels": ["a", "b"],
+    "input": {"height": 2, "width": 2, "channels": 1},
+    "limits": {"max_body_bytes": 100_000, "max_images": 4},
+}
 
 
 @pytest.mark.parametrize(
@@ -193,12 +261,6 @@ def listening(answer):
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_not_followed(status):
-    model = {
-        "name": "m",
-        "labels": ["a", "b"],
-        "input": {"height": 2, "width": 2, "channels": 1},
-        "limits": {"max_body_bytes": 100_000, "max_images": 4},
-    }
     with listening(lambda there: there.send_response(200)) as (elsewhere, leaked):
 
         def redirect(here):
@@ -209,7 +271,7 @@ def test_a_redirect_is_not_followed(status):
             headers = check(url, consent=False, token=None)
             with (
                 HttpOracle(
-                    url, budget=4, transport=TRANSPORTS["png"], model=model, headers=headers
+                    url, budget=4, transport=TRANSPORTS["png"], model=MODEL, headers=headers
                 ) as oracle,
                 pytest.raises(OracleRefused, match=str(status)),
             ):
