@@ -11,7 +11,7 @@ import numpy as np
 from app import engines
 from app.bundle import Bundle
 from app.defenses.base import DefenseError, Inputs, Probs
-from app.engines import Engine, EngineName
+from app.engines import FAST, Engine, EngineName
 from app.graph import single_output, tensor_input
 
 # The torch engine is an oracle of the victims' operators and lacks those of the scores.
@@ -34,7 +34,9 @@ class Auxiliary:
         pixels = inputs.dtype == np.uint8
         if pixels not in self._forms:
             model = self._model if pixels else tensor_input(self._model)
-            self._forms[pixels] = engines.load(self._engine, model, threads=1, precision="float32")
+            form = engines.load(self._engine, model, threads=1, precision="float32")
+            form.prepare(FAST)
+            self._forms[pixels] = form
         batch = inputs if pixels else inputs.astype(np.float32, copy=False)
         return self._forms[pixels](batch)
 

@@ -118,6 +118,11 @@ class Batcher:
         return await asyncio.gather(*self._queue(batches, defense, patience))
 
     @property
+    def max_size(self) -> int:
+        """Images of the largest batch."""
+        return self._max_size
+
+    @property
     def running_s(self) -> float:
         """For how long the current batch has been running; 0 if there is none."""
         return 0.0 if self._started is None else self._clock() - self._started

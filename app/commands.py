@@ -103,7 +103,7 @@ def check(**arguments: Any) -> None:
         bundle = open_bundle(settings.model_dir, settings.model)
         engine = engines.resolve(settings.engine)
         defense = make_defense(settings, bundle)
-        create_app(settings)
+        app = create_app(settings)
         open_certificate(settings)
     except ConfigError as exc:
         raise click.ClickException(str(exc)) from exc
@@ -118,6 +118,13 @@ def check(**arguments: Any) -> None:
     click.echo(f"accuracy  {accuracy or 'not measured'}")
     click.echo(f"engine    {engine}, {settings.precision}, {settings.worker_count} worker(s)")
     click.echo(f"defense   {defense!r}")
+    most = app.state.service.pixels.own.max_size
+    click.echo(f"batches   up to {most} images")
+    if most < settings.batch.max_size:
+        click.echo(
+            f"          SCUMBLE_BATCH__MAX_SIZE is {settings.batch.max_size}; more than {most} "
+            f"would take longer than {settings.batch_limit_s:g} s, 1/4 of SCUMBLE_WATCHDOG_S"
+        )
     click.echo("ok: these settings can be served")
 
 

@@ -69,9 +69,10 @@ def create_app(
         defense,
         # Not in bfloat16, and torch would interpret node by node what numpy does in less.
         fusible=engine != "torch" and settings.precision != "bf16",
+        limit_s=settings.batch_limit_s,
     )
-    largest = max(settings.batch.max_size, settings.limits.max_images)
-    pixels = compose(bundle.onnx(settings.precision), golden_inputs(bundle.card.input), largest)
+    pictures = golden_inputs(bundle.card.input)
+    pixels = compose(bundle.onnx(settings.precision), pictures, settings.batch.max_size)
     self_test(bundle, pixels.plain.engine, settings.precision)
     inline = settings.batch.execution == "inline" or (
         settings.batch.execution == "auto" and pixels.seconds < INLINE_S
@@ -79,22 +80,23 @@ def create_app(
     metrics = make_metrics(settings, bundle, engine)
     batchers = partial(make_batchers, settings, metrics, inline)
     tracing = make_tracing(settings, os.environ)
+    policies = make_policies(settings, bundle, defense, pixels.max_size)
+    policies.serve(pictures, pixels.plain.engine(pictures))
     files = FileWatcher(
         failures=metrics.reload_failures,
         failing_s=metrics.reload_failing_s,
         allowed_s=settings.reload_failure_s,
         listener=listener,
     )
-    access = make_access(settings, bundle, defense, metrics, files, last_good or {})
+    access = make_access(settings, policies, metrics, files, last_good or {})
     service = Service(
         card=bundle.card,
         limits=settings.limits,
         pixels=batchers(pixels),
         # Most clients never send any, and it needs a copy of the network.
-        tensors=Late(partial(for_tensors, compose, settings, bundle, batchers))
+        tensors=Late(partial(for_tensors, compose, settings, bundle, policies, batchers))
         if settings.tensor_input
         else None,
-        max_batch=settings.batch.max_size,
         metrics=metrics,
         count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
         executor=BoundedExecutor(settings.limits.max_queue, settings.limits.max_decode_bytes),
@@ -113,9 +115,11 @@ def create_app(
             "defense": repr(defense),
             "defends": "graph" if isinstance(pixels.whole, Fused) else "numpy",
             "execution": "inline" if inline else "thread",
+            "max_batch": pixels.max_size,
             "full_batch_ms": round(pixels.seconds * 1000, 3),
         },
     )
+    say_limited(settings, pixels)
     return build(
         service,
         access_log=settings.access_log,
@@ -125,14 +129,34 @@ def create_app(
     )
 
 
+def say_limited(settings: Settings, composed: Composed) -> None:
+    """Log that batches are smaller than the settings ask for."""
+    if composed.max_size < settings.batch.max_size:
+        log.warning(
+            "batches have at most %d images, which take %.2g s: %d would take more than %.2g s, "
+            "1/4 of SCUMBLE_WATCHDOG_S",
+            composed.max_size,
+            composed.seconds,
+            settings.batch.max_size,
+            settings.batch_limit_s,
+        )
+
+
 def for_tensors(
-    compose: Composer, settings: Settings, bundle: Bundle, batchers: Callable[[Composed], Batchers]
+    compose: Composer,
+    settings: Settings,
+    bundle: Bundle,
+    policies: Policies,
+    batchers: Callable[[Composed], Batchers],
 ) -> Batchers:
     """Who answers float tensors. All is prepared: nobody waits for a part of it."""
     opened = tensor_input(bundle.onnx(settings.precision))
     pictures = golden_inputs(bundle.card.input)
     planar = pictures.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
-    made = batchers(compose(opened, planar, settings.batch.max_size))
+    composed = compose(opened, planar, settings.batch.max_size)
+    say_limited(settings, composed)
+    policies.serve(planar, composed.plain.engine(planar))
+    made = batchers(composed)
     made.prepare()
     return made
 
@@ -144,7 +168,7 @@ def make_batchers(
     batcher = partial(
         Batcher,
         metrics=metrics,
-        max_size=settings.batch.max_size,
+        max_size=composed.max_size,
         max_queue=settings.limits.max_queue,
         max_wait_s=settings.batch.max_wait_us / 1e6,
         target_s=settings.batch.target_p99_ms / 1e3,
@@ -202,8 +226,7 @@ def configure(
 
 def make_access(
     settings: Settings,
-    bundle: Bundle,
-    defense: defenses.Defense,
+    policies: Policies,
     metrics: Metrics,
     files: FileWatcher,
     last_good: Mapping[FileName, LastGood],
@@ -213,15 +236,12 @@ def make_access(
     Raises:
         ConfigError: the file of keys is broken, or the store cannot count for all workers.
     """
-    budget = settings.budget
-    common = common_buckets(budget.window_images, budget.window_s, budget.total_images)
+    common = common_budgets(settings)
     if settings.keys_file is None:
         log.warning("NO API KEYS: whoever reaches the port may ask; see SCUMBLE_KEYS_FILE")
         if not common:
             return None
-    keys = make_keys(
-        settings, make_policies(settings, bundle, defense, common), last_good.get("keys")
-    )
+    keys = make_keys(settings, policies, last_good.get("keys"))
     if keys is not None:
         files.add(keys)
     return Access(
@@ -289,18 +309,23 @@ def make_tracing(settings: Settings, environ: Mapping[str, str]) -> Tracing | No
     return Tracing(exporting(settings.otel_endpoint))
 
 
+def common_budgets(settings: Settings) -> tuple[Bucket, ...]:
+    """The buckets of all clients together."""
+    budget = settings.budget
+    return common_buckets(budget.window_images, budget.window_s, budget.total_images)
+
+
 def make_policies(
-    settings: Settings,
-    bundle: Bundle,
-    defense: defenses.Defense,
-    common: tuple[Bucket, ...] = (),
+    settings: Settings, bundle: Bundle, defense: defenses.Defense, largest: int = 1
 ) -> Policies:
-    """What builds the grants of this server's keys."""
+    """What builds the grants of this server's keys, for batches of up to `largest` images."""
     return Policies(
         partial(configure, settings, bundle),
         server=(settings.defense, settings.defense_params),
         default=defense,
-        common=common,
+        common=common_budgets(settings),
+        sizes=[*(size for size in engines.FAST if size < largest), largest],
+        limit_s=settings.batch_limit_s,
     )
 
 

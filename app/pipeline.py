@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import numpy as np
 from app.bundle import Bundle, golden_inputs
 from app.defenses.base import Defense
 from app.defenses.none import NoDefense
-from app.engines import FAST, Batch, Engine, Probs
-from app.errors import BundleError
+from app.engines import FAST, Batch, Engine, Probs, parts, size_within
+from app.errors import BundleError, ConfigError
 from app.graph import measured
 from app.precision import Precision
 
@@ -117,7 +118,8 @@ def fuse(
         graph = measured(model, pipeline.defense)
     if graph is None:
         return pipeline
-    fused = Fused(load(graph))
+    fused = Fused(load(graph), pipeline.clock)
+    fused.engine.prepare((1,))
     apart = max(
         float(np.abs(fused(one).probabilities - pipeline(one).probabilities).max())
         for one in singly(example)
@@ -135,11 +137,13 @@ class Composed:
     Attributes:
         whole: with the defense in the graph, where that can be.
         plain: with the defense behind the engine; the same one if it cannot.
-        seconds: of the largest batch.
+        max_size: images of the largest batch.
+        seconds: of that batch.
     """
 
     whole: Compute
     plain: Pipeline
+    max_size: int
     seconds: float
 
 
@@ -151,17 +155,32 @@ class Composer:
         load: makes an engine of ONNX bytes.
         defense: of the server.
         fusible: it may become a part of the graph.
+        limit_s: how long a batch may take.
+        clock: of the seconds that batches take.
     """
 
     load: Callable[[bytes], Engine]
     defense: Defense
     fusible: bool
+    limit_s: float = math.inf
+    clock: Callable[[], float] = time.perf_counter
 
     def __call__(self, model: bytes, example: Batch, largest: int) -> Composed:
-        """From the ONNX bytes of the clean network, `example` images, and the largest batch."""
-        plain = Pipeline(self.load(model), self.defense)
+        """From the ONNX bytes of the clean network, `example` images, and the largest batch.
+
+        Raises:
+            ConfigError: one image alone takes longer than a batch may.
+        """
+        plain = Pipeline(self.load(model), self.defense, self.clock)
+        plain.engine.prepare((1,))
         whole = fuse(plain, self.load, model, example) if self.fusible else plain
-        return Composed(whole, plain, warm_up(whole, example, largest))
+        max_size, seconds = warm_up(whole, example, largest, self.limit_s)
+        if seconds > self.limit_s:
+            raise ConfigError(
+                f"one image takes {seconds:.2g} s; allowed: {self.limit_s:.2g} s, "
+                "1/4 of SCUMBLE_WATCHDOG_S"
+            )
+        return Composed(whole, plain, max_size, seconds)
 
 
 def self_test(bundle: Bundle, engine: Engine, precision: Precision) -> None:
@@ -191,17 +210,47 @@ def singly(batch: Batch) -> list[Batch]:
     return [batch[i : i + 1] for i in range(len(batch))]
 
 
-def warm_up(pipeline: Compute, example: Batch, largest: int) -> float:
-    """Run a batch of one, and the largest twice; gives its seconds.
+def warm_up(
+    pipeline: Compute, example: Batch, largest: int, limit_s: float = math.inf
+) -> tuple[int, float]:
+    """Run a batch of one and the largest batch, each twice: the first time may load something.
+
+    The largest batch is made smaller if it would take longer than it may. That is first estimated
+    from the time of one image, so that no batch runs for much longer than the limit.
 
     A defense behind the engine may have networks of its own, so with one all of the engines' sizes
     run. Else those between can wait for `prepare`.
+
+    Args:
+        pipeline: what runs.
+        example: images.
+        largest: images of the largest batch that is wanted.
+        limit_s: how long it may take.
+
+    Returns:
+        The images of the largest batch, and its seconds. More than the limit if one image takes
+        that long.
     """
-    alone = isinstance(pipeline, Fused) or isinstance(pipeline.defense, NoDefense)
-    between = () if alone else FAST[1:]
-    sizes = (1, *(size for size in between if size < largest), largest)
-    batches = [example[:1].repeat(size, 0) for size in sizes]
-    for batch in batches:
+
+    def seconds_of(size: int) -> float:
+        batch = example[:1].repeat(size, 0)
+        pipeline.engine.prepare(parts(size))
         pipeline(batch)
-    answers = pipeline(batches[-1])
-    return answers.infer_s + answers.defend_s
+        answers = pipeline(batch)
+        return answers.infer_s + answers.defend_s
+
+    size, seconds = largest, seconds_of(1)
+    if largest == 1:
+        return 1, seconds
+    if seconds * largest > limit_s:
+        size = size_within(int(limit_s / seconds))
+    if size > 1:
+        if not isinstance(pipeline, Fused) and not isinstance(pipeline.defense, NoDefense):
+            for between in FAST[1:]:
+                if between < size:
+                    pipeline(example[:1].repeat(between, 0))
+        seconds = seconds_of(size)
+    while seconds > limit_s and size > 1:  # many take longer than as many times one
+        size = size_within(size - 1)
+        seconds = seconds_of(size)
+    return size, seconds

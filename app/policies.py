@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from app.defenses import Defense, DefenseError
+from app.defenses.base import Inputs, Probs
 from app.defenses.chain import Chain
 from app.defenses.label import Label
 from app.defenses.round import Round
@@ -29,6 +33,9 @@ class Policies:
         server: name and parameters of the server's own defense.
         default: that defense.
         common: the buckets of all clients together.
+        sizes: of the batches that each new defense answers before it counts.
+        limit_s: how long it may take for one of them.
+        clock: of these seconds.
     """
 
     def __init__(
@@ -38,12 +45,20 @@ class Policies:
         server: tuple[str, Mapping[str, Any]],
         default: Defense,
         common: tuple[Bucket, ...] = (),
+        sizes: Sequence[int] = (1,),
+        limit_s: float = math.inf,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._configure = configure
         self._server_name = server[0]
         self._server = _identity(*server)
         self._common = common
         self._built = {self._server: default}
+        self._sizes = sizes
+        self._limit_s = limit_s
+        self._clock = clock
+        self._examples: list[tuple[Inputs, Probs]] = []
+        self._turn = threading.Lock()  # keys are read on a thread
 
     def __call__(self, file: KeyFile) -> Grants:
         """The grants of all keys of a file.
@@ -53,10 +68,65 @@ class Policies:
                 says which and why.
         """
         refuse_contradictions(file)
-        built = {self._server: self._built[self._server]}
-        grants = {bytes.fromhex(key.sha256): self._grant(key, built) for key in file.keys}
-        self._built = built  # only now: whatever was raised leaves the old ones
-        return grants
+        with self._turn:
+            built = {self._server: self._built[self._server]}
+            grants = {bytes.fromhex(key.sha256): self._grant(key, built) for key in file.keys}
+            self._built = built  # only now: whatever was raised leaves the old ones
+            return grants
+
+    def serve(self, images: Inputs, rows: Probs) -> None:
+        """From now on images of this form are served: warm the keys' defenses up for them.
+
+        What a defense loads or compiles for its first batch is there before any client asks; call
+        this on a thread. The server's own defense is warmed up with its engine.
+
+        Args:
+            images: one or more, pixels or tensors.
+            rows: their clean probabilities.
+
+        Raises:
+            ConfigError: a defense cannot answer them.
+        """
+        with self._turn:
+            self._examples.append((images, rows))
+            for identity, defense in self._built.items():
+                if identity != self._server:
+                    try:
+                        self._warm_up(defense, images, rows)
+                    except DefenseError as exc:
+                        raise ConfigError(f"defense {defense!r}: {exc}") from exc
+
+    def _made(self, key: Key) -> Defense:
+        assert key.defense is not None  # noqa: S101  # the server's own is there
+        defense = self._configure(key.defense, key.defense_params)
+        for images, rows in self._examples:
+            self._warm_up(defense, images, rows)
+        return defense
+
+    def _warm_up(self, defense: Defense, images: Inputs, rows: Probs) -> None:
+        """Answer batches of each size.
+
+        Raises:
+            DefenseError: it cannot, or takes too long, and not only the first time.
+        """
+        for size in self._sizes:
+            batch, clean = images[:1].repeat(size, 0), rows[:1].repeat(size, 0)
+            if self._seconds(defense, clean, batch) <= self._limit_s:
+                continue
+            seconds = self._seconds(defense, clean, batch)  # without what it loaded
+            if seconds > self._limit_s:
+                raise DefenseError(
+                    f"takes {seconds:.2g} s for {size} image(s); allowed: {self._limit_s:.2g} s, "
+                    "1/4 of SCUMBLE_WATCHDOG_S"
+                )
+
+    def _seconds(self, defense: Defense, rows: Probs, images: Inputs) -> float:
+        start = self._clock()
+        try:
+            defense(rows, images)
+        except Exception as exc:  # whatever it is, clients would meet it
+            raise DefenseError(f"fails on {len(rows)} image(s): {exc!r}") from exc
+        return self._clock() - start
 
     def _grant(self, key: Key, built: dict[bytes, Defense]) -> Grant:
         limits = key.limits
@@ -87,11 +157,8 @@ class Policies:
             self._server if key.defense is None else _identity(key.defense, key.defense_params)
         )
         if identity not in built:
-            assert key.defense is not None  # noqa: S101  # the server's own is there
             try:
-                built[identity] = self._built.get(identity) or self._configure(
-                    key.defense, key.defense_params
-                )
+                built[identity] = self._built.get(identity) or self._made(key)
             except DefenseError as exc:
                 raise ConfigError(f"key {key.id!r}: defense {key.defense!r}: {exc}") from exc
         output = _output(key.output)

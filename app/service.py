@@ -5,6 +5,7 @@ Everything that the routes need is handed to `Service`; it knows nothing of Fast
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -33,14 +34,22 @@ from app.bundle import Card, InputShape, Preprocessing
 from app.decode import Header, Pixels, decode, inspect
 from app.defenses import Defense
 from app.engines import Batch, Probs
-from app.errors import ClientGone, ConfigError, NotFound, TooLarge, Unavailable, Unprocessable
+from app.errors import (
+    ClientGone,
+    ConfigError,
+    NotFound,
+    TooLarge,
+    TooLate,
+    Unavailable,
+    Unprocessable,
+)
 from app.executor import BoundedExecutor
 from app.file_watcher import FileWatcher
 from app.formats import FORMATS
 from app.late import Late
 from app.memory import give_back
 from app.metrics import Metrics
-from app.patience import STAYS, Patience
+from app.patience import LATE, STAYS, Patience
 from app.responses import Answer, health, json_response
 from app.schemas import LimitsInfo
 from app.settings import LimitSettings
@@ -118,7 +127,6 @@ class Service:
         pixels: answers uint8 (N, H, W, C).
         tensors: answers float32 (N, C, H, W) in [0, 1], made for the first of them; None where the
             server takes none.
-        max_batch: images that one call of a batcher may carry.
         metrics: of this worker.
         count_images: the metrics' counter of answered images of this model and precision.
         executor: parses, decodes and writes what would hold the event loop.
@@ -133,7 +141,6 @@ class Service:
     limits: LimitSettings
     pixels: Batchers
     tensors: Late[Batchers] | None
-    max_batch: int
     metrics: Metrics
     count_images: Callable[[int], None]
     executor: BoundedExecutor
@@ -307,12 +314,22 @@ class Service:
             for image, header in zip(images, headers, strict=True)
         ]
 
-    async def _for_tensors(self) -> Batchers:
-        """Who answers float tensors."""
+    async def _for_tensors(self, patience: Patience) -> Batchers:
+        """Who answers float tensors. The first requests wait until their deadline for it.
+
+        Raises:
+            TooLate: it was not ready by then.
+        """
         if self.tensors is None:
             raise Unprocessable("datatype is 'FP32'; this server takes UINT8 only")
+        if (made := self.tensors.made) is not None:
+            return made
+        left = patience.deadline - self.clock()
         try:
-            return await self.tensors()
+            async with asyncio.timeout(None if left == math.inf else left):
+                return await self.tensors()
+        except TimeoutError:
+            raise TooLate(LATE) from None
         except ConfigError as exc:
             log.error("float tensors cannot be answered: %s", exc)
             raise Unavailable("float tensors cannot be answered; UINT8 can") from exc
@@ -361,10 +378,10 @@ class Service:
             else:
                 rows = await self.executor(tasks, sum(map(len, images)), patience)
             images = rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
-        batchers = self.pixels if images.dtype == np.uint8 else await self._for_tensors()
+        batchers = self.pixels if images.dtype == np.uint8 else await self._for_tensors(patience)
         decoded = self.clock()
         batcher = batchers.own if defense is None else batchers.apart
-        if len(images) <= self.max_batch:
+        if len(images) <= batcher.max_size:
             served = await batcher(images, defense, patience)
         else:
             served = await self._in_parts(batcher, images, defense, patience)
@@ -378,7 +395,8 @@ class Service:
         """Many images let others in between their parts."""
         if len(batch) > self.limits.max_queue:
             raise Unprocessable(f"{len(batch)} images never fit the queue of this server")
-        parts = [batch[i : i + self.max_batch] for i in range(0, len(batch), self.max_batch)]
+        size = batcher.max_size
+        parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         served = await batcher.all(parts, defense, patience)
         return Served(
             np.concatenate([part.probabilities for part in served]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -271,6 +272,11 @@ class Settings(BaseSettings):
     def worker_count(self) -> int:
         """`workers` with auto resolved to the cores that this process may use."""
         return available_cores() if self.workers == "auto" else self.workers
+
+    @property
+    def batch_limit_s(self) -> float:
+        """Seconds that a batch may take at start: a quarter of `watchdog_s`, or any number."""
+        return self.watchdog_s / 4 or math.inf
 
     @classmethod
     def settings_customise_sources(

@@ -37,7 +37,10 @@ class Engine(Protocol):
         ...
 
     def prepare(self, sizes: Iterable[int], /) -> None:
-        """Do what the first batches of these sizes would wait for; may run on another thread."""
+        """Do what the first batches of these sizes would wait for; may run on another thread.
+
+        From the first such call on, no batch waits for anything to be compiled.
+        """
         ...
 
 
@@ -60,6 +63,15 @@ ENGINES: dict[EngineName, str] = {
 def size_within(n: int) -> int:
     """The largest of the `FAST` sizes that `n` images fill."""
     return max(size for size in FAST if size <= max(n, 1))
+
+
+def parts(n: int) -> list[int]:
+    """The `FAST` sizes in which `n` images run, largest first: 13 in 8, 4 and 1."""
+    sizes = []
+    while n:
+        sizes.append(size_within(n))
+        n -= sizes[-1]
+    return sizes
 
 
 def resolve(name: str) -> EngineName:

@@ -2,8 +2,9 @@
 
 A network that takes any number of images prepares itself anew for each batch of another size than
 the one before, which takes as long as several images do. So there is none: a form is compiled for
-each of the sizes `FAST`, beforehand or when it is first run, and a batch of another size is run in
-parts. So is one whose form is just being compiled on another thread.
+each of the sizes `FAST`, and a batch of another size is run in parts. Whoever prepares the engine
+decides which forms are compiled, and when: no batch compiles any after that, as it may run on the
+event loop. Without, each form is compiled when it is first run.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class OpenVino:
         self._forms = forms
         self._refused: set[int] = set()
         self._compiling = threading.Lock()
+        self._prepared = False
 
     def __call__(self, batch: Batch, /) -> Probs:
         """Probabilities of each image."""
@@ -95,18 +97,22 @@ class OpenVino:
 
     def prepare(self, sizes: Iterable[int], /) -> None:
         """Compile their forms."""
+        self._prepared = True
         with self._compiling:
             for size in sizes:
                 self._compile(size)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Those that are compiled."""
+        return sorted(self._forms)
+
     def _size(self, n: int) -> int:
         """Of the form that takes the most of `n` images."""
         size = size_within(n)
-        if self._compiling.acquire(blocking=False):  # or another thread has it, for long
-            try:
+        if not self._prepared:
+            with self._compiling:
                 self._compile(size)
-            finally:
-                self._compiling.release()
         return next(less for less in reversed(FAST) if less <= size and less in self._forms)
 
     def _compile(self, size: int) -> None:

@@ -10,6 +10,7 @@ from app.keys import Key, KeyFile, digest, write_keys
 from app.main import create_app
 from app.settings import Settings
 from app.stores import StoreError
+from tests.app import telling
 from tests.app.test_api import check_problem, samples
 from tests.pictures import PNG
 
@@ -171,20 +172,37 @@ def test_each_key_gets_its_own_defense_and_output(keyed, make_client, server, ex
     np.testing.assert_array_equal(label, np.eye(4)[[dcp.argmax()] * len(label)])
 
 
-def test_tensors_have_the_same_policies(client):
-    pixels = np.zeros((3, 3, 8, 8), np.float32)
-    for datatype, data in (("FP32", pixels), ("UINT8", pixels.transpose(0, 2, 3, 1))):
-        tensor = {
-            "name": "pixels",
-            "datatype": datatype,
-            "shape": list(data.shape),
-            "data": data.tolist(),
-        }
-        answer = client.post(
-            "/v2/models/tiny/infer", json={"inputs": [tensor]}, headers={"X-API-Key": "label"}
-        )
-        rows = np.array(answer.json()["outputs"][0]["data"]).reshape(3, 4)
-        assert sorted(rows[0]) == [0, 0, 0, 1]
+FORMS = {
+    "FP32": np.zeros((3, 3, 8, 8), np.float32),
+    "UINT8": np.zeros((3, 8, 8, 3), np.uint8),
+}
+
+
+def infer(client, form, key):
+    data = FORMS[form]
+    tensor = {
+        "name": "pixels",
+        "datatype": form,
+        "shape": list(data.shape),
+        "data": data.tolist(),
+    }
+    answer = client.post(
+        "/v2/models/tiny/infer", json={"inputs": [tensor]}, headers={"X-API-Key": key}
+    )
+    return np.array(answer.json()["outputs"][0]["data"]).reshape(3, 4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_have_the_same_policies(client, form):
+    assert sorted(infer(client, form, "label")[0]) == [0, 0, 0, 1]
+
+
+def test_no_client_meets_the_first_batch_of_a_defense(make_client, tmp_path):
+    path = tmp_path / "keys.json"
+    write_keys(path, KeyFile(keys=(row("mine", defense=telling.FIRST),)))
+    client = make_client(keys_file=path)
+    for form in FORMS:
+        np.testing.assert_array_equal(infer(client, form, "mine"), np.eye(4)[[0] * 3])
 
 
 def test_distinct_defenses_are_built_once(keyed):

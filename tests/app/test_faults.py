@@ -12,6 +12,7 @@ import pytest
 
 from app.keys import KeyFile, write_keys
 from app.metrics import FLUSH_S
+from tests.app import telling
 from tests.app.stubborn import HUNG, NAME, SLOW, SLOW_S, plain
 from tests.app.test_access import row
 from tests.pictures import PNG
@@ -165,6 +166,15 @@ def test_others_serve_on_while_a_killed_worker_is_replaced(serve):
 
 def kill_one(server) -> None:
     os.kill(server.workers()[-1], signal.SIGKILL)
+
+
+def test_a_lawful_request_that_takes_longer_than_the_watchdog_allows_is_answered(serve):
+    server = serve(workers=1, defense=telling.SLOW, watchdog_s=4, tensor_input=False)
+    worker = server.workers()
+    files = [("image", ("x.png", PNG, "image/png"))] * 32  # 4.8 s
+    answer = httpx2.post(f"{server.url}/v1/predict", files=files, timeout=60)
+    assert len(answer.json()["predictions"]) == 32
+    assert server.workers() == worker
 
 
 @pytest.mark.parametrize("execution", ["inline", "thread"])

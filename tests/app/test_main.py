@@ -14,6 +14,7 @@ from app.errors import BundleError, ConfigError
 from app.main import create_app
 from app.settings import Settings
 from app.snapshot import take
+from tests.app import telling
 from tests.pictures import PNG
 
 HEADERS = {"Content-Type": "image/png"}
@@ -61,11 +62,12 @@ def test_the_same_image_gets_the_same_random_answer_on_every_replica(make_client
     np.testing.assert_array_equal(ask(one), ask(two))
 
 
-@pytest.mark.parametrize("execution", ["inline", "thread"])
-def test_execution_can_be_chosen(make_client, execution):
-    np.testing.assert_array_equal(
-        ask(make_client(batch={"execution": execution})), ask(make_client())
-    )
+@pytest.mark.parametrize(("execution", "on_thread"), [("inline", 0), ("thread", 1)])
+def test_execution_can_be_chosen(make_client, execution, on_thread):
+    found = ask(make_client(batch={"execution": execution}, defense=telling.THREAD))
+    np.testing.assert_array_equal(found, np.eye(4)[on_thread])
+    same = ask(make_client(batch={"execution": execution}))
+    np.testing.assert_array_equal(same, ask(make_client()))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,21 @@ def test_settings_come_from_the_environment(monkeypatch, models):
     monkeypatch.setenv("SCUMBLE_MODEL_DIR", str(models))
     monkeypatch.setenv("SCUMBLE_MODEL", "tiny")
     assert create_app().state.service.card.name == "tiny"
+
+
+def test_batches_are_limited_to_what_fits_the_watchdog(make_client, caplog):
+    with caplog.at_level("INFO", logger="scumble"):
+        client = make_client(defense=telling.SLOW, watchdog_s=4.8)  # a quarter is 1.2 s
+    (loaded,) = [record for record in caplog.records if record.message == "loaded"]
+    assert loaded.max_batch in (1, 2, 4)  # 8 images sleep for 1.2 s, and need more
+    assert f"batches have at most {loaded.max_batch} images, which take" in caplog.text
+    files = [("image", ("x.png", PNG, "image/png"))] * 9
+    assert len(client.post("/v1/predict", files=files).json()["predictions"]) == 9
+
+
+def test_one_image_that_takes_longer_than_a_batch_may_does_not_start(models):
+    with pytest.raises(ConfigError, match=r"one image takes 0\.\d+ s; allowed: 0\.1 s, 1/4"):
+        create_app(settings(models, defense=telling.SLOW, watchdog_s=0.4))
 
 
 def test_bundle_prints_as_its_constructor(models):

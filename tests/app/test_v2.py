@@ -19,6 +19,7 @@ from app.late import Late
 from app.main import create_app
 from app.settings import LimitSettings, Settings
 from app.v2 import LENGTH, InferRequest, read_infer, write_infer
+from tests.app import telling
 from tests.pictures import encoded, picture
 from tests.tiny import LABELS, SHAPE
 
@@ -465,6 +466,14 @@ def test_float_tensors_cost_nothing_until_somebody_sends_one(make_client):
     assert first.status_code == 200
     assert first.content == second.content
     assert tensors.made is not None
+
+
+def test_the_first_tensors_keep_their_deadline_while_their_engine_is_made(make_client):
+    client = make_client(defense=telling.SLOW_TENSORS)
+    asked = binary(PLANAR)
+    asked["headers"]["X-Deadline-Ms"] = "50"
+    assert client.post(URL, **asked).status_code == 504
+    assert client.post(URL, **binary(PLANAR)).status_code == 200  # it is made on meanwhile
 
 
 def test_a_graph_without_float_tensors_says_so(make_client, caplog):
