@@ -5,10 +5,15 @@ What it shows tells which answers the defense changed, so it is bound to loopbac
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -22,12 +27,62 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import errors
+from app.connections import BodyMemory, Common, Connection, check_all
 from app.console.guard import Guard
 from app.console.helper import Helper
 from app.console.routes import console_routes
 from app.incidents import Incidents
 from app.responses import health, json_response
 from app.settings import Settings
+
+MAX_CONNECTIONS = 256
+TICKS_PER_CHECK = 10
+
+
+@dataclass
+class State:
+    """Of a server whose connections need not end before it does."""
+
+    draining: bool = False
+
+
+class AdminServer(uvicorn.Server):
+    """uvicorn inside the supervisor's loop; signals are the supervisor's.
+
+    Its connections have the limits of the public port.
+    """
+
+    def __init__(self, app: Starlette, settings: Settings, incidents: Incidents) -> None:
+        common = Common(
+            limits=settings.http,
+            memory=BodyMemory(settings.bodies_bytes),
+            state=State(),
+            rejections=incidents.admin_rejections,
+            max_connections=MAX_CONNECTIONS,
+        )
+        config = uvicorn.Config(
+            app,
+            http=partial(Connection, common),  # type: ignore[arg-type]  # it is called as a class
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,
+        )
+        super().__init__(config)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; look for slow clients."""
+        if counter % TICKS_PER_CHECK == 0:
+            check_all(self.server_state, asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Leave signals alone."""
+        yield
 
 
 class Workers(Protocol):

@@ -28,6 +28,8 @@ from app.pace import Pace
 from app.patience import FOREVER, LATE, Patience
 from app.pipeline import Answers, Compute, Pipeline
 
+SWEEP_S = 0.01  # between two looks through a full queue
+
 
 class Served(NamedTuple):
     """One request's part of a batch: (n, K) probabilities and the seconds of each stage."""
@@ -84,6 +86,7 @@ class Batcher:
         self._busy = False
         self._filling: asyncio.TimerHandle | None = None
         self._started: float | None = None
+        self._swept = -math.inf
         self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def __call__(
@@ -142,6 +145,8 @@ class Batcher:
     ) -> list[asyncio.Future[Served]]:
         images = sum(map(len, batches))
         if self._waiting + images > self._max_queue:
+            self._drop_ended()
+        if self._waiting + images > self._max_queue:
             raise Unavailable(
                 f"{self._waiting} images are waiting already; allowed: {self._max_queue}"
             )
@@ -168,6 +173,23 @@ class Batcher:
                 self._jobs.remove(job)
                 self._count(-len(job.batch))
                 _refuse(job, TooLate(LATE))
+
+    def _drop_ended(self) -> None:
+        """Who does not wait any more leaves room to others, also while a batch runs."""
+        now = self._clock()
+        if now - self._swept < SWEEP_S:  # a full queue is not looked through for each refusal
+            return
+        self._swept = now
+        waiting: deque[_Job] = deque()
+        for job in self._jobs:
+            ended = job.patience.ended(now)
+            if ended is not None:
+                _refuse(job, ended)
+            if job.future.done():
+                self._count(-len(job.batch))
+            else:
+                waiting.append(job)
+        self._jobs = waiting
 
     def _start(self) -> None:
         self._filling = None

@@ -1,20 +1,30 @@
-"""HTTP on one connection of a worker: uvicorn's protocol, and the limits that it leaves open.
+"""HTTP on one connection of a server: uvicorn's protocol, and the limits that it leaves open.
 
-uvicorn times out nothing but idle connections, and reads headers of any size. Here no connection
-has a timer of its own: the worker looks at all of them once a second (`Connection.check`), and a
-request costs one look at the clock.
+uvicorn times out nothing but idle connections, reads headers and trailers of any size, and parses
+all that a client sends ahead. Here a request is parsed when those before it have their answers,
+and what was received and not answered yet has a common limit (`BodyMemory`).
+
+No connection has a timer of its own: the server looks at all of them once a second
+(`Connection.check`), and a request costs one look at the clock.
 """
 
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import struct
-from typing import TYPE_CHECKING, Any
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote
 
 import httptools
 import uvicorn
+from prometheus_client import Counter
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
@@ -22,18 +32,88 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
-from app.dealer import Hand
-from app.errors import MEDIA_TYPE, BadFraming, HeadersTooLarge, RequestError, TooSlow
+from app.errors import MEDIA_TYPE, BadFraming, HeadersTooLarge, RequestError, TooSlow, Unavailable
 from app.patience import Line
 from app.settings import HttpSettings
 
 if TYPE_CHECKING:
-    from uvicorn._types import ASGISendEvent, HTTPResponseBodyEvent, HTTPResponseStartEvent
-
-    from app.service import Service
+    from uvicorn._types import (
+        ASGI3Application,
+        ASGIReceiveEvent,
+        ASGISendEvent,
+        HTTPResponseBodyEvent,
+        HTTPResponseStartEvent,
+    )
 
 CLOSES = b"connection: close\r\n"
 AROUND = 4  # bytes of a header beside its name and value: colon, space, line end
+BLANK = b"\r\n\r\n"  # ends headers, and chunked bodies
+STEP = 512  # at most so many bytes are parsed beyond the end of a request
+# The client has closed its side, whatever it sent before and nobody has read.
+HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+
+
+@dataclass
+class BodyMemory:
+    """What all connections of a server hold of requests that have no answer yet.
+
+    Attributes:
+        allowed: bytes.
+        held: bytes.
+        reading: connections with a part of a body, the one that has waited longest first.
+    """
+
+    allowed: int
+    held: int = 0
+    reading: dict[Connection, None] = field(default_factory=dict)
+
+    def make_room(self, last: Connection) -> None:
+        """Refuse bodies until the rest is within the limit.
+
+        Those go first that have been on their way for longest: who holds memory by sending slowly
+        must not keep out the others.
+
+        Args:
+            last: the connection whose bytes were the last to arrive.
+        """
+        while self.held > self.allowed:
+            connection = next(iter(self.reading), last)
+            self.reading.pop(connection, None)
+            connection.refuse(
+                Unavailable(
+                    f"requests of {self.held} bytes are being read or answered; "
+                    f"allowed: {self.allowed} bytes together"
+                )
+            )
+            if connection is last:
+                return
+
+
+class Draining(Protocol):
+    """Whose connections close after their answers."""
+
+    draining: bool
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the connections of a server share.
+
+    Attributes:
+        limits: of headers and times.
+        memory: for the bodies of all of them.
+        state: whether the server is draining.
+        rejections: counters by reason, of refusals that no request sees.
+        on_closed: called at the end of each connection.
+        max_connections: more are answered 503 and closed.
+    """
+
+    limits: HttpSettings
+    memory: BodyMemory
+    state: Draining
+    rejections: Mapping[str, Counter]
+    on_closed: Callable[[], None] = lambda: None
+    max_connections: int = sys.maxsize
 
 
 class Cycle(RequestResponseCycle):
@@ -44,6 +124,23 @@ class Cycle(RequestResponseCycle):
     """
 
     _start: HTTPResponseStartEvent | None = None  # kept back until the first of the body is there
+    held = 0  # bytes of the body that count in the memory of all
+
+    async def receive(self) -> ASGIReceiveEvent:
+        """The next piece of the body, for the application.
+
+        uvicorn reads on whenever it is asked, also when the body is whole and what follows it is
+        for later.
+        """
+        if self.more_body:
+            return await super().receive()
+        if not self.disconnected and not self.response_complete:
+            await self.message_event.wait()
+            self.message_event.clear()
+        if self.disconnected or self.response_complete:
+            return {"type": "http.disconnect"}
+        body, self.body = bytes(self.body), bytearray()
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(self, message: ASGISendEvent) -> None:
         """Handle a message of the application."""
@@ -93,44 +190,91 @@ class Cycle(RequestResponseCycle):
 
 
 class Connection(HttpToolsProtocol):
-    """Tells its requests when the client is gone, and the dealer when it has ended.
+    """Tells its requests when the client is gone, and the server when it has ended.
 
     Args:
-        hand: where its end is counted.
-        limits: of headers and times.
-        service: whose metrics count refusals that no request sees, and which may be draining.
+        common: what it shares with the other connections of the server.
         config, server_state, app_state: uvicorn's.
     """
 
+    cycle: Cycle  # this class makes them
+    pipeline: deque[tuple[Cycle, ASGI3Application]]  # type: ignore[assignment]
+
     def __init__(
         self,
-        hand: Hand,
-        limits: HttpSettings,
-        service: Service,
+        common: Common,
         config: uvicorn.Config,
         server_state: ServerState,
         app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state)
-        self._hand = hand
-        self._limits = limits
-        self._state = service.state
-        self._rejections = service.metrics.rejections
+        super().__init__(config, server_state, app_state, _loop)
+        self._common = common
+        self._limits = common.limits
+        self._memory = common.memory
+        self._state = common.state
+        self._rejections = common.rejections
         self._line = Line()
         self._since: float | None = self.loop.time()  # when what is awaited from the client began
         self._heading = True  # what comes next is a part of headers
-        self._all_head = True  # so is all of the piece at hand
-        self._head_bytes = 0  # that came in earlier pieces
+        self._lines_only = True  # the piece at hand had no byte of a body
+        self._line_bytes = 0  # since the last such byte, or the end of a request
         self._piece_bytes = 0
+        self._trailers = self._trailer_bytes = 0
+        self._rest = b""  # sent ahead of an answer, and where in it the next request begins
+        self._rest_at = 0
         self._quiet_since: float | None = None  # the last answer is out and no request is there
         self._unread_since: float | None = None
         self._refusal: RequestError | None = None
+        self._failed: RequestError | None = None  # what to answer after the requests before it
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        """The connection is there."""
+        super().connection_made(transport)
+        if len(self.connections) > self._common.max_connections:
+            self.refuse(
+                Unavailable(f"too many connections; allowed: {self._common.max_connections}")
+            )
 
     def data_received(self, data: bytes) -> None:
         """A piece of one request, or of several."""
-        self._all_head = self._heading
-        self._piece_bytes = len(data)
-        rest: bytes | memoryview = data
+        if self._failed is not None:
+            return
+        if self._rest:  # it was on its way when reading stopped
+            data = self._take_rest() + data
+        self._feed(data, 0)
+
+    def _feed(self, data: bytes, start: int) -> None:
+        """Parse up to the end of a request that has no answer yet; the rest is for later.
+
+        The parser cannot stop there. But headers and chunked bodies end with an empty line, so it
+        gets no more than `STEP` bytes and one such line beyond it.
+        """
+        end, allowed = len(data), self._limits.max_header_bytes
+        while start < end:
+            if self._due():
+                self._set_aside(data, start)
+                break
+            stop = end
+            if end - start > STEP:
+                found = data.find(BLANK, start + STEP)
+                if found >= 0:
+                    stop = found + len(BLANK)
+                if self._heading and stop - start > allowed:
+                    stop = start + allowed
+            self._parse(data if stop - start == end else data[start:stop])
+            if self._failed is not None or self.transport.is_closing():
+                return
+            start = stop
+        if not self._heading and not self.cycle.response_complete:
+            self._memory.reading.setdefault(self)
+        if self._memory.held > self._memory.allowed:
+            self._memory.make_room(self)
+
+    def _parse(self, piece: bytes) -> None:
+        self._lines_only = True
+        self._piece_bytes = len(piece)
+        rest: bytes | memoryview = piece
         try:
             while True:
                 try:
@@ -141,10 +285,32 @@ class Connection(HttpToolsProtocol):
                     self._decline_upgrade()
         except httptools.HttpParserError:
             self.send_400_response("not an HTTP/1.1 request")
-        if self._all_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > self._limits.max_header_bytes:
-                self._refuse(self._too_large())
+        if self._lines_only:
+            self._line_bytes += len(piece)
+            if self._line_bytes > self._limits.max_header_bytes:
+                self._fail(self._too_large())
+
+    def _fail(self, error: RequestError) -> None:
+        """What comes cannot be read; the requests before it get their answers first."""
+        if self._due():
+            self._failed = error
+            self.flow.pause_reading()
+        else:
+            self.refuse(error)
+
+    def _due(self) -> bool:
+        """A whole request has no answer yet."""
+        return bool(self.pipeline) or (self._heading and not self._idle())
+
+    def _set_aside(self, data: bytes, start: int) -> None:
+        self._rest, self._rest_at = data, start
+        self._memory.held += len(data) - start
+        self.flow.pause_reading()
+
+    def _take_rest(self) -> bytes:
+        rest, self._rest = self._rest[self._rest_at :], b""
+        self._memory.held -= len(rest)
+        return rest
 
     def on_message_begin(self) -> None:
         """A request begins."""
@@ -152,13 +318,33 @@ class Connection(HttpToolsProtocol):
         self.scope["state"]["line"] = self._line
         self._since = self.loop.time()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; or a trailer, which is counted and dropped.
+
+        Whoever filters headers on the way here does not look at trailers.
+        """
+        if self._heading:
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
+            return
+        self._trailers += 1
+        self._trailer_bytes += len(name) + len(value) + AROUND
+        if (
+            self._trailers > self._limits.max_headers
+            or self._trailer_bytes > self._limits.max_header_bytes
+        ):
+            self._refusal = self._too_large()
+            raise self._refusal
+
     def on_headers_complete(self) -> None:
         """The headers are there; `HeadersTooLarge` ends up in `send_400_response`."""
-        self._heading = self._all_head = False
+        self._heading = self._lines_only = False
         allowed = self._limits.max_header_bytes
         # Small pieces hold small headers: no need to add them up.
         if len(self.headers) > self._limits.max_headers or (
-            self._head_bytes + self._piece_bytes > allowed and self._size() > allowed
+            self._line_bytes + self._piece_bytes > allowed and self._size() > allowed
         ):
             self._refusal = self._too_large()
             raise self._refusal
@@ -194,20 +380,44 @@ class Connection(HttpToolsProtocol):
         if before is None or before.response_complete:
             self._start_asgi_task(self.cycle, self.app)
         else:  # its turn comes when those before it have their answers
-            self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body, which waits here until the application asks for it."""
+        self._lines_only = False
+        self._line_bytes = 0
+        cycle = self.cycle
+        if cycle.response_complete or cycle.disconnected:
+            return
+        cycle.body += body
+        cycle.held += len(body)
+        self._memory.held += len(body)
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         """The request is there, body and all."""
         if self.parser.should_upgrade():
             return
         self._heading = True
-        self._head_bytes = 0
-        self._since = self._quiet_since = None
-        super().on_message_complete()
+        self._lines_only = False
+        if self._trailers and not self.parser.should_keep_alive():  # one of them says so
+            self.cycle.keep_alive = False
+        self._line_bytes = self._trailers = self._trailer_bytes = 0
+        self._since = None
+        self._memory.reading.pop(self, None)
+        if self.cycle.response_complete:
+            self._quiet_since = self.loop.time()
+            return
+        self._quiet_since = None
+        # Who hangs up is noticed by reading; `_feed` keeps what else comes for later.
+        self.flow.resume_reading()
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
-        """An answer is out; more is read once all requests that were read have theirs.
+        """An answer is out; what was sent ahead of it is next, and then what is still to come.
 
         uvicorn reads on after each answer, so that a client who sends many requests at once and
         reads nothing could fill the memory with them. It also sets a timer after each.
@@ -215,15 +425,50 @@ class Connection(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
+        if not self._heading:
+            self._memory.reading.pop(self, None)
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+            cycle, app = self.pipeline.pop()
+            if self._failed is None or self._heading or cycle is not self.cycle:
+                self._start_asgi_task(cycle, app)
+                if self._due():
+                    return
         else:
             self._quiet_since = self.loop.time()
+        if self._failed is not None:
+            self.refuse(self._failed)
+        elif self._rest:
+            self.loop.call_soon(self._feed_rest)
+        else:
             self.flow.resume_reading()
+
+    def _feed_rest(self) -> None:
+        if not self._rest or self.transport.is_closing():
+            return
+        rest, start = self._rest, self._rest_at
+        self._rest = b""
+        self._memory.held -= len(rest) - start
+        self._feed(rest, start)
+        if not self._rest:
+            self.flow.resume_reading()
+
+    def _start_asgi_task(self, cycle: Cycle, app: ASGI3Application) -> None:  # type: ignore[override]  # all of ours are such
+        def ended(task: asyncio.Task[None]) -> None:
+            self.tasks.discard(task)
+            self._release(cycle)
+
+        task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(ended)
+
+    def _release(self, cycle: Cycle) -> None:
+        """The memory of its body is free."""
+        self._memory.held -= cycle.held
+        cycle.held = 0
 
     def send_400_response(self, msg: str) -> None:
         """What came is no HTTP, or over a limit."""
-        self._refuse(self._refusal or BadFraming(msg))
+        self._fail(self._refusal or BadFraming(msg))
 
     def check(self, now: float) -> None:
         """Close the connection if its client is too slow.
@@ -244,6 +489,9 @@ class Connection(HttpToolsProtocol):
             return
         if self.transport.is_closing():
             return
+        if self.flow.read_paused and self._hung_up():
+            self.transport.abort()
+            return
         if self._since is None:
             quiet_since = self._quiet_since
             if quiet_since is not None and now - quiet_since > self._limits.keep_alive_s:
@@ -252,9 +500,9 @@ class Connection(HttpToolsProtocol):
             self._since = now  # the wait is ours
         elif self._heading:
             if self._idle() and now - self._since > self._limits.header_timeout_s:
-                self._refuse(TooSlow("the headers did not arrive in time"))
+                self._fail(TooSlow("the headers did not arrive in time"))
         elif now - self._since > self._limits.body_timeout_s:
-            self._refuse(TooSlow("the body did not arrive in time"))
+            self._fail(TooSlow("the body did not arrive in time"))
 
     def eof_received(self) -> None:
         """The client has hung up; the loop says that the connection is lost a turn later."""
@@ -264,7 +512,21 @@ class Connection(HttpToolsProtocol):
         """The connection has ended."""
         self._line.gone = True
         super().connection_lost(exc)
-        self._hand.count_closed()
+        self._forget()
+        self._common.on_closed()
+
+    def _hung_up(self) -> bool:
+        """The client has gone, behind bytes that were not read yet."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), HUNG_UP)
+        return bool(poll.poll(0))
+
+    def _forget(self) -> None:
+        """Nothing that was received is needed any more."""
+        self._memory.reading.pop(self, None)
+        self._take_rest()
+        while self.pipeline:
+            self._release(self.pipeline.pop()[0])
 
     def _decline_upgrade(self) -> None:
         """Read the request's headers again without the offer to speak another protocol.
@@ -275,6 +537,7 @@ class Connection(HttpToolsProtocol):
         version = parser.get_http_version().encode()
         lines = [b"%s: %s\r\n" % header for header in headers if header[0] != b"upgrade"]
         head = [parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n"]
+        self._heading = True
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's has it
         self.parser.feed_data(b"".join(head))
@@ -295,7 +558,7 @@ class Connection(HttpToolsProtocol):
             f"{limits.max_header_bytes} bytes together"
         )
 
-    def _refuse(self, error: RequestError) -> None:
+    def refuse(self, error: RequestError) -> None:
         """Answer past the application, which has no whole request yet, and close."""
         if self.transport.is_closing():
             return
@@ -303,20 +566,41 @@ class Connection(HttpToolsProtocol):
         if self._idle():
             answered = self.cycle is not None and not self._heading  # before its body was there
         else:
-            answered = self.cycle.response_started
+            # Nor can it come before the answers of earlier requests.
+            answered = self.cycle.response_started or bool(self.pipeline)
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+            self.cycle.body = bytearray()
+            self._release(self.cycle)
+        self._forget()
         if not answered:
-            body = error.body()
-            headers = [
-                *self.server_state.default_headers,
-                (b"content-type", MEDIA_TYPE.encode()),
-                (b"content-length", str(len(body)).encode()),
-                (b"connection", b"close"),
-            ]
-            lines = [b"%s: %s\r\n" % header for header in headers]
-            self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body]))
+            self.transport.write(refusal(error, self.server_state.default_headers))
         self.transport.close()
+
+
+def check_all(server_state: ServerState, now: float) -> None:
+    """Close the connections of a server whose clients are too slow.
+
+    Args:
+        server_state: of a server all of whose connections are of this kind.
+        now: on the clock of the loop.
+    """
+    for connection in list(server_state.connections):
+        connection.check(now)  # type: ignore[union-attr]  # see above
+
+
+def refusal(error: RequestError, headers: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
+    """The answer of a connection that closes after it."""
+    body = error.body()
+    fields = [
+        *headers,
+        (b"content-type", MEDIA_TYPE.encode()),
+        (b"content-length", str(len(body)).encode()),
+        *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
+        (b"connection", b"close"),
+    ]
+    lines = [b"%s: %s\r\n" % field for field in fields]
+    return b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body])
 
 
 def _fault(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> str | None:

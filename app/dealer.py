@@ -6,26 +6,43 @@ the open socket over a Unix socket to its worker, which then talks to the client
 a little per connection, nothing per request, and evens out whatever clients do.
 
 The supervisor keeps its copy of a socket until the worker has confirmed it: what was on its way to
-a worker that died is dealt to another.
+a worker that died is dealt to another. What no worker may take, as each has its limit, or could
+take, as it is out of file descriptors, is answered with 503 here and counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
-from collections import deque
-from collections.abc import Callable
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from ctypes import c_uint64
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import RawArray
+from typing import Literal, Protocol
 
 BACKLOG = 2048
 PAUSE_S = 0.1
-TAKEN = b"t"
+TAKEN, LEFT = b"t", b"n"
 AT_ONCE = 64  # accepted in one turn of the loop, so that the admin port is not starved
+LINGER_S = 2.0  # for a client that was refused to read why
+LINGERING = 128  # of these at once
+LOG_S = 10.0  # between two lines about connections that were refused
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+Refusal = Literal["limit", "descriptors", "aborted"]
 log = logging.getLogger("scumble")
+
+
+class Counts(Protocol):
+    """A counter."""
+
+    def inc(self) -> None:
+        """One more."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,8 @@ class Hand:
         if not data:
             return None
         with contextlib.suppress(OSError):  # the supervisor is gone: nobody keeps a copy
-            self.channel.send(TAKEN)
+            # Without a free descriptor the kernel gives the byte alone.
+            self.channel.send(TAKEN if fds else LEFT)
         return [socket.socket(fileno=fd) for fd in fds]
 
     def count_closed(self) -> None:
@@ -66,17 +84,78 @@ class _Seat:
     dealt: int = 0  # minus what it has closed: open connections
     unconfirmed: deque[socket.socket] = field(default_factory=deque)
 
-    def confirm(self) -> bool:
-        """Let go of what the worker has taken; False once it says no more."""
+    def confirm(self, refuse: Callable[[socket.socket], None]) -> bool:
+        """Let go of what the worker has taken; False once it says no more.
+
+        Args:
+            refuse: gets what it could not take.
+        """
         try:
             said = self.channel.recv(4096)
         except BlockingIOError:
             return True
         except OSError:
             return False
-        for _ in said:
-            self.unconfirmed.popleft().close()
+        for word in said:
+            connection = self.unconfirmed.popleft()
+            if word == TAKEN[0]:
+                connection.close()
+            else:
+                self.dealt -= 1
+                refuse(connection)
         return bool(said)
+
+
+class Refusals:
+    """Tells clients that no worker takes their connections, and lets them read it.
+
+    To close at once, with a request unread, would be a reset, which may overtake the answer.
+
+    Args:
+        answer: all of it; nothing where only a worker could speak with the client, as under TLS.
+    """
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+        self._waiting: dict[socket.socket, asyncio.TimerHandle] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __call__(self, connection: socket.socket) -> None:
+        """Refuse this one."""
+        loop = asyncio.get_running_loop()
+        try:
+            connection.setblocking(False)
+            if not self._answer or len(self) >= LINGERING:
+                raise BlockingIOError
+            connection.send(self._answer)
+            connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            connection.close()
+            return
+        self._waiting[connection] = loop.call_later(LINGER_S, self._end, connection)
+        loop.add_reader(connection.fileno(), self._read, connection)
+
+    def close(self) -> None:
+        """Wait no more."""
+        for connection in list(self._waiting):
+            self._end(connection)
+
+    def _read(self, connection: socket.socket) -> None:
+        try:
+            if connection.recv(65536):
+                return
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self._end(connection)
+
+    def _end(self, connection: socket.socket) -> None:
+        self._waiting.pop(connection).cancel()
+        asyncio.get_running_loop().remove_reader(connection.fileno())
+        connection.close()
 
 
 class Dealer:
@@ -86,11 +165,29 @@ class Dealer:
         listener: bound, not listening.
         workers: how many numbers there are.
         late: who gets connections only if all are.
+        max_connections: that a worker may have.
+        max_held: that this process may have until workers have taken them.
+        refusals: counters of connections that no worker took, by reason: `limit`, `descriptors`,
+            and `aborted` by the client.
+        answer: for those; none where the client would not understand it.
     """
 
     def __init__(
-        self, listener: socket.socket, workers: int, late: Callable[[int], bool] = lambda _: False
+        self,
+        listener: socket.socket,
+        workers: int,
+        late: Callable[[int], bool] = lambda _: False,
+        *,
+        max_connections: int = sys.maxsize,
+        max_held: int = sys.maxsize,
+        refusals: Mapping[Refusal, Counts],
+        answer: bytes = b"",
     ) -> None:
+        self._max_connections = max_connections
+        self._max_held = max_held
+        self._refusals = refusals
+        self._refused = Refusals(answer)
+        self._unsaid: Counter[Refusal] = Counter()
         self._listener = listener
         self._late = late
         self._closed = RawArray(c_uint64, workers)
@@ -129,7 +226,7 @@ class Dealer:
         seat = self._leaving.pop(number, None)
         if seat is None:
             return
-        seat.confirm()
+        seat.confirm(self._out_of_descriptors)
         asyncio.get_running_loop().remove_reader(seat.channel.fileno())
         seat.channel.close()
         self._undealt += seat.unconfirmed
@@ -145,6 +242,7 @@ class Dealer:
                 pass
         self._pause()
         self._listener.close()
+        self._refused.close()
         for number in [*self._coming, *self._seats]:
             self.leave(number)
 
@@ -155,7 +253,7 @@ class Dealer:
         }  # fmt: skip
 
     def _confirmed(self, seat: _Seat) -> None:
-        if not seat.confirm():
+        if not seat.confirm(self._out_of_descriptors):
             asyncio.get_running_loop().remove_reader(seat.channel.fileno())
 
     def _ended(self) -> bool:
@@ -187,8 +285,30 @@ class Dealer:
 
     def _some(self) -> None:
         for _ in range(AT_ONCE):
+            held = len(self._refused) + sum(len(seat.unconfirmed) for seat in self._seats.values())
+            if held >= self._max_held:  # workers are busy: the others wait in the kernel
+                self._pause_for_a_while()
+                return
             if not self._seats or not self._accept():
                 return
+
+    def _out_of_descriptors(self, connection: socket.socket) -> None:
+        self._refuse(connection, "descriptors")
+
+    def _refuse(self, connection: socket.socket, reason: Refusal) -> None:
+        self._refused(connection)
+        self._count(reason)
+
+    def _count(self, reason: Refusal) -> None:
+        self._refusals[reason].inc()
+        if not self._unsaid:  # one line tells of all in a while: strangers do not fill the log
+            asyncio.get_running_loop().call_later(LOG_S, self._say)
+            log.warning("connections are refused", extra={"reason": reason})
+        self._unsaid[reason] += 1
+
+    def _say(self) -> None:
+        log.warning("connections were refused", extra={"by_reason": dict(self._unsaid)})
+        self._unsaid.clear()
 
     def _accept(self) -> bool:
         """Accept one connection and deal it; False if there is none, or nobody to take it."""
@@ -196,8 +316,11 @@ class Dealer:
             connection, _ = self._listener.accept()
         except BlockingIOError:
             return False
-        except OSError as exc:  # the client is gone already, or we are out of files
-            log.warning("a connection could not be accepted: %s", exc)
+        except OSError as exc:
+            if exc.errno not in EXHAUSTED:  # the client is gone already
+                self._count("aborted")
+                return True
+            self._count("descriptors")
             self._pause_for_a_while()  # or the loop would turn round and round this
             return False
         if connection.family != socket.AF_UNIX:
@@ -207,7 +330,12 @@ class Dealer:
     def _deal(self, connection: socket.socket) -> bool:
         """Send it to the worker with the fewest; False if none takes anything now."""
         opened = self.open_connections()
+        if opened and min(opened.values()) >= self._max_connections:
+            self._refuse(connection, "limit")
+            return True
         for number in sorted(opened, key=lambda n: (self._late(n), opened[n])):
+            if opened[number] >= self._max_connections:
+                continue
             seat = self._seats[number]
             # A worker that has just died, or reads nothing: the next one gets it.
             with contextlib.suppress(OSError):

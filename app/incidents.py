@@ -9,6 +9,9 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from app.dealer import Refusal
+from app.errors import REASONS
+
 End = Literal["ended", "hung"]
 Reload = Literal["done", "failed"]
 
@@ -27,6 +30,20 @@ class Incidents(Collector):
         reloads = Counter(
             "scumble_reloads_total", "Reloads of the model.", ["result"], registry=self._registry
         )
+        refused = Counter(
+            "scumble_connections_refused_total",
+            "Connections to the public port that no worker took.",
+            ["reason"],
+            registry=self._registry,
+        )
+        rejections = Counter(
+            "scumble_admin_rejections_total",
+            "Requests to the admin port that its connections refused.",
+            ["reason"],
+            registry=self._registry,
+        )
+        self.admin_rejections = {reason: rejections.labels(reason) for reason in REASONS}
+        self.connections = {reason: refused.labels(reason) for reason in get_args(Refusal)}
         self.reloads = {result: reloads.labels(result) for result in get_args(Reload)}
         self.restarts = {reason: restarts.labels(reason) for reason in get_args(End)}
 

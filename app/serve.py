@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from app import logs
+from app.descriptors import raise_limit
 from app.errors import ConfigError
 from app.nursery import Nursery
 from app.settings import Settings
@@ -26,6 +27,7 @@ def serve(settings: Settings) -> int:
         ConfigError: a port cannot be bound, the certificate cannot be used, or no process started.
     """
     logs.configure(settings.log_level)
+    raise_limit()  # before any process is started: they have the same
     open_certificate(settings)  # the workers open it themselves; a wrong one is better said once
     with (
         tempfile.TemporaryDirectory(prefix="scumble-metrics-") as folder,

@@ -120,6 +120,17 @@ class HttpSettings(Section):
     max_header_bytes: int = Field(
         default=16_384, ge=256, le=2**20, description="bytes of path and headers together"
     )
+    max_bodies_bytes: int = Field(
+        default=128 * 2**20,
+        ge=1,
+        description="bytes of all requests that a worker reads or answers; more get 503",
+    )
+    max_connections: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="open connections of a worker; unset: 4096, or what open files allow",
+    )
 
 
 class BudgetSettings(Section):
@@ -267,6 +278,11 @@ class Settings(BaseSettings):
         if value is not None and value.split("/")[1:2] in (["v1"], ["v2"]):
             raise ValueError("must not begin with /v1 or /v2, which are paths of the service")
         return value
+
+    @property
+    def bodies_bytes(self) -> int:
+        """`http.max_bodies_bytes`, or more: a body of any allowed size must fit beside another."""
+        return max(self.http.max_bodies_bytes, 2 * self.limits.max_body_bytes)
 
     @property
     def worker_count(self) -> int:

@@ -13,21 +13,20 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 
 from app import worker
-from app.admin import create_admin
+from app.admin import AdminServer, create_admin
+from app.connections import refusal
 from app.console.helper import Helper
 from app.dealer import Dealer
-from app.errors import ConfigError
+from app.descriptors import connections_within, raise_limit
+from app.errors import ConfigError, Unavailable
 from app.file_watcher import FileName
 from app.incidents import End, Incidents
 from app.last_good import Chunk, Failing, LastGoodFiles
@@ -40,6 +39,7 @@ RESTART_S = 0.5
 LOAD_S = 300  # for a worker to load
 POLL_S = 0.05
 GRACE_S = 5  # beyond what a worker allows itself
+FULL = "the server has as many connections as it may"
 log = logging.getLogger("scumble")
 
 
@@ -52,15 +52,6 @@ class _Worker:
     ready: bool = False
     leaving: bool = False
     end: End = "ended"
-
-
-class AdminServer(uvicorn.Server):
-    """uvicorn inside the supervisor's loop; signals are the supervisor's."""
-
-    @contextmanager
-    def capture_signals(self) -> Generator[None]:
-        """Leave signals alone."""
-        yield
 
 
 class Supervisor:
@@ -95,12 +86,21 @@ class Supervisor:
         self._nursery = nursery
         self._public = public
         self._watchdog = Watchdog(2 * settings.worker_count, settings.watchdog_s)
-        self._dealer = Dealer(public, 2 * settings.worker_count, self._watchdog.late)
+        self._incidents = Incidents()
+        within = connections_within(raise_limit())
+        self._dealer = Dealer(
+            public,
+            2 * settings.worker_count,
+            self._watchdog.late,
+            max_connections=settings.http.max_connections or within,
+            max_held=within,
+            refusals=self._incidents.connections,
+            answer=b"" if settings.tls_cert else refusal(Unavailable(FULL)),
+        )
         self._serving = range(settings.worker_count)
         self._arrived: asyncio.Future[bool] | None = None
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[bool]] = set()
-        self._incidents = Incidents()
         self._files = LastGoodFiles()
         self._admin = admin
         self._metrics_dir = metrics_dir
@@ -138,15 +138,9 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
         helper = Helper(self._settings) if self._settings.console else None
         server = AdminServer(
-            uvicorn.Config(
-                create_admin(self, self._metrics_dir, self._settings, self._incidents, helper),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
+            create_admin(self, self._metrics_dir, self._settings, self._incidents, helper),
+            self._settings,
+            self._incidents,
         )
         for number in self._serving:
             self._start(number, self._served)

@@ -19,7 +19,7 @@ import uvicorn
 
 from app import logs
 from app.background import repeat
-from app.connections import Connection
+from app.connections import BodyMemory, Common, Connection, check_all
 from app.dealer import Hand
 from app.errors import ConfigError
 from app.file_watcher import FileName, LastGood, WatchedFile
@@ -66,6 +66,17 @@ class WorkerServer(uvicorn.Server):
         self._hand = hand
         self._pulse = pulse
         self._pipe = pipe
+        service: Service = app.state.service
+        self._common = Common(
+            limits=settings.http,
+            # One body of any allowed size always fits.
+            memory=BodyMemory(
+                max(settings.http.max_bodies_bytes, 2 * settings.limits.max_body_bytes)
+            ),
+            state=service.state,
+            rejections=service.metrics.rejections,
+            on_closed=hand.count_closed,
+        )
         self._opening: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[Any] | None = None
         self._ready = False
@@ -105,8 +116,7 @@ class WorkerServer(uvicorn.Server):
             open_ones = self.server_state.connections or self._opening
             self.should_exit = self._told or not open_ones or now >= self._end_by
         if counter % TICKS_PER_CHECK == 0:
-            for connection in list(self.server_state.connections):
-                connection.check(now)  # type: ignore[union-attr]  # all are made by `_protocol`
+            check_all(self.server_state, now)
         return await super().on_tick(counter)
 
     @contextmanager
@@ -145,18 +155,13 @@ class WorkerServer(uvicorn.Server):
                 exc,
                 exc_info=None if foreseen else exc,
             )
+        finally:
             if protocol.transport is None:  # it was never told of the connection, nor of its end
+                connection.close()
                 self._hand.count_closed()
 
     def _protocol(self) -> Connection:
-        return Connection(
-            self._hand,
-            self._limits,
-            self._app.state.service,
-            self.config,
-            self.server_state,
-            self.lifespan.state,
-        )
+        return Connection(self._common, self.config, self.server_state, self.lifespan.state)
 
     def _drain(self) -> None:
         self._told = True

@@ -319,9 +319,19 @@ DEFENSE = Board(
             ),
             Graph(
                 "Refusals",
-                "Refused requests by reason.",
+                "Refused requests by reason, and connections that no worker took.",
                 "reqps",
-                (Query(_rate("scumble_rejections_total", "job, reason"), "{{job}} {{reason}}"),),
+                (
+                    Query(_rate("scumble_rejections_total", "job, reason"), "{{job}} {{reason}}"),
+                    Query(
+                        _rate("scumble_connections_refused_total", "job, reason"),
+                        "{{job}} connections: {{reason}}",
+                    ),
+                    Query(
+                        _rate("scumble_admin_rejections_total", "job, reason"),
+                        "{{job}} admin: {{reason}}",
+                    ),
+                ),
                 width=6,
             ),
             Graph(

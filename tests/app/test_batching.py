@@ -374,3 +374,33 @@ async def test_a_client_that_hung_up_is_dropped_and_makes_room(inline):
     assert (await batcher(images(1, 2))).probabilities.shape == (2, 2)
     batcher.close()
     assert engine.batches == [2]
+
+
+async def test_who_has_gone_leaves_room_in_a_full_queue_while_a_batch_runs():
+    go, now = threading.Event(), [0.0]
+
+    class Stuck(Echo):
+        def __call__(self, batch):
+            go.wait()
+            return super().__call__(batch)
+
+    engine = Stuck()
+    batcher = make_batcher(engine, max_queue=10, inline=False, clock=lambda: now[0])
+    running = asyncio.create_task(batcher(images(0)))
+    await asyncio.sleep(0.01)
+    line = Line()
+    leavers = [
+        asyncio.create_task(batcher(images(n), None, Patience(math.inf, line))) for n in range(10)
+    ]
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable, match="10 images are waiting"):
+        await batcher(images(1))
+    line.gone, now[0] = True, 1.0
+    waiting = asyncio.create_task(batcher(images(1, 2)))
+    outcomes = await asyncio.gather(*leavers, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [ClientGone] * 10
+    go.set()
+    assert len((await waiting).probabilities) == 2
+    await running
+    batcher.close()
+    assert engine.batches == [1, 2]

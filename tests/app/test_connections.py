@@ -11,6 +11,7 @@ import time
 import pytest
 from uvicorn.protocols.http.flow_control import FlowControl
 
+from app.admin import MAX_CONNECTIONS
 from app.connections import Cycle
 from app.metrics import FLUSH_S
 from tests.app.test_faults import connect, post, raw
@@ -359,3 +360,43 @@ def test_pipelined_requests_of_all_methods_are_answered_in_order(fast):
     statuses = re.findall(rb"HTTP/1.1 (\d+)", answers)
     assert statuses[1:] == [b"200", b"200", b"404"]
     assert answers.endswith(b"}")
+
+
+def admin(server):
+    host, port = server.admin.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_the_admin_port_has_the_same_limits(fast):
+    """Silent clients, endless headers and trailers, and nobody else waits for them."""
+    reset = (ConnectionResetError, BrokenPipeError)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(admin(fast)) for _ in range(50)]
+        for flood in (
+            b"GET /livez HTTP/1.1\r\n" + b"X-A: b\r\n" * 750_000,
+            b"GET /livez HTTP/1.1\r\nX-A: " + b"b" * 6_000_000,
+            b"GET /livez HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+            + b"X-A: b\r\n" * 750_000,
+        ):
+            with admin(fast) as connection, contextlib.suppress(*reset):
+                connection.sendall(flood)
+                everything(connection)
+        assert {everything(connection)[9:12] for connection in silent} == {b"408"}
+    found = fast.metrics()
+    assert found['scumble_admin_rejections_total{reason="slow"}'] == 50
+    assert found['scumble_admin_rejections_total{reason="headers"}'] == 3
+
+
+def test_the_admin_port_has_no_more_connections_than_it_may(serve):
+    server = serve(workers=1)
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(admin(server)) for _ in range(MAX_CONNECTIONS + 20)]
+        for connection in crowd[MAX_CONNECTIONS:]:
+            problem(everything(connection), 503)
+    deadline = time.monotonic() + 10
+    name = 'scumble_admin_rejections_total{reason="unavailable"}'
+    while time.monotonic() < deadline:
+        with contextlib.suppress(KeyError):  # those of the crowd were not closed yet
+            if server.metrics()[name] >= 20:
+                return
+    pytest.fail("nobody was refused")

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -117,6 +118,27 @@ def test_a_client_that_goes_while_it_waits_costs_nothing(budgeted, execution):
     assert found['scumble_images_total{model="tiny",precision="float32"}'] == 1
     assert found["scumble_queue_depth"] == found["scumble_inflight"] == 0
     five_are_left(server)
+
+
+@pytest.mark.parametrize("size", [1000, 100_000, 300_000, 2_000_000])
+def test_who_hangs_up_is_dropped_whatever_was_sent(stubborn, size):
+    server = stubborn(batch__execution="thread", batch__max_size=1)
+    found = server.metrics
+    gone = 'scumble_rejections_total{reason="gone"}'
+    with ThreadPoolExecutor(1) as pool:
+        files = [("image", ("x.png", plain(SLOW), "image/png"))] * 5  # five batches, one by one
+        slow = pool.submit(httpx2.post, f"{server.url}/v1/predict", files=files, timeout=60)
+        time.sleep(SLOW_S / 2)
+        for _ in range(10):
+            with connect(server) as leaver:
+                leaver.sendall(raw(PNG + bytes(size)))
+        assert slow.result().status_code == 200
+    assert post(server).status_code == 200
+    deadline = time.monotonic() + 10
+    while found()[gone] < 10 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found()[gone] == 10
+    assert found()['scumble_images_total{model="tiny",precision="float32"}'] == 6
 
 
 def test_liveness_is_answered_while_a_batch_runs_on_its_thread(stubborn):
