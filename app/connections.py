@@ -605,19 +605,17 @@ def refusal(error: RequestError, headers: Iterable[tuple[bytes, bytes]] = ()) ->
 
 def _fault(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> str | None:
     """What a proxy in front of this server could read differently, beside what llhttp refuses."""
-    hosts, coding = 0, None
-    for name, value in headers:
-        if name == b"host":
-            hosts += 1
-        elif name == b"transfer-encoding":
-            coding = value
+    names = [name for name, _ in headers]
+    hosts = names.count(b"host")
     if version not in ("1.1", "1.0"):
         return f"unsupported HTTP version {version}; allowed: 1.1, 1.0"
     if hosts > 1 or (hosts == 0 and version == "1.1"):
         return f"request has {hosts} Host headers; it must have one"
-    if coding is not None and (version == "1.0" or coding.strip().lower() != b"chunked"):
-        shown = coding[:40].decode("latin-1")
-        return f"unsupported Transfer-Encoding {shown!r}; allowed: chunked, with HTTP/1.1"
+    if b"transfer-encoding" in names:
+        coding = b", ".join(value for name, value in headers if name == b"transfer-encoding")
+        if version == "1.0" or coding.strip().lower() != b"chunked":
+            shown = coding[:40].decode("latin-1")
+            return f"unsupported Transfer-Encoding {shown!r}; allowed: chunked, with HTTP/1.1"
     return "unsupported method CONNECT; this server is no proxy" if method == "CONNECT" else None
 
 

@@ -31,7 +31,7 @@ from app.settings import PREFIX, Settings, load_settings
 # What the supervisor does for its workers, and what is on its connections.
 SUPERVISORS = {
     "admin_host", "admin_port", "admin_hosts", "console", "tls_cert", "tls_key",
-    "tls_handshake_timeout_s", "http", "watchdog_s", "drain_delay_s",
+    "tls_handshake_timeout_s", "http", "uds", "watchdog_s", "drain_delay_s",
 }  # fmt: skip
 
 

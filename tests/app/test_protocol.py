@@ -91,6 +91,12 @@ TABLE = {
     "chunked in HTTP/1.0": (post(CHUNKED, line="POST /v1/predict HTTP/1.0", body=CHUNKS), 400),
     "chunked, chunked": (post("Transfer-Encoding: chunked, chunked", body=CHUNKS), 400),
     "chunked twice": (post(CHUNKED, CHUNKED, body=CHUNKS), 400),
+    "gzip, then chunked": (
+        post("Transfer-Encoding: gzip", CHUNKED, body=CHUNKS), 400
+    ),
+    "chunked, then gzip": (
+        post(CHUNKED, "Transfer-Encoding: gzip", body=CHUNKS), 400
+    ),
     "gzip, chunked": (post("Transfer-Encoding: gzip, chunked", body=CHUNKS), 400),
     "chunked, gzip": (post("Transfer-Encoding: chunked, gzip", body=CHUNKS), 400),
     "identity, chunked": (post("Transfer-Encoding: identity, chunked", body=CHUNKS), 400),
