@@ -96,6 +96,10 @@ class Workers(Protocol):
         """Files that some worker could not read anew for longer than allowed."""
         ...
 
+    def model_dir(self) -> Path:
+        """Where the bundle is that is served: a copy, and another after each reload."""
+        ...
+
     async def reload(self) -> bool:
         """Serve the bundle as it is now, or go on as before; which of them."""
         ...
@@ -198,7 +202,11 @@ def create_admin(
     admin = Starlette(
         routes=served,
         middleware=middleware,
-        exception_handlers={HTTPException: _refused, errors.RequestError: _problem},
+        exception_handlers={
+            HTTPException: _refused,
+            errors.RequestError: _problem,
+            Exception: _unexpected,
+        },
     )
     admin.router.redirect_slashes = False  # to wherever the Host header says
     return admin
@@ -213,6 +221,11 @@ async def _refused(request: Request, exc: Exception) -> Response:
         else errors.NotFound("no such route; there are /metrics, /livez, /readyz and /reload")
     )
     return await _problem(request, error)
+
+
+async def _unexpected(request: Request, exc: Exception) -> Response:
+    del exc  # uvicorn logs it
+    return await _problem(request, errors.Internal("unexpected error; the log has the details"))
 
 
 async def _problem(request: Request, error: Exception) -> Response:

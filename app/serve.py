@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from app import logs
 from app.descriptors import raise_limit
@@ -17,6 +18,7 @@ from app.errors import ConfigError
 from app.nursery import Nursery
 from app.settings import Settings
 from app.snapshot import take
+from app.temporary import temporary_folder
 from app.tls import open_certificate
 
 
@@ -29,18 +31,18 @@ def serve(settings: Settings) -> int:
     logs.configure(settings.log_level)
     raise_limit()  # before any process is started: they have the same
     open_certificate(settings)  # the workers open it themselves; a wrong one is better said once
-    with (
-        tempfile.TemporaryDirectory(prefix="scumble-metrics-") as folder,
-        tempfile.TemporaryDirectory(prefix="scumble-model-") as copies,
-    ):
+    signal.signal(signal.SIGTERM, _end)  # until the supervisor takes over: folders are removed
+    with temporary_folder("scumble-run-") as folder:
+        metrics, copies = folder / "metrics", folder / "models"
+        metrics.mkdir()
         # prometheus_client reads it when it is imported: here, in no process but the workers'.
-        nursery = Nursery(settings.engine, {"PROMETHEUS_MULTIPROC_DIR": folder})
+        nursery = Nursery(settings.engine, {"PROMETHEUS_MULTIPROC_DIR": str(metrics)})
         from app.supervisor import Supervisor  # here: what workers need is imported meanwhile
 
-        served = take(settings, Path(copies, "0"))
+        served = take(settings, copies / "0")
         with public_socket(settings) as public:
             admin = bind(settings.admin_host, settings.admin_port)
-            supervisor = Supervisor(settings, served, public, admin, folder, Path(copies), nursery)
+            supervisor = Supervisor(settings, served, public, admin, str(metrics), copies, nursery)
             return asyncio.run(supervisor.run())
 
 
@@ -63,6 +65,11 @@ def public_socket(settings: Settings) -> Iterator[socket.socket]:
         with suppress(FileNotFoundError):
             if os.path.samestat(ours, path.lstat()):  # and not another server's
                 path.unlink()
+
+
+def _end(*_: object) -> NoReturn:
+    """SIGTERM before anything serves: end as from Ctrl-C, but with 0."""
+    raise SystemExit(0)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -34,19 +34,11 @@ from app.bundle import Card, InputShape, Preprocessing
 from app.decode import Header, Pixels, decode, inspect
 from app.defenses import Defense
 from app.engines import Batch, Probs
-from app.errors import (
-    ClientGone,
-    ConfigError,
-    NotFound,
-    TooLarge,
-    TooLate,
-    Unavailable,
-    Unprocessable,
-)
+from app.errors import ClientGone, NotFound, TooLarge, TooLate, Unavailable, Unprocessable
 from app.executor import BoundedExecutor
 from app.file_watcher import FileWatcher
 from app.formats import FORMATS
-from app.late import Late
+from app.late import RETRY_S, Late
 from app.memory import give_back
 from app.metrics import Metrics
 from app.patience import LATE, STAYS, Patience
@@ -330,9 +322,10 @@ class Service:
                 return await self.tensors()
         except TimeoutError:
             raise TooLate(LATE) from None
-        except ConfigError as exc:
-            log.error("float tensors cannot be answered: %s", exc)
-            raise Unavailable("float tensors cannot be answered; UINT8 can") from exc
+        except Exception as exc:  # whatever it is, it has been logged and is tried again
+            raise Unavailable(
+                "float tensors cannot be answered at the moment; UINT8 can", round(RETRY_S)
+            ) from exc
 
     def _patience(self, request: Request, fields: Fields, start: float) -> Patience:
         """How long the request may wait: as the settings say, or less if the client says so."""

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from app.bundle import ONNX_FILE, open_bundle
+from app.errors import ConfigError
 from app.settings import Settings
 
 
@@ -23,7 +24,17 @@ def take(settings: Settings, folder: Path) -> Settings:
     Raises:
         BundleError: there is none, a file that is needed is missing, or one is not what its card
             says.
+        ConfigError: it cannot be copied, as to a full disk.
     """
+    try:
+        return _take(settings, folder)
+    except OSError as exc:
+        raise ConfigError(
+            f"model {settings.model!r} cannot be copied to {str(folder)!r}: {exc.strerror or exc}"
+        ) from exc
+
+
+def _take(settings: Settings, folder: Path) -> Settings:
     bundle = open_bundle(settings.model_dir, settings.model)
     target = folder / settings.model
     target.mkdir(parents=True)

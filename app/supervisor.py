@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
-import tempfile
+from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -22,6 +24,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from app import worker
 from app.admin import AdminServer, create_admin
+from app.background import Backoff, repeat, start
 from app.connections import refusal
 from app.console.helper import Helper
 from app.dealer import Dealer
@@ -36,6 +39,8 @@ from app.snapshot import take
 from app.watchdog import Watchdog
 
 RESTART_S = 0.5
+RESTART_CAP_S = 15.0  # for a worker that ends again and again
+WELL_S = 10.0  # one that has served for so long is started again at once
 LOAD_S = 300  # for a worker to load
 POLL_S = 0.05
 GRACE_S = 5  # beyond what a worker allows itself
@@ -49,6 +54,7 @@ class _Worker:
     pipe: Connection
     begun: float
     loaded: bool = False
+    loaded_at: float = 0.0
     ready: bool = False
     leaving: bool = False
     end: End = "ended"
@@ -100,14 +106,17 @@ class Supervisor:
         self._serving = range(settings.worker_count)
         self._arrived: asyncio.Future[bool] | None = None
         self._reloading = asyncio.Lock()
-        self._reloads: set[asyncio.Task[bool]] = set()
+        self._reloads: set[asyncio.Task[object]] = set()
+        self._next_reload: asyncio.Task[object] | None = None
+        self._backoff = defaultdict[int, Backoff](lambda: Backoff(RESTART_S, RESTART_CAP_S))
+        self._helper = Helper(served) if settings.console else None
         self._files = LastGoodFiles()
         self._admin = admin
         self._metrics_dir = metrics_dir
         self._workers: dict[int, _Worker] = {}
-        self._forking: dict[int, asyncio.Task[None]] = {}
+        self._forking: dict[int, asyncio.Task[object]] = {}
         self._unwanted: set[int] = set()  # of those: the numbers that shall end once they are there
-        self._ending: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._stopping = asyncio.Event()
         self._said_ready = False
         self._exit_code = 0
@@ -124,6 +133,10 @@ class Supervisor:
         """Open connections by worker number."""
         return self._dealer.open_connections()
 
+    def model_dir(self) -> Path:
+        """Where the bundle is that is served."""
+        return self._served.model_dir
+
     def stale(self) -> list[FileName]:
         """Files that some worker could not read anew for longer than the settings allow."""
         return self._files.stale(self._settings.reload_failure_s)
@@ -136,33 +149,46 @@ class Supervisor:
         # On a terminal this signal says that the terminal is gone.
         on_hangup = self._stopping.set if os.isatty(2) else self._reload_soon
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
-        helper = Helper(self._settings) if self._settings.console else None
         server = AdminServer(
-            create_admin(self, self._metrics_dir, self._settings, self._incidents, helper),
+            create_admin(self, self._metrics_dir, self._settings, self._incidents, self._helper),
             self._settings,
             self._incidents,
         )
         for number in self._serving:
             self._start(number, self._served)
         serving = asyncio.create_task(server.serve([self._admin]))
-        watching = asyncio.create_task(self._watch())
+        serving.add_done_callback(self._admin_ended)
+        every_s = min(1.0, self._watchdog.allowed_s / 4)
+        watching = asyncio.create_task(repeat("watching workers", self._watch, every_s))
         await self._stopping.wait()
         for task in (watching, *self._reloads):
             task.cancel()
         await self._stop()
-        if helper is not None:
-            helper.close()
+        if self._helper is not None:
+            self._helper.close()
         server.should_exit = True
-        await serving
+        await asyncio.wait({serving})
         return self._exit_code
 
     async def reload(self) -> bool:
         """Replace all workers by ones that serve the bundle as it is now, or keep the old ones.
 
         Gives whether they were replaced. Old ones go on until all new ones are ready, and then
-        finish what they have.
+        finish what they have. At most one reload runs and one waits for it: whoever asks meanwhile
+        gets the result of the one that waits, which has not looked at the bundle yet.
         """
+        task = self._reload_soon()
+        await asyncio.wait({task})
+        return not task.cancelled() and task.result() is True
+
+    def _reload_soon(self) -> asyncio.Task[object]:
+        if self._next_reload is None:
+            self._next_reload = start("reload", self._reload(), self._reloads)
+        return self._next_reload
+
+    async def _reload(self) -> bool:
         async with self._reloading:
+            self._next_reload = None
             while (self._workers.keys() | self._forking.keys()) - set(self._serving):  # noqa: ASYNC110  # _ended removes them
                 await asyncio.sleep(POLL_S)
             done = self._said_ready and await self._replace()
@@ -173,34 +199,36 @@ class Supervisor:
             log.error("reload failed, all goes on as before")
         return done
 
-    def _reload_soon(self) -> None:
-        task = asyncio.get_running_loop().create_task(self.reload())
-        self._reloads.add(task)  # or nobody would hold it
-        task.add_done_callback(self._reloads.discard)
-
     async def _replace(self) -> bool:
         old = self._serving
         new = range(len(old)) if old.start else range(len(old), 2 * len(old))
-        copy = Path(tempfile.mkdtemp(dir=self._copies))
-        served = await self._prepare(new, copy)
+        served = await self._prepare(new)
         if served is None:
-            shutil.rmtree(copy)
             return False
-        shutil.rmtree(self._served.model_dir)
+        shutil.rmtree(self._served.model_dir, ignore_errors=True)
         self._served, self._serving = served, new
+        self._backoff.clear()
+        if self._helper is not None:
+            self._helper.use(served)
         for number in new:
             self._seat_or_start(number)
         for number in old:
             self._retire(number)
         return True
 
-    async def _prepare(self, numbers: range, copy: Path) -> Settings | None:
+    async def _prepare(self, numbers: range) -> Settings | None:
+        """Settings of workers that are ready to serve, or None, which leaves nothing behind."""
+        copy = self._copies / secrets.token_hex(8)
         try:
-            served = await asyncio.to_thread(take, self._settings, copy / "models")
+            served = await asyncio.to_thread(take, self._settings, copy)
+            if await self._load(numbers, served):
+                return served
         except ConfigError as exc:
             log.error("%s", exc)
-            return None
-        return served if await self._load(numbers, served) else None
+        except Exception:
+            log.exception("the new workers cannot be started")
+        shutil.rmtree(copy, ignore_errors=True)
+        return None
 
     async def _load(self, numbers: range, served: Settings) -> bool:
         """Start workers beside those that serve; whether all could load."""
@@ -229,8 +257,7 @@ class Supervisor:
     def _start(self, number: int, served: Settings) -> None:
         if self._stopping.is_set():
             return
-        task = asyncio.get_running_loop().create_task(self._fork(number, served))
-        self._forking[number] = task
+        self._forking[number] = start("forking", self._fork(number, served), self._tasks)
 
     async def _fork(self, number: int, served: Settings) -> None:
         ours: Connection | None = None
@@ -285,6 +312,7 @@ class Supervisor:
         child.ready = said == "ready"
         if not child.loaded:
             child.loaded = True
+            child.loaded_at = asyncio.get_running_loop().time()
             if number in self._serving:
                 self._seat(number)
             else:
@@ -309,36 +337,39 @@ class Supervisor:
         loop.remove_reader(child.pipe.fileno())
         child.pipe.close()
         child.process.close()
-        mark_process_dead(child.process.pid, self._metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
-        if self._lost(number, loaded=child.loaded):
+        with suppress(OSError):  # its gauges stay a while: no reason not to start another
+            mark_process_dead(child.process.pid, self._metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
+        if child.loaded and loop.time() - child.loaded_at >= WELL_S:
+            self._backoff[number].reset()
+        delay_s = self._lost(number, loaded=child.loaded)
+        if delay_s is not None:
             self._incidents.restarts[child.end].inc()
-            saying = loop.create_task(self._say_ended(number, child))
-            self._ending.add(saying)  # or nobody would hold it
-            saying.add_done_callback(self._ending.discard)
+            start("logging an end", self._say_ended(number, child, delay_s), self._tasks)
 
-    async def _say_ended(self, number: int, child: _Worker) -> None:
+    async def _say_ended(self, number: int, child: _Worker, delay_s: float) -> None:
         exit_code = await child.process.exit_code()
         log.error(
             "worker %s, starting another",
             child.end,
-            extra={"worker": number, "exit_code": exit_code},
+            extra={"worker": number, "exit_code": exit_code, "after_s": delay_s},
         )
 
-    def _lost(self, number: int, *, loaded: bool) -> bool:
-        """A worker is not there; whether another will be."""
+    def _lost(self, number: int, *, loaded: bool) -> float | None:
+        """A worker is not there; in how many seconds another will be started, if it will."""
         if self._stopping.is_set():
-            return False
+            return None
         if number not in self._serving:
             if self._arrived is not None and not self._arrived.done():
                 self._arrived.set_result(False)
-            return False
+            return None
         if not self._said_ready and not loaded:
             # None ever was: the settings are at fault, and starting it again would fail as well.
             self._exit_code = 1
             self._stopping.set()
-            return False
-        asyncio.get_running_loop().call_later(RESTART_S, self._restart, number)
-        return True
+            return None
+        delay_s = self._backoff[number]()
+        asyncio.get_running_loop().call_later(delay_s, self._restart, number)
+        return delay_s
 
     def _restart(self, number: int) -> None:
         if number in self._serving:  # no reload has replaced it meanwhile
@@ -391,20 +422,25 @@ class Supervisor:
     async def _watch(self) -> None:
         """Kill workers that hang or never load; they are replaced like any that ends."""
         loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(min(1.0, self._watchdog.allowed_s / 4))
-            for number, child in self._workers.items():
-                if child.loaded:
-                    hung = not child.leaving and self._watchdog.hung(number)
-                elif hung := loop.time() - child.begun > LOAD_S:
-                    log.error(
-                        "worker has not loaded for %d s, killing it",
-                        LOAD_S,
-                        extra={"worker": number},
-                    )
-                if hung:
-                    child.end = "hung"
-                    child.process.send(signal.SIGKILL)
+        for number, child in self._workers.items():
+            if child.loaded:
+                hung = not child.leaving and self._watchdog.hung(number)
+            elif hung := loop.time() - child.begun > LOAD_S:
+                log.error(
+                    "worker has not loaded for %d s, killing it",
+                    LOAD_S,
+                    extra={"worker": number},
+                )
+            if hung:
+                child.end = "hung"
+                child.process.send(signal.SIGKILL)
+
+    def _admin_ended(self, serving: asyncio.Task[None]) -> None:
+        """Nobody can watch or reload a service without it: end, so that it is started again."""
+        if not self._stopping.is_set():
+            log.error("the admin port has ended", exc_info=serving.exception())
+            self._exit_code = 1
+            self._stopping.set()
 
     async def _stop(self) -> None:
         log.info("draining", extra={"workers": len(self._workers)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from app.bundle import GOLDEN_COUNT, ONNX_FILE, Card, open_bundle
@@ -46,15 +47,19 @@ KNOBS = {
 }
 
 
-def about(settings: Settings) -> dict[str, Any]:
-    """Everything on the page that does not change while the service runs.
+def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
+    """Everything on the page that does not change before the next reload.
+
+    Args:
+        settings: of the service.
+        model_dir: where the bundle is that is served.
 
     Raises:
         ConfigError: the bundle or the engine is gone.
     """
     from app import engines  # here: with numpy, which the supervisor needs for nothing else
 
-    card = open_bundle(settings.model_dir, settings.model).card
+    card = open_bundle(model_dir, settings.model).card
     return {
         "model": {
             **card.model_dump(include={"name", "version", "labels", "input", "accuracy"}),

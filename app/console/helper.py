@@ -44,6 +44,7 @@ class Helper:
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._process: BaseProcess | None = None
+        self._loaded: Settings | None = None  # by that process
         self._pipe: Connection | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -51,6 +52,10 @@ class Helper:
     def pid(self) -> int | None:
         """Of the process, None while there is none."""
         return None if self._process is None else self._process.pid
+
+    def use(self, settings: Settings) -> None:
+        """Answer the next question with these: the process that has loaded others is ended."""
+        self._settings = settings
 
     async def __call__(self, question: Question, image: bytes) -> tuple[int, bytes]:
         """Status and JSON body.
@@ -99,6 +104,9 @@ class Helper:
 
     def _running(self) -> tuple[BaseProcess, Connection]:
         """The process and our end of its pipe; a new one where there is none."""
+        if self._process is not None and self._loaded is not self._settings:
+            self._process.kill()
+            self._gone(self._process)
         if self._process is None or self._pipe is None:
             context = get_context("spawn")
             self._pipe, theirs = context.Pipe()
@@ -107,7 +115,7 @@ class Helper:
             )
             process.start()
             theirs.close()
-            self._process = process
+            self._process, self._loaded = process, self._settings
             asyncio.get_running_loop().add_reader(process.sentinel, self._gone, process)
         return self._process, self._pipe
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +44,9 @@ def console_routes(
     """The page, its files, and the documents it asks for."""
     files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in STATIC.iterdir()}
 
-    @cache
-    def facts() -> Response:
-        return json_response(about(settings))
+    @lru_cache(maxsize=1)
+    def facts(model_dir: Path) -> Response:
+        return json_response(about(settings, model_dir))
 
     async def page(request: Request) -> Response:
         del request
@@ -64,8 +64,8 @@ def console_routes(
     async def describe(request: Request) -> Response:
         del request
         try:
-            return facts()
-        except ConfigError as exc:  # it could be served at the start: somebody moved the bundle
+            return facts(workers.model_dir())
+        except ConfigError as exc:  # somebody removed the copy that is served
             raise Unavailable(str(exc)) from exc
 
     async def metrics(request: Request) -> Response:

@@ -37,16 +37,27 @@ async def test_it_is_made_once_off_the_loop_and_nobody_waits_for_nothing():
     assert waiting[0].cancelled()
 
 
-async def test_what_it_raises_everybody_gets():
-    calls = []
+@pytest.mark.parametrize("failure", [ConfigError("no such tensor"), MemoryError("no memory")])
+async def test_what_it_raises_everybody_gets_for_a_while_and_then_it_is_tried_again(
+    failure, caplog
+):
+    now, calls, failures = [0.0], [], [failure, failure]
 
-    def fail():
+    def make():
         calls.append(1)
-        raise ConfigError("no such tensor")
+        if failures:
+            raise failures.pop()
+        return "made"
 
-    late = Late(fail)
-    for _ in range(2):
-        with pytest.raises(ConfigError, match="no such tensor"):
+    late = Late(make, retry_s=10, clock=lambda: now[0])
+    for now[0], made in ((0, 1), (9.9, 1), (10, 2), (19, 2)):
+        with pytest.raises(type(failure), match=str(failure)):
             await late()
-    assert late.made is None
-    assert len(calls) == 1
+        assert len(calls) == made
+        assert late.made is None
+    assert caplog.text.count(str(failure)) == 2
+    now[0] = 20.0
+    assert await late() == late.made == "made"
+    now[0] = 100.0
+    assert await late() == "made"
+    assert len(calls) == 3

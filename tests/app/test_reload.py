@@ -1,20 +1,27 @@
 """A new model under load: nothing is lost, nothing is mixed, and what cannot be served is not."""
 
 import json
+import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
 
-from app.errors import BundleError
+from app.errors import BundleError, ConfigError
 from app.settings import Settings
 from app.snapshot import take
+from app.temporary import temporary_folder
+from scumble.local import start
 from tests.app.test_faults import IMAGE, kill_one, post
+from tests.app.test_nursery import wait_for
 from tests.pictures import PNG
 
 pytestmark = pytest.mark.server
@@ -191,3 +198,111 @@ def test_a_copy_is_whole_checked_and_without_what_is_not_needed(own_models, tmp_
     tamper(own_models)
     with pytest.raises(BundleError, match="sha256"):
         take(settings, tmp_path / "other")
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """The folder for temporary files, for this test alone; its name must be short."""
+    with tempfile.TemporaryDirectory(prefix="s") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def runs(temporary) -> list[Path]:
+    return sorted(temporary.glob("scumble-run-*"))
+
+
+def test_a_storm_of_signals_is_one_reload_and_another_one(serve, own_models):
+    server = serve(workers=1, model_dir=own_models, http__keep_alive_s=1)
+    set_version(own_models, "2")
+    for _ in range(30):
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(0.005)  # or the kernel makes one of many
+    answer = httpx2.post(f"{server.admin}/reload", timeout=60)  # comes after all of them
+    assert answer.json() == {"status": "reloaded"}
+    assert 1 <= reloads(server, "done") <= 3
+    assert post(server).json()["version"] == "2"
+
+
+def test_a_full_disk_fails_a_reload_with_a_sentence_and_leaves_nothing(
+    serve, own_models, temporary
+):
+    server = serve(workers=1, model_dir=own_models)
+    (run,) = runs(temporary)
+    before = sorted((run / "models").rglob("*"))
+    _, hard = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (100, hard))
+    for _ in range(2):
+        answer = httpx2.post(f"{server.admin}/reload", timeout=60)
+        assert answer.status_code == 500
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert "cannot be served" in answer.json()["detail"]
+    assert sorted((run / "models").rglob("*")) == before
+    assert reloads(server, "failed") == 2
+    assert any("cannot be copied to" in entry["event"] for entry in server.log)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    assert httpx2.post(f"{server.admin}/reload", timeout=60).status_code == 200
+    assert len(list((run / "models").iterdir())) == 1
+    assert post(server).status_code == 200
+
+
+def test_a_copy_that_cannot_be_made_is_named(own_models, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be copied to"):
+        take(Settings(model_dir=own_models, model="tiny"), tmp_path / "file" / "copy")
+
+
+def test_the_console_shows_the_card_that_is_served(serve, own_models):
+    server = serve(workers=1, model_dir=own_models)
+
+    def version() -> str:
+        return httpx2.get(f"{server.admin}/console/about").json()["model"]["version"]
+
+    assert version() == "1"
+    set_version(own_models, "2")
+    assert version() == "1"
+    assert httpx2.post(f"{server.admin}/reload", timeout=60).status_code == 200
+    assert version() == "2"
+
+
+def test_sigterm_before_it_is_ready_leaves_no_copy(models, temporary):
+    server = start({"model_dir": models, "model": "tiny", "workers": 1})
+    wait_for(lambda: runs(temporary))
+    assert server.stop() == 0
+    assert runs(temporary) == []
+    assert not any("Traceback" in entry["event"] for entry in server.log)
+
+
+def test_what_a_killed_server_left_the_next_one_removes_and_nothing_else(serve, temporary):
+    killed, living = serve(workers=1), serve(workers=1)
+    assert len(runs(temporary)) == 2
+    killed.stop(signal.SIGKILL)
+    assert len(runs(temporary)) == 2
+    serve(workers=1)
+    assert len(runs(temporary)) == 2
+    assert httpx2.post(f"{living.admin}/reload", timeout=60).status_code == 200
+
+
+def test_folders_of_others_are_not_removed(temporary, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    (temporary / "elsewhere").mkdir()
+    (temporary / "scumble-run-link").symlink_to(temporary / "elsewhere")
+    (temporary / "scumble-run-left").mkdir()
+    (temporary / "other").mkdir()
+    with temporary_folder("scumble-run-") as one, temporary_folder("scumble-run-") as two:
+        found = {path.name for path in temporary.iterdir()}
+        assert found == {one.name, two.name, "scumble-run-link", "elsewhere", "other"}
+    assert runs(temporary) == [temporary / "scumble-run-link"]
+
+
+def test_a_worker_that_ends_again_and_again_is_started_more_and_more_rarely(serve, temporary):
+    server = serve(workers=1)
+    (run,) = runs(temporary)
+    shutil.rmtree(next((run / "models").iterdir()))  # no other will load
+    os.kill(server.workers()[0], signal.SIGKILL)
+
+    def delays() -> list[float]:
+        return [entry["after_s"] for entry in server.log if "after_s" in entry]
+
+    wait_for(lambda: len(delays()) >= 4)
+    assert delays()[:4] == [0.5, 1, 2, 4]

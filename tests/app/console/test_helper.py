@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -120,6 +121,25 @@ def test_few_may_wait(settings):
     found = with_helper(settings, body)
     assert sum(isinstance(one, Unavailable) for one in found) == 3
     assert sum(isinstance(one, tuple) and one[0] == 200 for one in found) == WAITING
+
+
+def test_after_a_reload_another_process_answers(settings, own_models):
+    version_2 = settings.model_copy(update={"model_dir": own_models})
+
+    async def body(helper):
+        await helper(GOLDEN, b"")
+        first = helper.pid
+        helper.use(settings)
+        await helper(GOLDEN, b"")
+        assert helper.pid == first
+        shutil.rmtree(own_models / "tiny")
+        helper.use(version_2)
+        status, _ = await helper(GOLDEN, b"")
+        assert status == 503  # it asked the new folder
+        assert helper.pid != first
+        await until(lambda: gone(first))
+
+    with_helper(settings, body)
 
 
 def test_a_bundle_that_has_gone_is_named(own_models):

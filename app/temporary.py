@@ -1,0 +1,64 @@
+"""Folders for temporary files that are removed at the end, or else by the next who makes one.
+
+A process that is killed removes nothing. So its folder is locked while it lives, and a folder that
+nobody has locked is left over. The lock also keeps those away who clean `/tmp` of old files
+(systemd-tmpfiles).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A new folder; those of the same prefix and user whose processes have ended are removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        lock = _lock(left)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    folder, lock = _make(prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _make(prefix: str) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        lock = _lock(folder)
+        if lock is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(folder.stat(), os.fstat(lock)):
+                    return folder, lock
+            os.close(lock)  # another process took it for one that is left over
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None if somebody else has it or the folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        if os.fstat(descriptor).st_uid == os.geteuid():
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
