@@ -15,7 +15,7 @@ import pytest
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-from scumble.local import serving
+from scumble.local import serving, without_settings
 from tests.ports import free_ports
 
 ROOT = Path(__file__).parent
@@ -51,7 +51,7 @@ def run_bash(example: Example) -> None:
     done = subprocess.run(  # noqa: S603  # our own docs
         ["bash", "-euo", "pipefail", "-c", _localized(example)],  # noqa: S607  # the bash on the path, as a user has it
         cwd=ROOT,
-        env={**os.environ, "PATH": path},
+        env={**without_settings(os.environ), "PATH": path},
         capture_output=True,
         text=True,
         check=False,

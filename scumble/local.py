@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import httpx2
 
+PREFIX = "SCUMBLE_"
 READY_S = 60
 
 
@@ -102,18 +103,27 @@ def children(pid: int) -> list[int]:
 def variables(settings: Mapping[str, object]) -> dict[str, str]:
     """Settings as the environment carries them: `{"port": 0}` -> `{"SCUMBLE_PORT": "0"}`."""
     return {
-        f"SCUMBLE_{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
+        f"{PREFIX}{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
         for name, value in settings.items()
     }
 
 
+def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the `SCUMBLE_*` variables in it: a child gets what it is given."""
+    return {name: value for name, value in environ.items() if not name.upper().startswith(PREFIX)}
+
+
 def start(settings: Mapping[str, object], *, new_session: bool = False) -> Server:
-    """Start `scumble serve`; does not wait. Ports are free ones unless given."""
+    """Start `scumble serve` with these settings and no others; does not wait.
+
+    Ports are free ones unless given. `SCUMBLE_*` variables of this process do not count: what is
+    called undefended must not be defended because of an export in somebody's shell.
+    """
     settings = {"port": 0, "admin_port": 0, **settings}
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "scumble.cli", "serve"],
-        env={**os.environ, **variables(settings)},
+        env=without_settings(os.environ) | variables(settings),
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

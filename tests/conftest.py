@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch):
     for name in os.environ:
-        if name.startswith("SCUMBLE_") or name.lower() in PROXIES:
+        if name.upper().startswith("SCUMBLE_") or name.lower() in PROXIES:
             monkeypatch.delenv(name)
 
 

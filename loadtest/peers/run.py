@@ -49,7 +49,7 @@ from loadtest.peers.environments import HERE, RUNS, interpreter, versions
 from loadtest.peers.figures import Story, Visit, entry
 from loadtest.peers.processes import Running, running
 from loadtest.wrk import Load, load
-from scumble.local import variables
+from scumble.local import variables, without_settings
 from scumble.machine import processor
 from scumble.wire import encode
 
@@ -199,11 +199,6 @@ class Target:
 # Targets
 
 
-def outside() -> dict[str, str]:
-    """This process's environment, without settings of Scumble."""
-    return {name: v for name, v in os.environ.items() if not name.startswith("SCUMBLE_")}
-
-
 def reference(precision: Precision, pixels: Pixels) -> Probs:
     """What the bundle answers with the engine that Scumble takes on this processor."""
     model = open_bundle(default_model_dir(), MODEL).onnx(precision)
@@ -254,7 +249,8 @@ def scumble_command() -> list[str]:
 def scumble_variables(defense: Mapping[str, object], ports: Sequence[int]) -> dict[str, str]:
     """Settings of Scumble."""
     settings = {"model": MODEL, "precision": "int8", "workers": WORKERS, **defense}
-    return outside() | variables({**settings, "port": ports[0], "admin_port": ports[1]})
+    ours = variables({**settings, "port": ports[0], "admin_port": ports[1]})
+    return without_settings(os.environ) | ours
 
 
 def peer_command(name: str) -> list[str]:
@@ -264,7 +260,7 @@ def peer_command(name: str) -> list[str]:
 
 def peer_variables(setting: str, ports: Sequence[int]) -> dict[str, str]:
     """What `serve.py` of a peer asks for; its handler comes from this repository."""
-    return outside() | {
+    return without_settings(os.environ) | {
         "PYTHONPATH": str(ROOT),
         "PEER_SETTING": setting,
         "PEER_PORTS": ",".join(map(str, ports)),
