@@ -2,7 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help serve test install check lint format demo results-ci bench chaos compose-demo clean
+# Pins with hashes, for Linux and Python 3.11 and later; no address of an index gets into them.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+	--fork-strategy fewest --only-binary :all: --generate-hashes --no-annotate \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
+SUBSET = $(COMPILE) --upgrade --constraint requirements/dev.txt
+UPGRADE = --upgrade
+# What only torch's build for NVIDIA's processors needs, and torch, which comes from another index then.
+CUDA = $$(sed -nE 's/^(torch|torchvision|triton|(nvidia|cuda)-[a-z0-9-]+)==.*/--no-emit-package=\1/p' requirements/dev.txt)
+
+.PHONY: help serve test test-lowest test-newest install lock sbom check lint format demo results-ci \
+	bench chaos compose-demo clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -14,7 +24,44 @@ serve: .venv/.base ## serve the default model on port 8000, metrics on port 9000
 test: .venv/.dev ## run the whole suite, a part on each core
 	$(BIN)/pytest --numprocesses logical --dist loadfile
 
+test-lowest: .venv/.dev ## the server's tests with the lowest releases that pyproject.toml allows
+	mkdir -p runs/lowest
+	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --resolution lowest-direct \
+		--only-binary :all: --no-header --no-annotate --output-file runs/lowest/requirements.txt
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python runs/lowest/venv
+	$(BIN)/uv pip install --quiet --python runs/lowest/venv/bin/python --only-binary :all: \
+		--requirement runs/lowest/requirements.txt hypothesis pytest pyyaml sybil trustme
+	$(BIN)/uv pip install --quiet --python runs/lowest/venv/bin/python --no-deps --editable .
+	runs/lowest/venv/bin/python -m pytest -m 'not torch' -W ignore::DeprecationWarning \
+		$(addprefix tests/app/test_,$(addsuffix .py,api bodies decode private_parts v2))
+
+test-newest: .venv/bin/uv ## the whole suite with the newest releases, uvicorn's upper bound lifted
+	mkdir -p runs/newest
+	echo uvicorn > runs/newest/overrides.txt
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python runs/newest/venv
+	$(BIN)/uv pip install --quiet --python runs/newest/venv/bin/python --upgrade \
+		--overrides runs/newest/overrides.txt --editable '.[dev]'
+	runs/newest/venv/bin/python -m pytest
+
 install: .venv/.dev ## everything for development, in .venv
+
+# UPGRADE= keeps the releases that are locked and adds what pyproject.toml asks for since.
+lock: .venv/bin/uv ## write requirements/*.txt: the newest releases with their hashes
+	mkdir -p requirements
+	$(COMPILE) pyproject.toml $(UPGRADE) --extra dev --output-file requirements/dev.txt
+	$(SUBSET) pyproject.toml --output-file requirements/base.txt
+	$(SUBSET) pyproject.toml --extra redis --extra otel --output-file requirements/service.txt
+	$(SUBSET) pyproject.toml --extra evaluate --output-file requirements/attacker.txt
+	$(SUBSET) pyproject.toml --extra evaluate $(CUDA) --output-file requirements/attacker-cpu.txt
+	$(SUBSET) --group build --output-file requirements/build.txt
+	$(SUBSET) --group sbom --output-file requirements/sbom.txt
+
+sbom: .venv/.dev ## CycloneDX bills of materials of what the images install, in runs/sbom
+	mkdir -p runs/sbom
+	for image in service attacker attacker-cpu; do \
+		$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+			-o runs/sbom/$$image.cdx.json requirements/$$image.txt || exit 1; \
+	done
 
 check: .venv/.dev lint test ## linters and suite
 
@@ -23,7 +70,7 @@ lint: .venv/.dev ## ruff, mypy, import contracts, hadolint, shellcheck, yamllint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/hadolint Dockerfile docker/attacker/Dockerfile
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck .ci/run docker/*.sh
 	$(BIN)/yamllint --strict .yamllint.yml docker-compose.yml docker deploy
 
@@ -51,12 +98,20 @@ clean: ## remove the environment and what tools left
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # The development environment holds the base one, so each stamp serves both targets in any order.
-.venv/.base: pyproject.toml
+# What is installed is what requirements/ has, by hash; the build of this project included.
+.venv/.base: pyproject.toml requirements/base.txt requirements/build.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --require-hashes -r requirements/base.txt -r requirements/build.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.venv/.dev: pyproject.toml
+.venv/.dev: pyproject.toml requirements/dev.txt requirements/build.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --require-hashes -r requirements/dev.txt -r requirements/build.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch .venv/.base $@
+
+# Without the rest of the environment, so that a broken lock can be written again.
+.venv/bin/uv:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet 'uv>=0.9'

@@ -39,6 +39,7 @@ REQUESTS = 30  # that the script itself sends to each service
 BUDGET = 5
 ENGINE = {"dockerd": "docker.io", "iptables": "iptables", "mmdebstrap": "mmdebstrap"}
 OWN = ("victim", "defended", "attacker")
+BASE = "scumble-base"  # the stand-in: what has a digest cannot be replaced under its own name
 
 # Says of each HOST:PORT whether somebody accepts a connection there.
 PROBE = """
@@ -365,6 +366,7 @@ def own_engine(environ: dict[str, str]) -> Iterator[Project]:
             **environ,
             "DOCKER_HOST": f"unix://{folder}/docker.sock",
             "DOCKER_CONFIG": f"{folder}/config",
+            "BASE_IMAGE": BASE,
             "BUILD_IMAGE": "scumble-build",
         }
         environ.pop("DOCKER_BUILDKIT", None)
@@ -498,30 +500,28 @@ def stand_ins(project: Project, folder: Path, base: Path) -> None:
         )["services"].items()
         if name not in OWN
     }  # fmt: skip
-    python = re.search(r"^ARG BASE_IMAGE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert python  # noqa: S101  # the tests hold it
     path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    project.docker("import", f"--change=ENV {path}", str(base), python[1])
+    project.docker("import", f"--change=ENV {path}", str(base), BASE)
     # pip as it is set up here, certificates and files on the disk included.
-    wheels = folder / "build" / "wheels"
+    wheels = folder / "build" / "wheels" / "torch"
     wheels.mkdir(parents=True)
     torch = [wheel for place in pip_folders() for wheel in place.glob("torch-*+cpu-cp311-*.whl")]
-    constraints = []
     for wheel in torch:
         shutil.copy(wheel, wheels)
-        constraints.append(f"torch=={wheel.name.split('-')[1]}\n")
-    (wheels / "constraints.txt").write_text("".join(constraints))
+        (wheels / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+        project.environ["TORCH_INDEX"] = "file:///wheels"
+        project.environ["TORCH_VERSION"] = wheel.name.split("-")[1]
     shutil.copy(CERTIFICATES, folder / "build" / "certificates.crt")
     image(
         project,
         folder / "build",
         "scumble-build",
         f"""
-        FROM {python[1]}
+        FROM {BASE}
         RUN apt-get -qq update && apt-get -qq install -y --no-install-recommends python3-pip
         COPY certificates.crt /certificates.crt
         COPY wheels /wheels
-        ENV PIP_CERT=/certificates.crt PIP_FIND_LINKS=/wheels PIP_CONSTRAINT=/wheels/constraints.txt
+        ENV PIP_CERT=/certificates.crt
     """,
     )
     binaries = folder / "prometheus"
@@ -533,7 +533,7 @@ def stand_ins(project: Project, folder: Path, base: Path) -> None:
         binaries,
         images["prometheus"],
         f"""
-        FROM {python[1]}
+        FROM {BASE}
         COPY prometheus promtool /bin/
         RUN mkdir /prometheus && chown 65534:65534 /prometheus
         USER 65534:65534
@@ -547,7 +547,7 @@ def stand_ins(project: Project, folder: Path, base: Path) -> None:
         empty,
         images["redis"],
         f"""
-        FROM {python[1]}
+        FROM {BASE}
         RUN apt-get -qq update && apt-get -qq install -y --no-install-recommends redis-server
         RUN mkdir /data && chown 999:999 /data
         USER 999:999

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
 SCRAPED = ("victim", "defended")
-DOCKERFILES = [ROOT / "Dockerfile", ROOT / "docker" / "attacker" / "Dockerfile"]
+DOCKERFILE = ROOT / "Dockerfile"
 FIGURES = json.loads((ROOT / "docker" / "demo.json").read_text())
 PAGE = ROOT / "docs" / "containers.md"
 
@@ -88,7 +88,7 @@ def test_every_variable_is_a_setting():
         for name in service.get("environment", {})
         if name.startswith("SCUMBLE_")
     }
-    text = "".join(file.read_text() for file in (*DOCKERFILES, PAGE, ROOT / "docker" / "health.py"))
+    text = "".join(file.read_text() for file in (DOCKERFILE, PAGE, ROOT / "docker" / "health.py"))
     named |= set(re.findall(r"SCUMBLE_[A-Z_]+[A-Z]", text))
     assert "SCUMBLE_DEFENSE" in named
     assert named <= set(variables())
@@ -118,8 +118,8 @@ def test_images_are_those_that_the_rest_is_made_for():
     assert SERVICES["grafana"]["image"] == f"grafana/grafana:{GRAFANA}"
     for name, service in SERVICES.items():
         if "build" in service:
-            context, file = service["build"]["context"], service["build"].get("dockerfile")
-            assert (ROOT / context / (file or "Dockerfile")) in DOCKERFILES
+            assert service["build"]["context"] == "."
+            assert f" AS {service['build']['target']}\n" in DOCKERFILE.read_text()
         elif service.get("pull_policy") != "never":
             assert re.search(r":v?\d+\.\d+", service["image"]), name
 
@@ -158,12 +158,42 @@ def test_what_is_mounted_is_there_and_where_it_is_looked_for():
     assert source["url"] == "http://prometheus:9090"
 
 
-@pytest.mark.parametrize("file", DOCKERFILES, ids=str)
-def test_a_dockerfile_builds_with_old_engines_and_drops_root(file):
-    text = file.read_text()
+def test_the_base_image_is_named_once_by_its_digest():
+    base = re.search(
+        r"^ARG BASE_IMAGE=(python:3\.11-slim-\w+)@sha256:[0-9a-f]{64}$",
+        DOCKERFILE.read_text(),
+        re.MULTILINE,
+    )
+    assert base
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True  # noqa: S607
+    ).stdout.split()  # fmt: skip
+    builds = [ROOT / name for name in listed if "ocker" in name and "tests/" not in name]
+    for file in builds:
+        named = re.findall(r"python:3[\w.-]*|sha256:[0-9a-f]{64}", file.read_text(errors="ignore"))
+        expected = [base[1], base[0].rpartition("@")[2]] if file == DOCKERFILE else []
+        assert named == expected, file
+    for service in SERVICES.values():
+        arguments = service.get("build", {}).get("args", {})
+        assert {name for name in arguments if arguments[name] is not None} == set()
+
+
+def test_what_images_install_is_locked():
+    """By hash, but the wheel made here and the torch of an index that the builder names."""
+    pip = re.compile(r"python3 -m pip .*? (install|wheel) (.+?)(?:&&|;|\n[A-Z])", re.DOTALL)
+    commands = pip.findall(DOCKERFILE.read_text())
+    assert len(commands) == 7
+    for verb, words in commands:
+        if "TORCH_INDEX" in words:
+            continue
+        assert "--require-hashes" in words or "--no-deps" in words
+        assert ("--no-build-isolation" in words) == (verb == "wheel")
+
+
+def test_the_dockerfile_builds_with_old_engines_and_drops_root():
+    text = DOCKERFILE.read_text()
     assert not re.search(r"^# *syntax=|<<|--link", text, re.MULTILINE)
-    assert "ARG BASE_IMAGE=python:3.11-slim" in text
-    assert re.search(r"^USER [1-9]\d+:[1-9]\d+$", text, re.MULTILINE)
+    assert len(re.findall(r"^USER [1-9]\d+:[1-9]\d+$", text, re.MULTILINE)) == 2
     allowed = (ROOT / ".dockerignore").read_text().splitlines()
     for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
         for source in line.split():
@@ -174,9 +204,8 @@ def test_a_dockerfile_builds_with_old_engines_and_drops_root(file):
 def test_each_package_of_the_wheel_is_copied():
     project = (ROOT / "pyproject.toml").read_text()
     (listed,) = re.findall(r"^packages = (\[.+\])$", project, re.MULTILINE)
-    for file in DOCKERFILES:
-        for package in json.loads(listed):
-            assert f"COPY {package} {package}\n" in file.read_text()
+    for package in json.loads(listed):
+        assert f"COPY {package} {package}\n" in DOCKERFILE.read_text()
 
 
 def test_what_the_service_never_loads_is_left_out_and_the_rest_stays(tmp_path):
