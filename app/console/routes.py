@@ -16,10 +16,12 @@ from starlette.routing import Route
 from app.bodies import read_images, small_number
 from app.bundle import GOLDEN_COUNT
 from app.console.facts import about, policy
-from app.console.helper import Helper
+from app.console.helper import WAITING, Helper
 from app.console.numbers import by_client, numbers
 from app.console.question import Question
 from app.errors import MEDIA_TYPE, ConfigError, NotFound, Unavailable, Unprocessable
+from app.executor import BoundedExecutor
+from app.patience import FOREVER
 from app.responses import json_response
 from app.settings import Settings
 
@@ -43,6 +45,8 @@ def console_routes(
 ) -> list[Route]:
     """The page, its files, and the documents it asks for."""
     files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in STATIC.iterdir()}
+
+    executor = BoundedExecutor(WAITING, WAITING * settings.limits.max_body_bytes)
 
     @lru_cache(maxsize=1)
     def facts(model_dir: Path) -> Response:
@@ -88,6 +92,8 @@ def console_routes(
                 request.receive,
                 max_bytes=limits.max_body_bytes,
                 max_images=1,
+                executor=executor,
+                patience=FOREVER,
             )
             image = images[0]
         status, body = await helper(question, image)

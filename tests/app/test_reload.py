@@ -14,8 +14,11 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from starlette.testclient import TestClient
 
+from app.admin import create_admin
 from app.errors import BundleError, ConfigError
+from app.incidents import Incidents
 from app.settings import Settings
 from app.snapshot import take
 from app.temporary import temporary_folder
@@ -306,3 +309,16 @@ def test_a_worker_that_ends_again_and_again_is_started_more_and_more_rarely(serv
 
     wait_for(lambda: len(delays()) >= 4)
     assert delays()[:4] == [0.5, 1, 2, 4]
+
+
+def test_what_nobody_foresaw_on_the_admin_port_is_a_problem_too():
+    class Workers:
+        async def reload(self) -> bool:
+            raise OSError(28, "No space left on device")
+
+    with tempfile.TemporaryDirectory() as folder:
+        admin = create_admin(Workers(), folder, Settings(console=False), Incidents(), None)
+        answer = TestClient(admin, raise_server_exceptions=False).post("/reload")
+    assert answer.status_code == 500
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["status"] == 500
