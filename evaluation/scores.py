@@ -9,15 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 Rows = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.int64]
 
 TINY = 1e-12  # as small as a probability is taken to be in a logarithm
-
-# 97.5 % points of Student's t with 1, 2, ... degrees of freedom
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-NORMAL = 1.96
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ def spread(values: Sequence[float]) -> Spread:
     mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return Spread(mean, None)
-    t = T[n - 2] if n - 2 < len(T) else NORMAL
+    t = float(stdtrit(n - 1, 0.975))  # the quantile with n - 1 degrees of freedom
     return Spread(mean, t * statistics.stdev(values) / math.sqrt(n))
 
 

@@ -1,6 +1,7 @@
 """Scores against examples worked by hand."""
 
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -54,6 +55,16 @@ def test_spread_is_students_interval():
     assert str(scores.spread([0.5])) == "50.0%"
     with pytest.raises(ValueError, match="no values"):
         scores.spread([])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "t"),  # 97.5 % points of Student's t as tables print them
+    [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (11, 2.228), (12, 2.201), (31, 2.042)],
+)
+def test_the_interval_has_students_quantile_for_any_number_of_seeds(seeds, t):
+    values = [(-1) ** n for n in range(seeds)]
+    expected = t * statistics.stdev(values) / math.sqrt(seeds)
+    assert scores.spread(values).half == pytest.approx(expected, rel=3e-4)
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=30))
