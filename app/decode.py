@@ -12,6 +12,8 @@ that it refuses, are Pillow's, which gives the same pixels.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 
 import imagecodecs
 import numpy as np
@@ -27,6 +29,15 @@ __all__ = ["Header", "Pixels", "decode", "inspect", "to_pixels"]
 MODES = {1: "L", 3: "RGB"}
 
 Pixels = npt.NDArray[np.uint8]
+
+# Not its png_decode: with a broken file that keeps the whole array, and gives back a reference to
+# None that it does not have, so that broken files fill the memory and end the process.
+QUICK: dict[str, Callable[[bytes], Pixels]] = {
+    "PNG": imagecodecs.spng_decode,
+    "JPEG": imagecodecs.jpeg8_decode,
+    "WEBP": partial(imagecodecs.webp_decode, hasalpha=False),
+}
+ERRORS = (imagecodecs.SpngError, imagecodecs.Jpeg8Error, imagecodecs.WebpError, ValueError)
 
 # Pillow knows PNG and JPEG from the start, WebP once its plugin is imported.
 assert WebPImagePlugin.SUPPORTED, "Pillow was built without WebP"  # noqa: S101  # at import, not input
@@ -78,12 +89,9 @@ def decode(
 
 def _quick(data: bytes, header: Header) -> Pixels | None:
     """Pixels (H, W, C) of a plain file; None where they are not what its header promised."""
-    # Not its png_decode: with a broken file that keeps the whole array, and gives back a reference
-    # to None that it does not have, so that broken files fill the memory and end the process.
-    read = imagecodecs.spng_decode if header.format == "PNG" else imagecodecs.jpeg8_decode
     try:
-        pixels: Pixels = read(data)
-    except (imagecodecs.SpngError, imagecodecs.Jpeg8Error, ValueError):
+        pixels = QUICK[header.format](data)
+    except ERRORS:
         return None  # Pillow says what is wrong, or can read it after all
     height, width, channels = header.height, header.width, header.channels
     if pixels.dtype != np.uint8 or pixels.size != height * width * channels:

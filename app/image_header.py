@@ -41,7 +41,7 @@ class Header(NamedTuple):
         width: in pixels, as the decoder will find it.
         height: in pixels.
         channels: of a plain file, fit for the quick decoder: 8 bits a channel, 1 for grey or 3 for
-            RGB; 0 for every other file.
+            RGB, which a still WebP becomes without its alpha; 0 for every other file.
         spans: the parts that hold the picture, in order; none where that is the whole file.
         whole: read to its end; False for a large JPEG whose scans were not looked at.
     """
@@ -291,7 +291,7 @@ def _webp(data: bytes, max_pixels: int) -> Header:
     width, height = _webp_bitstream(data, 12, end)
     _check_size(width, height, max_pixels)
     after = _after(12, size)
-    return Header("WEBP", width, height, 0, () if after == len(data) else ((12, after),))
+    return Header("WEBP", width, height, 3, () if after == len(data) else ((12, after),))
 
 
 def _webp_extended(data: bytes, end: int, max_pixels: int) -> Header:
@@ -312,9 +312,11 @@ def _webp_extended(data: bytes, end: int, max_pixels: int) -> Header:
         if kind in (b"VP8 ", b"VP8L") and not animated:
             if _webp_bitstream(data, at, end) != (width, height):
                 raise Unprocessable("WebP has a canvas and a picture of different sizes")
-            return Header("WEBP", width, height, 0, ((at, after),))
+            return Header("WEBP", width, height, 3, ((at, after),))
         if kind == b"ANMF" and animated:
-            _check_frame(data, at + 8, at + 8 + size, (width, height))
+            whole = _frame(data, at + 8, at + 8 + size, (width, height))
+            if whole is not None:
+                return Header("WEBP", width, height, 3, (whole,))
             return Header("WEBP", width, height, 0, (*head, (at, after)))
         if kind == b"ANIM":
             head.append((at, after))
@@ -322,8 +324,12 @@ def _webp_extended(data: bytes, end: int, max_pixels: int) -> Header:
     raise _too_many("WebP", data)
 
 
-def _check_frame(data: bytes, at: int, end: int, canvas: tuple[int, int]) -> None:
-    """Of an animation: lies on the canvas, and its bitstream has the size that it says."""
+def _frame(data: bytes, at: int, end: int, canvas: tuple[int, int]) -> tuple[int, int] | None:
+    """Where the bitstream of an animation's frame is, if it covers the canvas.
+
+    Raises:
+        Unprocessable: it lies beside the canvas, or its bitstream has another size than it says.
+    """
     left, top = 2 * _u24(data, at), 2 * _u24(data, at + 3)
     width, height = _u24(data, at + 6) + 1, _u24(data, at + 9) + 1
     at += 16
@@ -335,6 +341,9 @@ def _check_frame(data: bytes, at: int, end: int, canvas: tuple[int, int]) -> Non
         raise Unprocessable("WebP has a frame that is larger than its canvas")
     if _webp_bitstream(data, at, end) != (width, height):
         raise Unprocessable("WebP has a frame and a picture in it of different sizes")
+    if (width, height) != canvas:
+        return None
+    return at, _after(at, RIFF_CHUNK.unpack_from(data, at)[1])
 
 
 def _webp_bitstream(data: bytes, at: int, end: int) -> tuple[int, int]:

@@ -253,6 +253,8 @@ def _pixels_or_refusal(data: bytes) -> None:
         ("JPEG", {"quality": 80, "restart_marker_blocks": 1}),
         ("JPEG", {"quality": 80, "comment": b"of a length"}),
         ("JPEG", {"quality": 80, "exif": b"Exif\x00\x00" + bytes(40)}),
+        ("WEBP", {"quality": 60}),
+        ("WEBP", {"lossless": True}),
     ],
 )
 @given(seed=st.integers(0, 2**32 - 1))
@@ -264,14 +266,14 @@ def test_the_quick_way_gives_what_pillow_gives(kind, options, shape, size, seed)
     data = encoded(small.resize(size), kind, **options)
     header = inspect(data, MAX)
     assert (header.width, header.height) == size
-    if not options.get("progressive"):
+    if not options.get("progressive") and (kind, shape.channels) != ("WEBP", 1):
         assert header.channels == shape.channels
         assert _quick(header.picture(data), header) is not None
     expected = to_pixels(Image.open(io.BytesIO(data)), shape, STRETCH)
     np.testing.assert_array_equal(decode(data, shape, STRETCH, MAX), expected)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("shape", [RGB, GREY], ids=["rgb", "grey"])
 @pytest.mark.parametrize("fit", [STRETCH, Preprocessing(fit="crop", ratio=0.875)])
@@ -292,6 +294,8 @@ def with_metadata() -> dict[str, bytes]:
     text.add_itxt("c", "d" * 5000, zip=True)
     options = {"pnginfo": text, "dpi": (72, 72), "icc_profile": icc, "exif": exif}
     frames = [picture(21, 13, seed=seed) for seed in (1, 2)]
+    noise = np.random.default_rng(0).integers(0, 256, (2, 13, 21, 4), np.uint8)
+    clear = [Image.fromarray(pixels) for pixels in noise]
     more = {"save_all": True, "append_images": frames}
     wide = Image.fromarray(np.arange(273, dtype=np.uint16).reshape(13, 21) * 200)
     small = [
@@ -320,8 +324,14 @@ def with_metadata() -> dict[str, bytes]:
         "mpo": encoded(source, "MPO", **more),
         "webp": encoded(source, "WEBP", icc_profile=icc, exif=exif, xmp=b"<x/>"),
         "webp lossless": encoded(source, "WEBP", lossless=True, icc_profile=icc, exif=exif),
-        "webp alpha": encoded(picture(21, 13, "RGBA"), "WEBP", exif=exif),
+        "webp alpha": encoded(clear[0], "WEBP", exif=exif),
         "webp animation": encoded(source, "WEBP", exif=exif, icc_profile=icc, **more),
+        "webp animation, alpha": encoded(
+            clear[0], "WEBP", save_all=True, append_images=clear[1:], lossless=True, exact=True
+        ),
+        "webp animation, alpha, lossy": encoded(
+            clear[0], "WEBP", save_all=True, append_images=clear[1:]
+        ),
         "webp small frame": bomb_files.animation(21, 13, *small),
         "webp, bytes after": encoded(source, "WEBP") + bytes(1001),
     }  # fmt: skip
@@ -346,7 +356,7 @@ def test_pictures_are_the_same_without_their_metadata(name, shape):
         encoded(picture(mode="P")),
         encoded(picture(mode="RGBA")),
         encoded(picture(mode="1")),
-        encoded(picture(), "WEBP"),
+        bomb_files.animation(28, 28, bomb_files.frame_of(bomb_files.bitstream(8, 8), 0, 0, 8, 8)),
         encoded(picture())[:30],
         encoded(picture(), "JPEG")[:10],
         b"\xff\xd8\xff" + b"\xff" * 40,
