@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 CLOSES = b"connection: close\r\n"
 AROUND = 4  # bytes of a header beside its name and value: colon, space, line end
 BLANK = b"\r\n\r\n"  # ends headers, and chunked bodies
+SMALL = 8192
 STEP = 512  # at most so many bytes are parsed beyond the end of a request
 # The client has closed its side, whatever it sent before and nobody has read.
 HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
@@ -226,6 +227,8 @@ class Connection(HttpToolsProtocol):
         self._quiet_since: float | None = None  # the last answer is out and no request is there
         self._unread_since: float | None = None
         self._refusal: RequestError | None = None
+        self._answered: Cycle = None  # type: ignore[assignment]  # as uvicorn's; it has the turn
+        self._task: asyncio.Task[None]
         self._failed: RequestError | None = None  # what to answer after the requests before it
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
@@ -242,6 +245,11 @@ class Connection(HttpToolsProtocol):
             return
         if self._rest:  # it was on its way when reading stopped
             data = self._take_rest() + data
+        if len(data) <= SMALL and data.find(BLANK, STEP) < 0 and not self._due():
+            self._parse(data)  # as nearly always; `_feed` would do no more
+            if self._heading and self._memory.held <= self._memory.allowed:
+                return
+            data = b""
         self._feed(data, 0)
 
     def _feed(self, data: bytes, start: int) -> None:
@@ -264,8 +272,10 @@ class Connection(HttpToolsProtocol):
                     stop = start + allowed
             self._parse(data if stop - start == end else data[start:stop])
             if self._failed is not None or self.transport.is_closing():
-                return
+                break
             start = stop
+        if self._failed is not None or self.transport.is_closing():
+            return
         if not self._heading and not self.cycle.response_complete:
             self._memory.reading.setdefault(self)
         if self._memory.held > self._memory.allowed:
@@ -406,13 +416,15 @@ class Connection(HttpToolsProtocol):
             self.cycle.keep_alive = False
         self._line_bytes = self._trailers = self._trailer_bytes = 0
         self._since = None
-        self._memory.reading.pop(self, None)
+        if self._memory.reading:
+            self._memory.reading.pop(self, None)
         if self.cycle.response_complete:
             self._quiet_since = self.loop.time()
             return
         self._quiet_since = None
-        # Who hangs up is noticed by reading; `_feed` keeps what else comes for later.
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            # Who hangs up is noticed by reading; `_feed` keeps what else comes for later.
+            self.flow.resume_reading()
         self.cycle.more_body = False
         self.cycle.message_event.set()
 
@@ -423,6 +435,7 @@ class Connection(HttpToolsProtocol):
         reads nothing could fill the memory with them. It also sets a timer after each.
         """
         self.server_state.total_requests += 1
+        self._release(self._answered)
         if self.transport.is_closing():
             return
         if not self._heading:
@@ -453,13 +466,10 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _start_asgi_task(self, cycle: Cycle, app: ASGI3Application) -> None:  # type: ignore[override]  # all of ours are such
-        def ended(task: asyncio.Task[None]) -> None:
-            self.tasks.discard(task)
-            self._release(cycle)
-
-        task = self.loop.create_task(cycle.run_asgi(app))
+        self._answered = cycle
+        self._task = task = self.loop.create_task(cycle.run_asgi(app))
         self.tasks.add(task)
-        task.add_done_callback(ended)
+        task.add_done_callback(self.tasks.discard)
 
     def _release(self, cycle: Cycle) -> None:
         """The memory of its body is free."""
@@ -513,6 +523,8 @@ class Connection(HttpToolsProtocol):
         self._line.gone = True
         super().connection_lost(exc)
         self._forget()
+        if self._answered is not None and self._answered.held:  # the application goes on with it
+            self._task.add_done_callback(lambda _: self._release(self._answered))
         self._common.on_closed()
 
     def _hung_up(self) -> bool:

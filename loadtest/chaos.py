@@ -2,14 +2,16 @@
 
     python -m loadtest.chaos --minutes 3
 
-Honest clients, a thief with a budget, broken bodies and slow clients ask a real server, while its
-workers are killed, its model is reloaded (good files and bad), the store of budgets is killed and
-started again, and in the end it gets SIGTERM under load. Exit code 1 unless
+Honest clients, a thief with a budget, broken bodies, image bombs, slow clients and floods
+(`loadtest.floods`) ask a real server, while its workers are killed, its model is reloaded (good
+files and bad), the store of budgets is killed and started again, and in the end it gets SIGTERM
+under load. Exit code 1 unless
 
 - no request is lost: one whose connection died before a byte of its answer is asked once more, as
   any client may, and is lost if that fails as well;
 - the thief gets no image beyond his budget;
 - no answer is a 5xx but the documented 503 and 504, and no broken body is accepted;
+- each connection of a flood is ended by the server;
 - no worker grows by more than 20 % after it is warm;
 - the server ends with 0.
 """
@@ -38,16 +40,19 @@ import click
 import httpx2
 
 from app.keys import Key, KeyFile, KeyLimits, digest, write_keys
+from loadtest.bomb_files import FILES
+from loadtest.floods import FLOODS, left_open
 from scumble.local import Server, serving
 
 ROOT = Path(__file__).parents[1]
 DIGIT = (ROOT / "docs" / "digits" / "3.png").read_bytes()
 PNG = {"Content-Type": "image/png"}
 BUDGET = 2000
+PAGE = os.sysconf("SC_PAGE_SIZE")
 HONEST = 4
 GROWTH = 0.20
 AGAIN_S = 0.1  # a client that was cut off does not come back at once
-WARM_S = 15.0  # of a worker's life
+WARM_S = 40.0  # of a worker's life: it has seen each flood once
 DOCUMENTED = {200, 429, 503, 504}
 BROKEN: list[tuple[bytes, dict[str, str]]] = [
     (b"", PNG),
@@ -59,6 +64,10 @@ BROKEN: list[tuple[bytes, dict[str, str]]] = [
     (DIGIT, {**PNG, "Content-Encoding": "gzip"}),
     (DIGIT, {**PNG, "X-Deadline-Ms": "soon"}),
 ]
+BOMBS = (
+    "png-ztxt-300-mib", "png-100000-x-100000", "jpeg-2500-scans", "jpeg-two-headers",
+    "webp-huffman-groups-512",
+)  # fmt: skip
 SLOW = [
     b"POST /v1/pre",
     b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Slow: ",
@@ -78,6 +87,7 @@ class Tally:
         lost: of these, those that got no answer either.
         stolen: images that the thief got.
         wrong: answers that must not be, in words.
+        floods: how many of each.
     """
 
     attempted: int = 0
@@ -86,6 +96,7 @@ class Tally:
     lost: int = 0
     stolen: int = 0
     wrong: list[str] = field(default_factory=list)
+    floods: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def note(self, status: int, allowed: set[int], images: int = 0) -> None:
@@ -169,6 +180,38 @@ def sloth(server: Server, tally: Tally, stop: threading.Event) -> None:
                     tally.wrong.append("a slow connection was left open")
 
 
+def bomber(server: Server, tally: Tally, stop: threading.Event) -> None:
+    """Small files that ask for much work or memory."""
+    bombs = [
+        {
+            "content": FILES[name](),
+            "headers": {"Content-Type": f"image/{name.partition('-')[0]}", "X-API-Key": "honest"},
+        }
+        for name in BOMBS
+    ]
+    with httpx2.Client(base_url=server.url, timeout=60) as client:
+        while not stop.is_set():
+            for bomb in bombs:
+                answer = ask(client, tally, bomb)
+                if answer is not None:
+                    tally.note(answer.status_code, {200, 413, 415, 422, 503, 504})
+                stop.wait(0.2)
+
+
+def flooder(server: Server, tally: Tally, stop: threading.Event) -> None:
+    """One flood after the other."""
+    host, port = server.url.removeprefix("http://").split(":")
+    while not stop.is_set():
+        for flood in FLOODS:
+            found = left_open(flood, lambda: socket.create_connection((host, int(port)), 20))
+            with tally.lock:
+                tally.floods[flood.__name__] += 1
+                if found:
+                    tally.wrong.append(f"flood of {flood.__name__}: {found} connections left open")
+            if stop.wait(1):
+                return
+
+
 class Memory:
     """Resident memory of each worker over its life."""
 
@@ -177,6 +220,7 @@ class Memory:
         self._born: dict[int, float] = {}
         self._warm: dict[int, int] = {}
         self.growth: dict[int, float] = {}
+        self.peak_mb: dict[int, int] = {}
 
     def look(self, pids: list[int]) -> None:
         """Measure these now."""
@@ -185,6 +229,7 @@ class Memory:
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
             except (OSError, IndexError):
                 continue
+            self.peak_mb[pid] = max(pages * PAGE // 2**20, self.peak_mb.get(pid, 0))
             age = self._clock() - self._born.setdefault(pid, self._clock())
             if age < WARM_S:
                 self._warm[pid] = max(pages, self._warm.get(pid, 0))
@@ -341,18 +386,24 @@ def run(seconds: float, folder: Path) -> dict[str, Any]:
             http__header_timeout_s=3,
             http__body_timeout_s=4,
             http__write_timeout_s=3,
+            http__max_bodies_bytes=16 * 2**20,
+            http__max_connections=64,
         ) as server:
             roles = [honest] * HONEST + [thief] * 2 + [vandal] + [sloth] * 4
+            roles += [bomber, flooder]
             crowd = [threading.Thread(target=role, args=(server, tally, stop)) for role in roles]
             for thread in crowd:
                 thread.start()
             try:
                 memory = rampage(server, seconds, plan(server, models, tally, redis))
-                rejections = {
-                    name.split('"')[1]: int(count)
-                    for name, count in server.metrics().items()
-                    if name.startswith("scumble_rejections_total") and count
-                }
+                rejections, refused = (
+                    {
+                        name.split('"')[1]: int(count)
+                        for name, count in server.metrics().items()
+                        if name.startswith(metric) and count
+                    }
+                    for metric in ("scumble_rejections_total", "scumble_connections_refused_total")
+                )
                 code = end(server, stop, crowd)
             finally:
                 stop.set()
@@ -363,12 +414,15 @@ def run(seconds: float, folder: Path) -> dict[str, Any]:
         "served": tally.answers[200],
         "answers": {str(status): n for status, n in sorted(tally.answers.items())},
         "rejections": rejections,
+        "connections_refused": refused,
+        "floods": dict(tally.floods),
         "asked_again": tally.again,
         "lost": tally.lost,
         "over_served": max(0, tally.stolen - BUDGET),
         "stolen": tally.stolen,
         "wrong": sorted(set(tally.wrong)),
         "growth": {str(pid): round(part, 3) for pid, part in memory.growth.items()},
+        "peak_mb": max(memory.peak_mb.values()),
         "exit_code": code,
     }
 

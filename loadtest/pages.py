@@ -347,7 +347,8 @@ def promises(chaos: Document, abuse: Document, fuzz: Document) -> str:
         rows.append(
             [
                 "`make chaos`",
-                f"{chaos['seconds'] / 60:g} minutes, {chaos['attempted']:,} requests ({answers})",
+                f"{chaos['seconds'] / 60:g} minutes, {sum(chaos['floods'].values())} floods, "
+                f"{chaos['attempted']:,} requests of others ({answers})",
                 f"{chaos['lost']} lost, {chaos['over_served']} images over the budget, "
                 f"{len(chaos['wrong'])} answers that must not be, largest growth of a worker "
                 f"{max(chaos['growth'].values()):.1%}",

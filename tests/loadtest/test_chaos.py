@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from loadtest.chaos import Memory, Tally, verdict
+from loadtest.chaos import WARM_S, Memory, Tally, verdict
 
 WELL = {"wrong": [], "lost": 0, "over_served": 0, "growth": {"7": 0.1}, "exit_code": 0}
 
@@ -40,6 +40,6 @@ def test_memory_counts_from_when_a_worker_is_warm():
     memory = Memory(lambda: now[0])
     memory.look([os.getpid(), 2**30])
     assert memory.growth == {}
-    now[0] = 20.0
+    now[0] = WARM_S + 1
     memory.look([os.getpid()])
     assert abs(memory.growth[os.getpid()]) < 0.5
