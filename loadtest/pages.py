@@ -339,8 +339,10 @@ def plot(peers: Document, path: Path) -> None:
     plt.close(figure)
 
 
-def promises(chaos: Document, abuse: Document, fuzz: Document) -> str:
-    """What came of the large runs against keys, budgets and bytes; `...` where one was not made."""
+def promises(
+    chaos: Document, abuse: Document, fuzz: Document, bombs: Document | None = None
+) -> str:
+    """What came of the large runs against keys, budgets and bytes; no row where none was made."""
     rows = []
     if chaos:
         answers = ", ".join(f"{code}: {count:,}" for code, count in chaos["answers"].items())
@@ -387,6 +389,17 @@ def promises(chaos: Document, abuse: Document, fuzz: Document) -> str:
                 "[fuzz.json](../loadtest/fuzz.json)",
             ]
         )
+    if bombs:
+        worst = {name: one["value"] for name, one in bombs["worst"].items()}
+        rows.append(
+            [
+                "bombs",
+                f"{bombs['requests']} requests of at most 5 MiB, made to cost much; one worker",
+                f"event loop held {worst['hold_ms']:g} ms at most, `/livez` in "
+                f"{worst['livez_ms']:g} ms, {worst['memory_mib']:g} MiB of memory",
+                "[bombs.json](../loadtest/bombs.json)",
+            ]
+        )
     return table(["run", "what", "came of it", "figures"], rows)
 
 
@@ -409,7 +422,8 @@ def main(out: Path) -> None:
     bench, peers = read("bench.json"), read("peers.json")
     threats = out / "threat-model.md"
     if threats.exists():
-        documents = (read("chaos.json"), read("abuse.json"), read("fuzz.json"))
+        names = ("chaos.json", "abuse.json", "fuzz.json", "bombs.json")
+        documents = [read(name) for name in names]
         threats.write_text(within(threats.read_text(), promises(*documents)))
     (out / "performance.md").write_text(page(bench, peers))
     if peers:
