@@ -2,17 +2,10 @@
 
     python -m loadtest.chaos --minutes 3
 
-<<<<<<< HEAD
 Honest clients, a thief with a budget, broken bodies, image bombs, slow clients and floods
 (`loadtest.floods`) ask a real server, while its workers are killed, its model is reloaded (good
 files and bad), the store of budgets is killed and started again, and in the end it gets SIGTERM
 under load. Exit code 1 unless
-=======
-Honest clients, a thief with a budget, broken bodies, image files that are made to cost much and
-slow clients ask a real server, while its workers are killed, its model is reloaded (good files and
-bad), the store of budgets is killed and started again, and in the end it gets SIGTERM under load.
-Exit code 1 unless
->>>>>>> 715fbdf (Requests that are made to cost much are measured, and some of them are in the chaos run)
 
 - no request is lost: one whose connection died before a byte of its answer is asked once more, as
   any client may, and is lost if that fails as well;
@@ -48,10 +41,7 @@ import httpx2
 
 from app.keys import Key, KeyFile, KeyLimits, digest, write_keys
 from loadtest.bomb_files import FILES
-<<<<<<< HEAD
 from loadtest.floods import FLOODS, left_open
-=======
->>>>>>> 715fbdf (Requests that are made to cost much are measured, and some of them are in the chaos run)
 from scumble.local import Server, serving
 
 ROOT = Path(__file__).parents[1]
@@ -74,23 +64,10 @@ BROKEN: list[tuple[bytes, dict[str, str]]] = [
     (DIGIT, {**PNG, "Content-Encoding": "gzip"}),
     (DIGIT, {**PNG, "X-Deadline-Ms": "soon"}),
 ]
-<<<<<<< HEAD
 BOMBS = (
     "png-ztxt-300-mib", "png-100000-x-100000", "jpeg-2500-scans", "jpeg-two-headers",
     "webp-huffman-groups-512",
 )  # fmt: skip
-=======
-# Files that ask for much work; those that take much memory for a moment would hide what is kept.
-BOMBS = (
-    "png-ztxt-300-mib",
-    "png-empty-idats",
-    "jpeg-2500-scans",
-    "jpeg-32-scans",
-    "jpeg-two-headers",
-    "jpeg-62000-empty-segments",
-    "webp-huffman-groups",
-)
->>>>>>> 715fbdf (Requests that are made to cost much are measured, and some of them are in the chaos run)
 SLOW = [
     b"POST /v1/pre",
     b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nX-Slow: ",
@@ -184,19 +161,6 @@ def vandal(server: Server, tally: Tally, stop: threading.Event) -> None:
                 if answer is not None:
                     tally.note(answer.status_code, {400, 413, 415, 422, 503})
             time.sleep(0.05)
-
-
-def bomber(server: Server, tally: Tally, stop: threading.Event) -> None:
-    """Image files that are made to cost much; bystanders must not lose a request to them."""
-    files = [FILES[name]() for name in BOMBS]
-    headers = {**PNG, "X-API-Key": "honest"}
-    with httpx2.Client(base_url=server.url, headers=headers, timeout=60) as client:
-        while not stop.is_set():
-            for content in files:
-                answer = ask(client, tally, {"content": content})
-                if answer is not None:
-                    tally.note(answer.status_code, {200, 413, 422, 503, 504})
-            stop.wait(1)
 
 
 def sloth(server: Server, tally: Tally, stop: threading.Event) -> None:
@@ -425,12 +389,8 @@ def run(seconds: float, folder: Path) -> dict[str, Any]:
             http__max_bodies_bytes=16 * 2**20,
             http__max_connections=64,
         ) as server:
-<<<<<<< HEAD
             roles = [honest] * HONEST + [thief] * 2 + [vandal] + [sloth] * 4
             roles += [bomber, flooder]
-=======
-            roles = [honest] * HONEST + [thief] * 2 + [vandal, bomber] + [sloth] * 4
->>>>>>> 715fbdf (Requests that are made to cost much are measured, and some of them are in the chaos run)
             crowd = [threading.Thread(target=role, args=(server, tally, stop)) for role in roles]
             for thread in crowd:
                 thread.start()
