@@ -36,6 +36,7 @@ from app.last_good import Chunk, Failing, LastGoodFiles
 from app.nursery import Child, Nursery
 from app.settings import Settings
 from app.snapshot import take
+from app.threads import run_in_daemon_thread
 from app.watchdog import Watchdog
 
 RESTART_S = 0.5
@@ -205,7 +206,7 @@ class Supervisor:
         served = await self._prepare(new)
         if served is None:
             return False
-        shutil.rmtree(self._served.model_dir, ignore_errors=True)
+        replaced = self._served.model_dir
         self._served, self._serving = served, new
         self._backoff.clear()
         if self._helper is not None:
@@ -214,20 +215,22 @@ class Supervisor:
             self._seat_or_start(number)
         for number in old:
             self._retire(number)
+        await run_in_daemon_thread(shutil.rmtree, replaced, True)
         return True
 
     async def _prepare(self, numbers: range) -> Settings | None:
         """Settings of workers that are ready to serve, or None, which leaves nothing behind."""
         copy = self._copies / secrets.token_hex(8)
         try:
-            served = await asyncio.to_thread(take, self._settings, copy)
+            # A disk that hangs must not keep this process from ending.
+            served = await run_in_daemon_thread(take, self._settings, copy)
             if await self._load(numbers, served):
                 return served
         except ConfigError as exc:
             log.error("%s", exc)
         except Exception:
             log.exception("the new workers cannot be started")
-        shutil.rmtree(copy, ignore_errors=True)
+        await run_in_daemon_thread(shutil.rmtree, copy, True)
         return None
 
     async def _load(self, numbers: range, served: Settings) -> bool:

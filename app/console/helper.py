@@ -23,6 +23,7 @@ from app.settings import Settings
 IDLE_S = 180.0
 ANSWER_S = 30.0  # the first answer includes loading the model
 WAITING = 8
+END_S = 1.0  # for a process that was killed, or has closed its pipe, to end
 log = logging.getLogger("scumble.console")
 
 
@@ -122,7 +123,7 @@ class Helper:
     def _gone(self, process: BaseProcess) -> None:
         """The process has ended; whoever still reads from its pipe meets the end of it."""
         asyncio.get_running_loop().remove_reader(process.sentinel)
-        process.join()
+        process.join(END_S)
         if process is self._process:
             self._process = self._pipe = None
 
