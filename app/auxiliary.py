@@ -1,18 +1,22 @@
-"""Auxiliary networks of a bundle, for the defenses that compare an answer with another network's.
+"""What defenses get from a bundle: auxiliary networks to compare an answer with, the codebook.
 
-They run in the server's engine on one thread, in the order the requests come. A form (pixels or
-float tensors) is loaded when its first batch comes, which is when the service warms up for it.
+The networks run in the server's engine on one thread, in the order the requests come. A form
+(pixels or float tensors) is loaded with its first batch, which is when the service warms up.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import orjson
 
 from app import engines
-from app.bundle import Bundle
+from app.bundle import CODEBOOK_FILE, Bundle
 from app.defenses.base import DefenseError, Inputs, Probs
 from app.engines import FAST, Engine, EngineName
 from app.graph import single_output, tensor_input
+from app.precision import Precision
 
 # The torch engine is an oracle of the victims' operators and lacks those of the scores.
 STAND_IN = {"torch": "auto"}
@@ -42,11 +46,20 @@ class Auxiliary:
 
 
 class Auxiliaries:
-    """Where the defenses of one bundle get their auxiliary networks."""
+    """Where the defenses of one bundle get their auxiliary networks and stored rows.
 
-    def __init__(self, bundle: Bundle, engine: str = "auto") -> None:
+    Args:
+        bundle: that is served.
+        engine: of the networks.
+        precision: that is served, which decides the codebook.
+    """
+
+    def __init__(
+        self, bundle: Bundle, engine: str = "auto", precision: Precision = "float32"
+    ) -> None:
         self._bundle = bundle
         self._engine = STAND_IN.get(engine, engine)
+        self._precision = precision
 
     def auxiliary(self, file: str, output: str) -> Auxiliary:
         """The network of `file`, as far as `output` needs it.
@@ -64,3 +77,22 @@ class Auxiliaries:
             )
         model = single_output(self._bundle.read(file), output)
         return Auxiliary(model, engines.resolve(self._engine))
+
+    def codebook(self) -> dict[str, Any]:
+        """The rows that the defense `codebook` may serve: {form: {cells: {borders, rows}}}.
+
+        Raises:
+            DefenseError: the bundle has none for this precision; says how it is made.
+            BundleError: the file is not the one that the card lists.
+        """
+        file = CODEBOOK_FILE[self._precision]
+        if file not in self._bundle.card.files:
+            raise DefenseError(
+                f"needs {file}, which {self._bundle} lacks; make it with "
+                f"`scumble calibrate {self._bundle.card.name}`"
+            )
+        try:
+            document: dict[str, Any] = orjson.loads(self._bundle.read(file))["forms"]
+        except (ValueError, TypeError, KeyError) as exc:
+            raise DefenseError(f"{file} of {self._bundle} is malformed: {exc!r}") from exc
+        return document

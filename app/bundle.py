@@ -5,6 +5,7 @@
     int8.onnx       the same, quantized in QDQ form
     golden.json     outputs for a few made-up inputs, checked at every load
     surrogate.onnx, misinformation.onnx    optional, for some defenses; see `app.auxiliary`
+    codebook.float32.json, codebook.int8.json    optional, what the defense `codebook` serves
 
 Each file is read once, hashed, and handed on as bytes, so that what was checked is what runs. The
 card names files of its own folder only, and no network has weights in files outside of itself.
@@ -37,6 +38,12 @@ ONNX_FILE: dict[Precision, str] = {
 }
 # Optional files that `python -m training.auxiliary` makes, with the same input as the others.
 AUXILIARY_FILES = ("surrogate.onnx", "misinformation.onnx")
+# Optional files that `scumble calibrate` makes, for the answers of each ONNX file.
+CODEBOOK_FILE: dict[Precision, str] = {
+    "float32": "codebook.float32.json",
+    "bf16": "codebook.float32.json",
+    "int8": "codebook.int8.json",
+}
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
 """Of a file in the bundle's folder: no path, and not hidden."""

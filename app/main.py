@@ -219,7 +219,7 @@ def configure(
     return defenses.configure(
         name,
         params,
-        bundle=Auxiliaries(bundle, settings.engine),
+        bundle=Auxiliaries(bundle, settings.engine, settings.precision),
         secret=settings.secret.get_secret_value().encode(),
     )
 

@@ -11,8 +11,20 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-Rows = npt.NDArray[np.floating]
-Labels = npt.NDArray[np.int64]
+from training.confidence import Labels, Rows, calibration_error, ranking
+
+__all__ = [
+    "Labels",
+    "Rows",
+    "Spread",
+    "accuracy",
+    "agreement",
+    "calibration_error",
+    "kl",
+    "l1",
+    "ranking",
+    "spread",
+]
 
 TINY = 1e-12  # as small as a probability is taken to be in a logarithm
 
@@ -64,19 +76,3 @@ def kl(served: Rows, clean: Rows) -> float:
     p, y = np.float64(clean), np.float64(served)
     terms = p * (np.log(np.maximum(p, TINY)) - np.log(np.maximum(y, TINY)))
     return float(terms.sum(1).mean())
-
-
-def calibration_error(answers: Rows, labels: Labels, bins: int = 15) -> float:
-    """Expected calibration error: Σ_b n_b/N |accuracy_b − confidence_b| over equal bins.
-
-    Source: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), equation 3.
-    """
-    confidence = answers.max(1)
-    right = answers.argmax(1) == labels
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    error = 0.0
-    for b in range(bins):
-        inside = which == b
-        if inside.any():
-            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    return float(error)

@@ -111,6 +111,7 @@ COMMANDS = {
     "bench": Row("evaluation.bench:bench", "Measure what defenses cost.", "evaluate"),
     "train": Row("training.commands:train", "Train a victim.", "train"),
     "quantize": Row("training.commands:quantize", "Make a trained victim's int8 form.", "train"),
+    "calibrate": Row("training.calibrate:calibrate", "Fit what a bundle serves.", "train"),
     "export": Row("training.exporting:export", "Make a bundle, or a defended ONNX file.", "train"),
 }
 

@@ -11,7 +11,7 @@ from app.defenses import make
 from app.engines import load, resolve
 from app.pipeline import self_test
 from scumble.data import load as load_data
-from training.figures import tables
+from training.figures import codebooks, tables
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -150,3 +150,23 @@ def test_the_figures_in_the_docs_are_the_cards():
     text = (ROOT / "docs" / "training.md").read_text()
     shown = text.partition("<!-- figures -->\n")[2].partition("\n<!-- end of figures -->")[0]
     assert shown == tables(ROOT / "models"), "run python -m training.figures"
+
+
+def test_the_page_on_defenses_has_the_figures_of_the_codebooks():
+    text = (ROOT / "docs" / "defenses.md").read_text()
+    assert codebooks(ROOT / "models") in text, "run: python -m training.figures"
+
+
+@each_model
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_codebook_keeps_labels_and_confidences(name, precision):
+    made = bundle(name).card.auxiliary["codebook"]
+    assert made["own"]["data"] != made["test"]["data"]
+    clean, served = made[precision]["none"], made[precision]
+    best = served.get("classwise 4", served["pooled 4"])
+    assert all(row["kept"] == 1 for row in served.values())
+    assert best["l1"] <= 0.15
+    assert best["ece"] <= clean["ece"] + 0.005
+    assert best["auc"] >= clean["auc"] - 0.03
+    defense = make("codebook", bundle=Auxiliaries(bundle(name), precision=precision))
+    assert len(defense.stored.borders[0]) == 3

@@ -143,7 +143,7 @@ def ship(
         "misinformation": written(MISINFORMATION, to_onnx(liar, card.input), sets.train),
     }
     known = card.model_dump(exclude={"files", "format"})
-    return write_card(bundle.folder, {**known, "auxiliary": figures})
+    return write_card(bundle.folder, {**known, "auxiliary": {**card.auxiliary, **figures}})
 
 
 @click.command()

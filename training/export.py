@@ -27,6 +27,7 @@ from torch import nn
 
 from app.bundle import (
     AUXILIARY_FILES,
+    CODEBOOK_FILE,
     FORMAT,
     ONNX_FILE,
     Card,
@@ -176,7 +177,7 @@ def export_bundle(
     except ValidationError as exc:
         raise ExportError(f"no card can be made of this: {exc}") from exc
     folder.mkdir(parents=True, exist_ok=True)
-    for derived in (ONNX_FILE["int8"], *AUXILIARY_FILES):
+    for derived in (ONNX_FILE["int8"], *AUXILIARY_FILES, *CODEBOOK_FILE.values()):
         (folder / derived).unlink(missing_ok=True)
     (folder / "float32.onnx").write_bytes(to_onnx(module, shape).SerializeToString())
     return finish(folder, card, threads=threads)

@@ -1,4 +1,7 @@
-"""The tables of docs/training.md, from the cards: `python -m training.figures [MODELS]`."""
+"""Tables of docs/training.md and docs/defenses.md, from the cards.
+
+python -m training.figures [MODELS]
+"""
 
 from __future__ import annotations
 
@@ -66,5 +69,23 @@ def _auxiliary(cards: list[Card]) -> str:
     return "\n".join(lines)
 
 
+def codebooks(models: Path) -> str:
+    """The table of docs/defenses.md: what honest users get of a codebook, by the cards."""
+    lines = [
+        "| bundle | answers | float32: L1 | ECE | AUC | int8: L1 | ECE | AUC |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(models.glob("*/card.json")):
+        card = Bundle(path.parent).card
+        made = card.auxiliary.get("codebook", {})
+        for served in ("none", "label", "classwise 4", "pooled 4", "calibrated 4"):
+            rows = [made.get(precision, {}).get(served) for precision in ("float32", "int8")]
+            if all(rows):
+                cells = [f"{row['l1']:.3f} | {row['ece']:.3f} | {row['auc']:.3f}" for row in rows]
+                lines.append(f"| {card.name} | {served} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(tables(Path(sys.argv[1] if len(sys.argv) > 1 else "models")) + "\n")
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "models")
+    sys.stdout.write(f"{tables(folder)}\n\n{codebooks(folder)}\n")

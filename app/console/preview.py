@@ -48,7 +48,7 @@ class Previewer:
             threads=1,
             precision=settings.precision,
         )
-        self._auxiliaries = Auxiliaries(self._bundle, settings.engine)
+        self._auxiliaries = Auxiliaries(self._bundle, settings.engine, settings.precision)
         golden = golden_inputs(self._bundle.card.input)
         self._golden = (golden, self._clean(golden))
         self._pictures: OrderedDict[bytes, tuple[Pixels, Probs]] = OrderedDict()

@@ -12,6 +12,7 @@ from typing import Any
 from app.defenses.adaptive_misinformation import AdaptiveMisinformation
 from app.defenses.base import Defense, DefenseError, Inputs, Probs, canonical
 from app.defenses.chain import Chain
+from app.defenses.codebook import Codebook
 from app.defenses.dcp import DCP
 from app.defenses.grad2 import Grad2
 from app.defenses.keep_top1 import KeepTop1
@@ -34,6 +35,7 @@ TABLE: dict[str, type[Defense]] = {
     "round": Round,
     "top_k": TopK,
     "label": Label,
+    "codebook": Codebook,
     "chain": Chain,
 }
 

@@ -31,6 +31,16 @@ class Pictured:
 
         return row
 
+    def codebook(self):
+        return {
+            "pooled": {
+                "4": {
+                    "borders": [[0.6, 0.8, 0.97]],
+                    "rows": [[[0.997 + j / 1000] for j in range(4)]],
+                }
+            }
+        }
+
 
 class Row(NamedTuple):
     """One defense at one setting."""
@@ -67,6 +77,7 @@ ROWS = [
     Row("round", {"decimals": 8}, None, False),
     Row("top_k", {"k": 3}, {"k": 200}, True),
     Row("label", {}, None, True),
+    Row("codebook", {"form": "pooled"}, None, True),
     Row(
         "chain",
         {
@@ -288,6 +299,7 @@ def test_whole_numbers_pass_for_floats():
         ("adaptive_misinformation", {}, ["adaptive_misinformation", "'tau'"]),
         ("adaptive_misinformation", {"tau": -1}, ["tau", "-1", "from 0 to 2"]),
         ("adaptive_misinformation", {"tau": 1, "nu": 0}, ["nu", "from 1 to 1e+06"]),
+        ("codebook", {}, ["Codebook", "codebook of a bundle", "Auxiliaries"]),
         ("mad", {"epsilon": 1}, ["MAD", "surrogate.onnx", "Auxiliaries"]),
         ("mad", {"epsilon": 1, "keep": "top"}, ["keep", "'top'", "'none', 'argmax'"]),
         ("mad", {"epsilon": 1, "network": 1}, ["'network'", "epsilon, keep, keep_top1"]),

@@ -8,6 +8,7 @@ from onnx import TensorProto, checker, helper
 from app import engines
 from app.defenses import TABLE, make
 from app.graph import defended, measured, parse
+from tests.app.defenses.test_contract import Pictured
 from tests.strategies import probs
 
 # name, parameters; the others must say that they cannot be written as nodes
@@ -22,6 +23,7 @@ ROWS = [
     ("reverse_sigmoid", {"beta": 0.64}),
     ("reverse_sigmoid", {"beta": 1.28, "odds": "lee2018"}),
     ("label", {}),
+    ("codebook", {"form": "pooled"}),
     ("chain", {"steps": [["dcp", {"beta": 1.0}], ["label", {}]]}),
     ("chain", {"steps": [["reverse_sigmoid", {"beta": 0.3}], ["dcp", {"beta": 1.2}]]}),
 ]
@@ -71,7 +73,7 @@ def hard_rows(classes, beta):
 @pytest.mark.parametrize("classes", [1, 2, 10, 43, 200])
 @pytest.mark.parametrize(("name", "params"), ROWS)
 def test_the_graph_gives_what_numpy_gives(name, params, classes, engine):
-    defense = make(name, **params)
+    defense = make(name, bundle=Pictured(), **params)
     rows = hard_rows(classes, params.get("beta", 0.5))
     expected = defense(rows, None)
     network = rows_through(classes)
@@ -100,12 +102,12 @@ def test_any_rows(rows):
 
 @pytest.mark.parametrize(("name", "params"), ROWS)
 def test_the_graphs_are_whole_and_keep_their_names(name, params):
-    model = defended(rows_through(10), make(name, **params))
+    model = defended(rows_through(10), make(name, bundle=Pictured(), **params))
     checker.check_model(parse(model), full_check=True)
     graph = parse(model).graph
     assert [i.name for i in graph.input] == ["p"]
     assert [o.name for o in graph.output] == ["probabilities"]
-    report = measured(rows_through(10), make(name, **params))
+    report = measured(rows_through(10), make(name, bundle=Pictured(), **params))
     checker.check_model(parse(report), full_check=True)
     (output,) = parse(report).graph.output
     assert [d.dim_value or d.dim_param for d in output.type.tensor_type.shape.dim] == ["N", 11]
@@ -113,8 +115,6 @@ def test_the_graphs_are_whole_and_keep_their_names(name, params):
 
 @pytest.mark.parametrize(("name", "params"), BEHIND.items())
 def test_the_others_say_that_they_cannot(name, params):
-    from tests.app.defenses.test_contract import Pictured
-
     defense = make(name, bundle=Pictured(), secret=b"test", **params)
     assert defended(rows_through(10), defense) is None
     assert measured(rows_through(10), defense) is None
