@@ -101,7 +101,7 @@ def check(**arguments: Any) -> None:
         for name, help_text in variables().items():
             click.echo(f"{name:35} = {shown(settings, name):28} {help_text}")
         bundle = open_bundle(settings.model_dir, settings.model)
-        engine = engines.resolve(settings.engine)
+        engine = engines.resolve(settings.engine, settings.precision)
         defense = make_defense(settings, bundle)
         app = create_app(settings)
         open_certificate(settings)

@@ -62,7 +62,7 @@ def create_app(
     """
     settings = settings or load_settings()
     bundle = open_bundle(settings.model_dir, settings.model)
-    engine = engines.resolve(settings.engine)
+    engine = engines.resolve(settings.engine, settings.precision)
     defense = make_defense(settings, bundle)
     compose = Composer(
         partial(engines.load, engine, threads=settings.threads, precision=settings.precision),

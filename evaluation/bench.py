@@ -114,7 +114,7 @@ def measure(
     """One model at one batch size: a line for inference and one for each defense."""
     name, size = bundle.card.name, bundle.card.input
     load = partial(
-        engines.load, engines.resolve("auto"), threads=1, precision=precision
+        engines.load, engines.resolve("auto", precision), threads=1, precision=precision
     )  # fmt: skip
     model = bundle.onnx(precision)
     engine = load(model)

@@ -38,7 +38,7 @@ def work(
     """A process: gets (task, seconds), does it so long, and says how many images a second."""
     bundle = open_bundle(models, model)
     load = partial(
-        engines.load, engines.resolve("auto"), threads=1, precision=precision
+        engines.load, engines.resolve("auto", precision), threads=1, precision=precision
     )  # fmt: skip
     onnx, examples = bundle.onnx(precision), golden_inputs(bundle.card.input)
     engine = load(onnx)

@@ -76,7 +76,7 @@ def test_the_card_has_the_commands(name):
 @pytest.mark.parametrize("precision", ["float32", "bf16", "int8"])
 def test_the_self_test_passes(name, precision):
     found = bundle(name)
-    engine = load("openvino", found.onnx(precision), threads=1, precision=precision)
+    engine = load(resolve("auto", precision), found.onnx(precision), threads=1, precision=precision)
     self_test(found, engine, precision)
 
 
@@ -133,7 +133,7 @@ def test_shipped_scores_are_the_derivatives(name):
 def test_accuracy_on_real_images(name, precision):
     found = bundle(name)
     data = load_data(name, "test", root=DATA).subset(np.arange(1000))
-    engine = load(resolve("auto"), found.onnx(precision), threads=2, precision=precision)
+    engine = load(resolve("auto", precision), found.onnx(precision), threads=2, precision=precision)
     parts = [engine(data.images[i : i + 100]) for i in range(0, 1000, 100)]
     right = (np.concatenate(parts).argmax(1) == data.labels).mean()
     assert right == pytest.approx(found.card.accuracy[precision].value, abs=0.03)

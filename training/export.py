@@ -217,7 +217,7 @@ def make_golden(folder: Path, shape: InputShape, *, threads: int = 1) -> Golden:
 
 def engines() -> list[EngineName]:
     """The engines that bundles are measured on: all that the base install brings here."""
-    return ["onnxruntime", "openvino"] if resolve("auto") == "openvino" else ["onnxruntime"]
+    return ["onnxruntime", "openvino"] if resolve("auto", "int8") == "openvino" else ["onnxruntime"]
 
 
 def _room(precision: Precision, apart: float) -> float:

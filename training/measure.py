@@ -55,7 +55,8 @@ def answers(
     engine: EngineName | None = None,
 ) -> Probs:
     """Probabilities (N, K) of uint8 images (N, H, W, C), by default from the best engine."""
-    run: Engine = load(engine or resolve("auto"), model, threads=threads(), precision=precision)
+    chosen = engine or resolve("auto", precision)
+    run: Engine = load(chosen, model, threads=threads(), precision=precision)
     return np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
 
 

@@ -64,7 +64,7 @@ def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
         "model": {
             **card.model_dump(include={"name", "version", "labels", "input", "accuracy"}),
             "precision": settings.precision,
-            "engine": engines.resolve(settings.engine),
+            "engine": engines.resolve(settings.engine, settings.precision),
             "served_file": ONNX_FILE[settings.precision],
             "files": card.files,
             "data_licence": card.data_licence,

@@ -43,7 +43,7 @@ class Previewer:
         self._settings = settings
         self._bundle: Bundle = open_bundle(settings.model_dir, settings.model)
         self._engine: Engine = engines.load(
-            engines.resolve(settings.engine),
+            engines.resolve(settings.engine, settings.precision),
             self._bundle.onnx(settings.precision),
             threads=1,
             precision=settings.precision,

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from app.engines.processor import adds_int8_exactly
 from app.errors import ConfigError
 from app.precision import Precision
 
@@ -52,7 +53,7 @@ class Loader(Protocol):
         ...
 
 
-# In order of preference: `auto` takes the first that is installed.
+# In order of preference: `auto` takes the first that is installed and exact.
 ENGINES: dict[EngineName, str] = {
     "openvino": "app.engines.openvino",
     "onnxruntime": "app.engines.onnxruntime",
@@ -74,14 +75,26 @@ def parts(n: int) -> list[int]:
     return sizes
 
 
-def resolve(name: str) -> EngineName:
+def resolve(
+    name: str, precision: Precision = "float32", exact: Callable[[], bool] = adds_int8_exactly
+) -> EngineName:
     """The engine that `name` stands for; `auto` is the first of the table that is installed.
+
+    OpenVINO's int8 saturates on x86 processors without VNNI, where ONNX Runtime can be told not to:
+    there `auto` takes that one for int8.
+
+    Args:
+        name: of an engine, or `auto`.
+        precision: that it will run.
+        exact: whether int8 does not saturate here.
 
     Raises:
         ConfigError: no such engine, or its library is not installed.
     """
     installed = [engine for engine in ENGINES if importlib.util.find_spec(engine)]
     if name == "auto" and installed:
+        if precision == "int8" and "onnxruntime" in installed and not exact():
+            return "onnxruntime"
         return installed[0]
     for engine in ENGINES:
         if engine == name and engine in installed:

@@ -56,6 +56,8 @@ def load(model: bytes, /, *, threads: int, precision: Precision) -> OnnxRuntime:
     options.log_severity_level = ERROR
     # A spinning thread would take the core from the other workers.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without VNNI int8 would saturate: exact sums, by wider steps where the processor needs them.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except REFUSALS as exc:

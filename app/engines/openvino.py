@@ -30,6 +30,7 @@ finally:
         del sys.modules[CONVERTER]  # whoever imports it by name may have it
 
 from app.engines import FAST, Batch, Probs, size_within  # noqa: E402  # see above
+from app.engines.processor import adds_int8_exactly  # noqa: E402  # see above
 from app.errors import ConfigError  # noqa: E402  # see above
 from app.precision import Precision  # noqa: E402  # see above
 
@@ -140,6 +141,11 @@ def load(model: bytes, /, *, threads: int, precision: Precision) -> OpenVino:
         # Pinned threads of several worker processes would share the first core.
         key.hint.enable_cpu_pinning: False,
     }
+    if precision == "int8" and not adds_int8_exactly():
+        log.warning(
+            "int8 saturates in openvino on this processor, which has no VNNI; "
+            "the engine onnxruntime computes exactly"
+        )
     try:
         core = ov.Core()
         network = core.read_model(model)

@@ -202,7 +202,8 @@ class Target:
 def reference(precision: Precision, pixels: Pixels) -> Probs:
     """What the bundle answers with the engine that Scumble takes on this processor."""
     model = open_bundle(default_model_dir(), MODEL).onnx(precision)
-    return engines.load(engines.resolve("auto"), model, threads=1, precision=precision)(pixels)
+    engine = engines.resolve("auto", precision)
+    return engines.load(engine, model, threads=1, precision=precision)(pixels)
 
 
 def targets(names: Iterable[str], settings: Iterable[str]) -> Iterator[Target]:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from app.bundle import InputShape, golden_inputs, open_bundle
+from app.bundle import Bundle, InputShape, golden_inputs, open_bundle
 from app.engines import ENGINES, FAST, load, resolve
+from app.engines.processor import adds_int8_exactly
 from app.errors import ConfigError
 from app.graph import tensor_input
+from app.pipeline import self_test
 from training.export import to_onnx
 from training.nets import NETS, Normalize
 
@@ -193,6 +195,49 @@ def test_torch_names_the_operators_it_lacks():
     onnx.checker.check_model(model)
     with pytest.raises(ConfigError, match="Erf"):
         load("torch", model.SerializeToString(), threads=1, precision="float32")
+
+
+VNNI, AVX2 = "flags\t: fpu avx2 avx512_vnni\n", "flags\t: fpu avx2 avx512f\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "machine", "exact"),
+    [
+        (VNNI, "x86_64", True),
+        (AVX2, "x86_64", False),
+        (VNNI.replace("avx512_vnni", "avx_vnni"), "AMD64", True),
+        (None, "x86_64", False),
+        (None, "aarch64", True),
+    ],
+)
+def test_int8_is_exact_where_the_processor_adds_without_saturation(
+    cpuinfo, machine, exact, tmp_path
+):
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    assert adds_int8_exactly(file, machine) is exact
+
+
+@pytest.mark.parametrize(
+    ("precision", "exact", "engine"),
+    [
+        ("float32", False, "openvino"),
+        ("bf16", False, "openvino"),
+        ("int8", True, "openvino"),
+        ("int8", False, "onnxruntime"),
+    ],
+)
+def test_auto_takes_the_fastest_engine_that_is_exact(precision, exact, engine):
+    assert resolve("auto", precision, lambda: exact) == engine
+    assert resolve("openvino", precision, lambda: exact) == "openvino"
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "gtsrb"])
+def test_int8_of_onnxruntime_is_exact_on_any_processor(name):
+    bundle = Bundle(MODELS / name)
+    engine = load("onnxruntime", bundle.onnx("int8"), threads=1, precision="int8")
+    self_test(bundle, engine, "int8")
 
 
 def test_auto_prefers_openvino():
