@@ -17,9 +17,6 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY pyproject.toml README.md LICENSE ./
 COPY models/mnist models/mnist
 COPY scumble scumble
-COPY training training
-COPY attacker attacker
-COPY evaluation evaluation
 COPY app app
 RUN python3 -m pip --python /opt/tools/bin/python3 wheel --no-deps --no-build-isolation \
         --wheel-dir /wheel . \
@@ -74,7 +71,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 WORKDIR /
 RUN SCUMBLE_ENGINE=onnxruntime /opt/venv/bin/scumble check \
     && /opt/venv/bin/scumble check \
-    && /opt/venv/bin/python3 -c "import app.serve, app.supervisor, app.worker, app.admin, app.console.helper"
+    && /opt/venv/bin/python3 -c "import app.processes.serve, app.processes.supervisor, app.processes.worker, app.admin.application, app.admin.console.helper"
 
 FROM ${BASE_IMAGE} AS service
 RUN useradd --no-log-init --uid 10001 --user-group --no-create-home scumble

@@ -79,11 +79,11 @@ format: .venv/.dev ## let ruff put the code in order
 	$(BIN)/ruff format .
 
 demo: .venv/.dev ## steal a model, undefended and defended, and compare; a few minutes (ARGS='--queries 1000' for less)
-	$(BIN)/python -m evaluation.demo $(ARGS)
+	$(BIN)/python -m scumble.evaluation.demo $(ARGS)
 
 results-ci: .venv/.dev ## a small comparison of defenses, made again and compared with the committed one
 	$(BIN)/scumble evaluate --plan ci --out runs/results-ci
-	$(BIN)/python -m evaluation.reproduce runs/results-ci evaluation/results/ci
+	$(BIN)/python -m scumble.evaluation.reproduce runs/results-ci docs/results/records/ci
 
 chaos: .venv/.dev ## break a server in every way under load; three minutes
 	$(BIN)/python -m loadtest.chaos

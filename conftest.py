@@ -15,7 +15,7 @@ import pytest
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-from scumble.local import serving, without_settings
+from scumble.evaluation.local_server import serving, without_settings
 from tests.ports import free_ports
 
 ROOT = Path(__file__).parent

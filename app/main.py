@@ -12,31 +12,32 @@ import numpy as np
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from app import defenses, engines
-from app.access import Access
-from app.api import build
-from app.audit import Audit
-from app.auxiliary import Auxiliaries
-from app.batching import Batcher
-from app.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
-from app.chain_file import ChainFile
+from app.access.admission import Access
+from app.access.grants import Grant, Grants
+from app.access.keys import load_keys, parse_keys
+from app.access.policies import Policies
+from app.access.quotas import common_buckets
+from app.access.stores import MEMORY, Bucket, open_store
+from app.audit.chain_file import ChainFile
+from app.audit.log import Audit
 from app.errors import ConfigError
-from app.executor import BoundedExecutor
-from app.file_watcher import FileName, FileWatcher, LastGood, Listener, WatchedFile
-from app.grants import Grant, Grants
-from app.graph import tensor_input
-from app.keys import load_keys, parse_keys
-from app.late import Late
-from app.metrics import Metrics
-from app.pipeline import Composed, Composer, Fused, self_test
-from app.policies import Policies
-from app.quota import common_buckets
-from app.service import Batchers, Service
+from app.http.application import build
+from app.http.prediction import Batchers, Service
+from app.inference import engines
+from app.inference.async_lazy import Late
+from app.inference.auxiliary import Auxiliaries
+from app.inference.batching import Batcher
+from app.inference.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
+from app.inference.executor import BoundedExecutor
+from app.inference.graph import tensor_input
+from app.inference.pipeline import Composed, Composer, Fused, self_test
 from app.settings import Settings, collector, load_settings
-from app.stores import MEMORY, Bucket, open_store
+from app.system.file_watcher import FileName, FileWatcher, LastGood, Listener, WatchedFile
+from app.telemetry.metrics import Metrics
+from scumble import defenses
 
 if TYPE_CHECKING:
-    from app.tracing import Tracing
+    from app.telemetry.tracing import Tracing
 
 # A batch that takes longer than this leaves the event loop to other requests, on a thread.
 INLINE_S = 0.010
@@ -299,7 +300,7 @@ def make_tracing(settings: Settings, environ: Mapping[str, str]) -> Tracing | No
             log.warning("no traces: %s: %s", name, exc)
             return None
     try:
-        from app.tracing import Tracing, exporting
+        from app.telemetry.tracing import Tracing, exporting
     except ImportError as exc:
         sentence = f"no traces: {exc}; install it with: pip install 'scumble[otel]'"
         if named:

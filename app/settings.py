@@ -32,11 +32,11 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from app.cores import available_cores
 from app.errors import ConfigError
-from app.json_values import Parameters
 from app.precision import Precision
-from app.urls import HIDDEN, redacted, split
+from app.system.cores import available_cores
+from app.system.json_values import Parameters
+from app.system.urls import HIDDEN, redacted, split
 
 PREFIX = "SCUMBLE_"
 # As browsers write it, in small letters and without a slash at the end.

@@ -40,7 +40,7 @@ from PIL.PngImagePlugin import PngInfo
 from dashboards.__main__ import FOLDER
 from dashboards.boards import BOARDS
 from dashboards.prometheus import Prometheus, filled_in, running
-from scumble.local import Server, serving
+from scumble.evaluation.local_server import Server, serving
 
 ROOT = FOLDER.parents[2]
 OUT = ROOT / "docs" / "pictures"

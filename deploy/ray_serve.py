@@ -23,10 +23,10 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
-from app import logs
 from app.errors import ConfigError
 from app.main import create_app
 from app.settings import PREFIX, Settings, load_settings
+from app.telemetry import logs
 
 # What the supervisor does for its workers, and what is on its connections.
 SUPERVISORS = {

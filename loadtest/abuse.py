@@ -34,10 +34,10 @@ import httpx2
 import numpy as np
 from scipy.stats import mannwhitneyu
 
-from app.keys import Key, KeyFile, KeyLimits, digest, new_key, write_keys
-from app.metrics import FLUSH_S
+from app.access.keys import Key, KeyFile, KeyLimits, digest, new_key, write_keys
+from app.telemetry.metrics import FLUSH_S
 from loadtest.chaos import DIGIT, redis_in
-from scumble.local import Server, serving
+from scumble.evaluation.local_server import Server, serving
 from scumble.machine import processor
 
 OUT = Path(__file__).with_suffix(".json")

@@ -33,15 +33,15 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from app.bundle import Card, golden_inputs, open_bundle
-from app.metrics import FLUSH_S
+from app.inference.bundle import Card, golden_inputs, open_bundle
 from app.precision import Precision
 from app.settings import LimitSettings, default_model_dir
+from app.telemetry.metrics import FLUSH_S
 from loadtest.limits import Limits
 from loadtest.wrk import Load, load
-from scumble.local import Server, serving
+from scumble.client.wire import encode
+from scumble.evaluation.local_server import Server, serving
 from scumble.machine import processor
-from scumble.wire import encode
 
 OUT = Path(__file__).with_suffix(".json")
 DCP: dict[str, Any] = {"beta": 1.2, "gamma": 0.2}  # at 1.2 every row is perturbed

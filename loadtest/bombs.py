@@ -34,7 +34,7 @@ import click
 import httpx2
 
 from loadtest.bomb_files import FILES, MOST_BYTES, huffman_groups, jpeg, png
-from scumble.local import Server, serving
+from scumble.evaluation.local_server import Server, serving
 from scumble.machine import processor
 
 OUT = Path(__file__).with_suffix(".json")

@@ -58,7 +58,7 @@ class Strategy(Protocol):
 
 
 class Shared:
-    """One store, asked at each request: what `app.stores.redis` does."""
+    """One store, asked at each request: what `app.access.stores.redis` does."""
 
     def __init__(self, clients: int, replicas: int, budget: int) -> None:
         del replicas

@@ -39,10 +39,10 @@ from typing import Any
 import click
 import httpx2
 
-from app.keys import Key, KeyFile, KeyLimits, digest, write_keys
+from app.access.keys import Key, KeyFile, KeyLimits, digest, write_keys
 from loadtest.bomb_files import FILES
 from loadtest.floods import FLOODS, left_open
-from scumble.local import Server, serving
+from scumble.evaluation.local_server import Server, serving
 
 ROOT = Path(__file__).parents[1]
 DIGIT = (ROOT / "docs" / "digits" / "3.png").read_bytes()

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import click
 
-from app.quota import client_buckets
-from app.stores.redis import CONNECTIONS, RedisStore
+from app.access.quotas import client_buckets
+from app.access.stores.redis import CONNECTIONS, RedisStore
 from loadtest.bench import CORES
 from loadtest.chaos import redis_in
 from scumble.machine import processor

@@ -23,11 +23,11 @@ from urllib.parse import urlsplit
 import click
 import numpy as np
 
-from app.bundle import golden_inputs, open_bundle
+from app.inference.bundle import golden_inputs, open_bundle
 from app.settings import default_model_dir
-from scumble.local import Server, serving
+from scumble.client.wire import encode
+from scumble.evaluation.local_server import Server, serving
 from scumble.machine import processor
-from scumble.wire import encode
 
 OUT = Path(__file__).with_suffix(".json")
 DCP = {"defense": "dcp", "defense_params": {"beta": 1.2, "gamma": 0.2}}

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import orjson
 
-from app import defenses, engines
-from app.bundle import golden_inputs, open_bundle
-from app.decode import decode
-from app.pipeline import Pipeline, fuse
+from app.inference import engines
+from app.inference.bundle import golden_inputs, open_bundle
+from app.inference.decode import decode
+from app.inference.pipeline import Pipeline, fuse
 from app.precision import Precision
+from scumble import defenses
 
 BATCHES = (1, 32, 256)
 

@@ -15,10 +15,16 @@ import click
 import numpy as np
 import torch
 
-from app.bundle import InputShape
-from training.export import export_bundle, finish
-from training.quantize import ptq
-from training.sources import IMAGENET_MEAN, IMAGENET_STD, normalized, numbers, torchvision_model
+from app.inference.bundle import InputShape
+from scumble.training.export import export_bundle, finish
+from scumble.training.quantize import ptq
+from scumble.training.sources import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    normalized,
+    numbers,
+    torchvision_model,
+)
 
 FOLDER = Path("runs/bench/models/mobilenet")
 SHAPE = InputShape(height=224, width=224, channels=3)

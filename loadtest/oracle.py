@@ -24,9 +24,9 @@ import numpy as np
 
 from app.precision import Precision
 from app.settings import default_model_dir
-from attacker.oracle import HttpOracle
 from loadtest.limits import Limits
-from scumble.local import serving
+from scumble.attacker.oracle import HttpOracle
+from scumble.evaluation.local_server import serving
 from scumble.machine import processor
 
 OUT = Path(__file__).with_suffix(".json")

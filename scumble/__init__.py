@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scumble.client import AsyncClient, Client
-    from scumble.errors import BadAnswer, BadImage, ClientError, Refused, Unreachable
-    from scumble.wire import Answer, Choice, InputShape, Limits, ModelInfo, Prediction
+    from scumble.client.errors import BadAnswer, BadImage, ClientError, Refused, Unreachable
+    from scumble.client.http_client import AsyncClient, Client
+    from scumble.client.wire import Answer, Choice, InputShape, Limits, ModelInfo, Prediction
 
 __all__ = [
     "Answer",
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> object:
 
 # module -> the public names that live there
 _HOMES = {
-    "scumble.client": ("AsyncClient", "Client"),
-    "scumble.errors": ("BadAnswer", "BadImage", "ClientError", "Refused", "Unreachable"),
-    "scumble.wire": ("Answer", "Choice", "InputShape", "Limits", "ModelInfo", "Prediction"),
+    "scumble.client.http_client": ("AsyncClient", "Client"),
+    "scumble.client.errors": ("BadAnswer", "BadImage", "ClientError", "Refused", "Unreachable"),
+    "scumble.client.wire": ("Answer", "Choice", "InputShape", "Limits", "ModelInfo", "Prediction"),
 }

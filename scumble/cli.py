@@ -100,19 +100,29 @@ def _package(module: str) -> str:
 
 
 COMMANDS = {
-    "serve": Row("app.commands:serve", "Serve a model over HTTP."),
-    "reload": Row("app.commands:reload", "Let a server take its model anew."),
-    "check": Row("app.commands:check", "Show the settings a server would start with."),
-    "keys": Row("app.key_commands:keys", "Make, list and revoke API keys."),
-    "audit": Row("app.audit_commands:audit", "Check audit logs."),
-    "predict": Row("scumble.commands:predict", "Classify image files with a running server."),
-    "attack": Row("attacker.commands:attack", "Steal a served model, to know its worth.", "attack"),
-    "evaluate": Row("evaluation.commands:evaluate", "Judge defenses with attacks.", "evaluate"),
-    "bench": Row("evaluation.bench:bench", "Measure what defenses cost.", "evaluate"),
-    "train": Row("training.commands:train", "Train a victim.", "train"),
-    "quantize": Row("training.commands:quantize", "Make a trained victim's int8 form.", "train"),
-    "calibrate": Row("training.calibrate:calibrate", "Fit what a bundle serves.", "train"),
-    "export": Row("training.exporting:export", "Make a bundle, or a defended ONNX file.", "train"),
+    "serve": Row("app.commands.serve:serve", "Serve a model over HTTP."),
+    "reload": Row("app.commands.serve:reload", "Let a server take its model anew."),
+    "check": Row("app.commands.serve:check", "Show the settings a server would start with."),
+    "keys": Row("app.commands.keys:keys", "Make, list and revoke API keys."),
+    "audit": Row("app.commands.audit:audit", "Check audit logs."),
+    "predict": Row(
+        "scumble.client.commands:predict", "Classify image files with a running server."
+    ),
+    "attack": Row(
+        "scumble.attacker.commands:attack", "Steal a served model, to know its worth.", "attack"
+    ),
+    "evaluate": Row(
+        "scumble.evaluation.commands:evaluate", "Judge defenses with attacks.", "evaluate"
+    ),
+    "bench": Row("scumble.evaluation.bench:bench", "Measure what defenses cost.", "evaluate"),
+    "train": Row("scumble.training.commands:train", "Train a victim.", "train"),
+    "quantize": Row(
+        "scumble.training.commands:quantize", "Make a trained victim's int8 form.", "train"
+    ),
+    "calibrate": Row("scumble.training.calibrate:calibrate", "Fit what a bundle serves.", "train"),
+    "export": Row(
+        "scumble.training.exporting:export", "Make a bundle, or a defended ONNX file.", "train"
+    ),
 }
 
 

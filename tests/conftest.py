@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from app.main import create_app
 from app.settings import Settings
-from scumble.local import Server, serving
+from scumble.evaluation.local_server import Server, serving
 from tests.tiny import make_bundle
 
 settings.register_profile("ci", derandomize=True, deadline=None)

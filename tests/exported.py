@@ -2,9 +2,9 @@
 
 from prometheus_client import CollectorRegistry
 
-from app.admin import ProcessMetrics
-from app.incidents import Incidents
-from app.metrics import Metrics
+from app.admin.application import ProcessMetrics
+from app.telemetry.incidents import Incidents
+from app.telemetry.metrics import Metrics
 
 
 class NoWorkers:

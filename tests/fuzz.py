@@ -24,7 +24,7 @@ from pathlib import Path
 import orjson
 from fastapi import FastAPI
 
-from app.keys import Key, KeyFile, digest, write_keys
+from app.access.keys import Key, KeyFile, digest, write_keys
 from app.main import create_app
 from app.settings import Settings
 from tests.seeds import Asked, corpus, read

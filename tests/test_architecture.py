@@ -41,8 +41,8 @@ def test_an_engine_is_loaded_only_when_chosen(engine):
 def test_a_broken_image_does_not_make_pillow_load_its_other_formats():
     code = """
 from PIL import Image
-from app.bundle import InputShape, Preprocessing
-from app.decode import decode
+from app.inference.bundle import InputShape, Preprocessing
+from app.inference.decode import decode
 from app.errors import Unprocessable
 try:
     decode(b"P6 8 8 255", InputShape(height=8, width=8, channels=3), Preprocessing(), 100)
@@ -63,10 +63,10 @@ for name in (
     sys.modules[name] = None
 from pathlib import Path
 from starlette.testclient import TestClient
-import scumble.cli, scumble.client, scumble.commands
+import scumble.cli, scumble.client.http_client, scumble.client.commands
 from app.main import create_app
 from app.settings import Settings
-from app.serve import serve
+from app.processes.serve import serve
 from tests.pictures import PNG
 app = create_app(Settings(model_dir=Path(sys.argv[1]), model="tiny", precision="int8"))
 with TestClient(app) as client:
@@ -81,7 +81,7 @@ def test_the_redis_store_without_redis_names_the_extra():
 import sys
 sys.modules["redis"] = None
 from app.errors import ConfigError
-from app.stores import open_store
+from app.access.stores import open_store
 try:
     open_store("redis://:hunter2@localhost/0")
 except ConfigError as exc:
@@ -96,7 +96,7 @@ def test_the_torch_engine_without_torch_names_the_extra():
     code = """
 import sys
 sys.modules["torch"] = None
-from app.engines import resolve
+from app.inference.engines import resolve
 from app.errors import ConfigError
 try:
     resolve("torch")

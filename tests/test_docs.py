@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 from starlette.routing import Route
 
-from app.defenses import available
 from app.errors import RequestError
-from app.metrics import STAGES
 from app.settings import Settings, variables
-from attacker.adapt import MODIFIERS
-from attacker.attacks import ATTACKS
-from attacker.result import read
-from attacker.students import STUDENTS
-from attacker.transports import TRANSPORTS
-from evaluation.steal import CELLS, RESULTS
+from app.telemetry.metrics import STAGES
+from docs.generators.cli import PAGE, page
+from scumble.attacker.adapt import MODIFIERS
+from scumble.attacker.attacks import ATTACKS
+from scumble.attacker.result import read
+from scumble.attacker.students import STUDENTS
+from scumble.attacker.transports import TRANSPORTS
 from scumble.cli import COMMANDS
-from scumble.data import DIGITS, TORCHVISION
-from scumble.pages import PAGE, page
+from scumble.data.image_sets import DIGITS, TORCHVISION
+from scumble.defenses import available
+from scumble.evaluation.steal import CELLS, RESULTS
 from tests.exported import metric_names
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_every_transport_student_and_data_set_is_named():
 
 @pytest.mark.torch
 def test_every_command_and_option_is_in_the_reference():
-    assert PAGE.read_text().split() == page().split(), "run python -m scumble.pages"
+    assert PAGE.read_text().split() == page().split(), "run python -m docs.generators.cli"
 
 
 def test_every_command_is_in_the_readme():

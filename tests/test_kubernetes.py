@@ -18,15 +18,15 @@ import pytest
 import redis
 import yaml
 from starlette.routing import Route
-
-from app.admin import create_admin
-from app.incidents import Incidents
-from app.keys import KeyFile, write_keys
-from app.settings import Settings, load_settings
-from app.supervisor import GRACE_S
-from loadtest.scaling import USE
-from scumble.local import Server, serving
 from tests.app.test_access import IMAGE, row
+
+from app.access.keys import KeyFile, write_keys
+from app.admin.application import create_admin
+from app.processes.supervisor import GRACE_S
+from app.settings import Settings, load_settings
+from app.telemetry.incidents import Incidents
+from loadtest.scaling import USE
+from scumble.evaluation.local_server import Server, serving
 from tests.docker.test_prometheus import PROMTOOL, promtool
 from tests.exported import NoWorkers, metric_names
 from tests.redis_server import BINARY, RedisServer, needs_redis

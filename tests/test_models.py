@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.auxiliary import Auxiliaries
-from app.bundle import AUXILIARY_FILES, Bundle, golden_inputs
-from app.defenses import make
-from app.engines import load, resolve
-from app.pipeline import self_test
-from scumble.data import load as load_data
-from training.figures import codebooks, tables
+from app.inference.auxiliary import Auxiliaries
+from app.inference.bundle import AUXILIARY_FILES, Bundle, golden_inputs
+from app.inference.engines import load, resolve
+from app.inference.pipeline import self_test
+from docs.generators.bundles import codebooks, tables
+from scumble.data.image_sets import load as load_data
+from scumble.defenses import make
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -106,7 +106,7 @@ def test_auxiliary_models_are_small_and_answer(name):
 @each_model
 def test_auxiliary_models_learned_what_they_should(name):
     made = bundle(name).card.auxiliary
-    assert made["command"].startswith(f"python -m training.auxiliary {name} ")
+    assert made["command"].startswith(f"python -m scumble.training.auxiliary {name} ")
     assert made["surrogate"]["agreement"] > AGREEMENT[name]
     assert made["misinformation"]["test"] < 0.02
 
@@ -116,8 +116,8 @@ def test_auxiliary_models_learned_what_they_should(name):
 def test_shipped_scores_are_the_derivatives(name):
     import torch
 
-    from evaluation.reference import grad2_scores
-    from training.auxiliary import surrogate_of
+    from scumble.evaluation.reference import grad2_scores
+    from scumble.training.auxiliary import surrogate_of
 
     found = bundle(name)
     pixels = golden_inputs(found.card.input)
@@ -149,12 +149,12 @@ def test_cards_hold_no_path_of_a_machine():
 def test_the_figures_in_the_docs_are_the_cards():
     text = (ROOT / "docs" / "training.md").read_text()
     shown = text.partition("<!-- figures -->\n")[2].partition("\n<!-- end of figures -->")[0]
-    assert shown == tables(ROOT / "models"), "run python -m training.figures"
+    assert shown == tables(ROOT / "models"), "run python -m docs.generators.bundles"
 
 
 def test_the_page_on_defenses_has_the_figures_of_the_codebooks():
     text = (ROOT / "docs" / "defenses.md").read_text()
-    assert codebooks(ROOT / "models") in text, "run: python -m training.figures"
+    assert codebooks(ROOT / "models") in text, "run: python -m docs.generators.bundles"
 
 
 @each_model

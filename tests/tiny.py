@@ -19,7 +19,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from app.bundle import InputShape, golden_inputs, write_card
+from app.inference.bundle import InputShape, golden_inputs, write_card
 
 SHAPE = InputShape(height=8, width=8, channels=3)
 LABELS = ["red", "green", "blue", "grey"]

@@ -38,9 +38,8 @@ import httpx2
 import numpy as np
 import numpy.typing as npt
 
-from app import engines
-from app.bundle import golden_inputs, open_bundle
-from app.defenses import configure
+from app.inference import engines
+from app.inference.bundle import golden_inputs, open_bundle
 from app.precision import Precision
 from app.settings import default_model_dir
 from loadtest.limits import Limits
@@ -49,9 +48,10 @@ from loadtest.peers.environments import HERE, RUNS, interpreter, versions
 from loadtest.peers.figures import Story, Visit, entry
 from loadtest.peers.processes import Running, running
 from loadtest.wrk import Load, load
-from scumble.local import variables, without_settings
+from scumble.client.wire import encode
+from scumble.defenses import configure
+from scumble.evaluation.local_server import variables, without_settings
 from scumble.machine import processor
-from scumble.wire import encode
 
 OUT = HERE.parent / "peers.json"
 MODEL = "cifar10"

@@ -16,8 +16,8 @@ import onnx
 import torch
 from torch import Tensor
 
-from app.bundle import Bundle, golden_inputs, open_bundle
-from app.graph import parse
+from app.inference.bundle import Bundle, golden_inputs, open_bundle
+from app.inference.graph import parse
 from app.settings import default_model_dir
 from loadtest.peers.classifier import WEIGHTS, stock
 from loadtest.peers.net import victim

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from app.defenses.base import Defense
+from scumble.defenses.base import Defense
 from tests.pictures import encoded
 
 NAME = f"{Path(__file__)}:Stubborn"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from app.defenses.base import Defense
+from scumble.defenses.base import Defense
 
 FIRST = f"{Path(__file__)}:First"
 THREAD = f"{Path(__file__)}:Thread"

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+from tests.app.test_access import row
 
-from app.keys import KeyFile, write_keys
-from app.metrics import FLUSH_S
+from app.access.keys import KeyFile, write_keys
+from app.telemetry.metrics import FLUSH_S
 from tests.app import telling
 from tests.app.stubborn import HUNG, NAME, SLOW, SLOW_S, plain
-from tests.app.test_access import row
 from tests.pictures import PNG
 
 pytestmark = pytest.mark.server

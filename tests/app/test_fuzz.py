@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from app.chain import verify
+from app.audit.hash_chain import verify
 from tests.fuzz import Broken, ask, damaged, fuzz
 from tests.seeds import CORPUS, corpus, read, seeds
 

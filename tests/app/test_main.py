@@ -12,8 +12,8 @@ import pytest
 
 from app.errors import BundleError, ConfigError
 from app.main import create_app
+from app.processes.snapshot import take
 from app.settings import Settings
-from app.snapshot import take
 from tests.app import telling
 from tests.pictures import PNG
 
@@ -90,7 +90,7 @@ def test_the_log_says_where_the_defense_runs(make_client, caplog, options, where
 
 
 def test_a_graph_that_is_off_is_not_served(make_client, caplog, monkeypatch):
-    from app.defenses import DCP
+    from scumble.defenses import DCP
 
     monkeypatch.setattr(DCP, "nodes", lambda self, op, probs: op("Mul", probs, 0.5))
     params = {"defense": "dcp", "defense_params": {"beta": 1.2}}
@@ -169,7 +169,7 @@ def test_what_never_ends_is_no_file_of_a_bundle(own_models, file):
 @pytest.mark.parametrize("inside", [False, True], ids=["of the graph", "of a subgraph"])
 def test_a_network_with_weights_in_other_files_is_refused(own_models, inside):
     """Engines read them, from wherever the file says, and no hash covers what is there."""
-    from app.bundle import Bundle, write_card
+    from app.inference.bundle import Bundle, write_card
 
     folder = own_models / "tiny"
     model = onnx.load(folder / "float32.onnx")
@@ -212,7 +212,7 @@ def test_unknown_members_of_a_card_are_refused(own_models):
 
 
 def test_wrong_outputs_fail_the_self_test(own_models):
-    from app.bundle import write_card
+    from app.inference.bundle import write_card
 
     folder = own_models / "tiny"
     golden = json.loads((folder / "golden.json").read_text())
@@ -246,13 +246,13 @@ def test_one_image_that_takes_longer_than_a_batch_may_does_not_start(models):
 
 
 def test_bundle_prints_as_its_constructor(models):
-    from app.bundle import Bundle
+    from app.inference.bundle import Bundle
 
     assert re.fullmatch(r"Bundle\('.*/tiny'\)", repr(Bundle(models / "tiny")))
 
 
 def test_the_supervisor_is_quick_to_start_and_small():
-    modules = "app.supervisor, app.admin, app.console.helper"
+    modules = "app.processes.supervisor, app.admin.application, app.admin.console.helper"
     heavy = {"numpy", "PIL", "imagecodecs", "fastapi", "openvino"}
     code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

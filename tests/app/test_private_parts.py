@@ -1,7 +1,7 @@
 """What the service uses of uvicorn and of multiprocessing that neither documents.
 
-`app/connections.py`, `app/worker.py` and `app/supervisor.py` extend uvicorn's classes, and
-`app/nursery.py` starts multiprocessing's fork server itself. `pyproject.toml` allows the releases
+`app/http/connections.py`, `app/processes/worker.py` and `app/processes/supervisor.py` extend uvicorn's classes, and
+`app/processes/worker_fork_server.py` starts multiprocessing's fork server itself. `pyproject.toml` allows the releases
 of uvicorn that were tried. Where another one, or another Python, differs, a test here says in what.
 """
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import httpx2
 import pytest
 from starlette.testclient import TestClient
-
-from app.admin import create_admin
-from app.errors import BundleError, ConfigError
-from app.incidents import Incidents
-from app.settings import Settings
-from app.snapshot import take
-from app.temporary import temporary_folder
-from scumble.local import start
-from tests.app.test_faults import IMAGE, kill_one, post
 from tests.app.test_nursery import wait_for
+
+from app.admin.application import create_admin
+from app.errors import BundleError, ConfigError
+from app.processes.snapshot import take
+from app.settings import Settings
+from app.system.temporary import temporary_folder
+from app.telemetry.incidents import Incidents
+from scumble.evaluation.local_server import start
+from tests.app.test_faults import IMAGE, kill_one, post
 from tests.pictures import PNG
 
 pytestmark = pytest.mark.server

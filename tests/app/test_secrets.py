@@ -8,12 +8,12 @@ from click.testing import CliRunner
 from prometheus_client import generate_latest
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from app.console.facts import about
+from app.access.stores import open_store
+from app.admin.console.facts import about
 from app.errors import ConfigError
 from app.main import create_app
 from app.settings import load_settings
-from app.stores import open_store
-from app.urls import HIDDEN, redacted, split
+from app.system.urls import HIDDEN, redacted, split
 from scumble.cli import main
 from tests.pictures import PNG
 

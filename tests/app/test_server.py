@@ -12,8 +12,8 @@ import time
 import httpx2
 import pytest
 
-from app.metrics import FLUSH_S
-from scumble.local import start, variables
+from app.telemetry.metrics import FLUSH_S
+from scumble.evaluation.local_server import start, variables
 from tests.pictures import PNG
 
 pytestmark = pytest.mark.server

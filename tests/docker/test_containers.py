@@ -18,10 +18,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from app.defenses import make
 from app.settings import Settings, variables
 from dashboards import GRAFANA
-from evaluation import demo
+from scumble.defenses import make
+from scumble.evaluation import demo
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -104,7 +104,7 @@ def test_the_thief_knows_the_defense_that_is_served():
 
 def test_the_thief_is_started_with_options_that_exist():
     words = [re.sub(r"\$\{\w+:-(\w+)\}", r"\1", word) for word in SERVICES["attacker"]["command"]]
-    assert words[:3] == ["python3", "-m", "evaluation.demo"]
+    assert words[:3] == ["python3", "-m", "scumble.evaluation.demo"]
     parsed = demo.main.make_context(
         "demo", [w.replace("/etc/scumble/", f"{ROOT}/docker/attacker/") for w in words[3:]]
     ).params

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from starlette.routing import Route
 
-from app.metrics import SECONDS
 from app.settings import Settings
+from app.telemetry.metrics import SECONDS
 from tests.exported import metric_names
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import pytest
 
 from loadtest.bomb_files import FILES, MOST_BYTES, png
 from loadtest.bombs import TARGETS, form, instances, raw, send, summary, v2_bytes, v2_json, verdict
-from scumble.local import serving
+from scumble.evaluation.local_server import serving
 
 GOOD = {
     "status": 422,

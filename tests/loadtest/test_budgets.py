@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.quota import client_buckets
-from app.stores.redis import RedisStore
+from app.access.quotas import client_buckets
+from app.access.stores.redis import RedisStore
 from loadtest import budgets
 from loadtest.budgets import Leased, Load, Local, Shared, bounds, make_load, rows, simulate
 from tests.redis_server import RedisServer, needs_redis

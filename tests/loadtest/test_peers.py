@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from app.bundle import open_bundle
+from app.inference.bundle import open_bundle
 from loadtest import wrk
 from loadtest.peers import run
 from loadtest.peers.figures import Story, Visit, entry, ratios

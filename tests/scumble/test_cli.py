@@ -16,7 +16,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-import scumble.commands
+import scumble.client.commands
 from scumble import Client
 from scumble.cli import COMMANDS, Row, Table, main
 from tests.pictures import PNG, encoded, picture
@@ -317,7 +317,7 @@ def test_predict_sends_the_key_of_a_file(run, monkeypatch, url):
         given.append(options)
         return Client(url, **options)
 
-    monkeypatch.setattr(scumble.commands, "Client", client)
+    monkeypatch.setattr(scumble.client.commands, "Client", client)
     Path("key").write_text("scumble_x\n")
     assert run("predict", url, "car.png", "--key-file", "key").exit_code == 0
     assert given == [{"key": "scumble_x", "ca_file": None}]
@@ -329,7 +329,7 @@ def test_predict_sends_the_key_of_a_file(run, monkeypatch, url):
 
 
 def test_predict_without_a_server(run, monkeypatch):
-    monkeypatch.setattr(scumble.commands, "Client", partial(Client, retries=0))
+    monkeypatch.setattr(scumble.client.commands, "Client", partial(Client, retries=0))
     with socket.socket() as unused:  # bound, and nobody listens
         unused.bind(("127.0.0.1", 0))
         result = run("predict", f"http://127.0.0.1:{unused.getsockname()[1]}", "car.png")

@@ -1,0 +1,1 @@
+"""Who may ask, what for, and how much: API keys, policies, budgets."""

@@ -1,0 +1,220 @@
+"""Who may ask, what for, and how much: in front of the routes, and nowhere where keys are off.
+
+    header -> SHA-256 -> grant -> route -> [endpoint: charge -> engine -> defense] -> headers
+
+The keys are read anew when their file changes (`app.system.file_watcher`). A file that is broken changes
+nothing: the old keys go on, and the log says why; with `closed` only for a limited time. A request
+is charged when the headers of its images are known and before any of them is decoded; if it then
+fails or is refused, it is refunded.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from prometheus_client import Counter
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from app.access import quotas
+from app.access.grants import Grant, Grants
+from app.access.keys import digest
+from app.access.stores import Charge, StateStore, StoreError
+from app.endpoint import Endpoint
+from app.errors import OverBudget, Unauthorized, Unavailable
+from app.system.file_watcher import WatchedFile
+from app.telemetry.clients import Clients
+
+SAY_S = 10.0  # how often the log says that the store is away
+OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+log = logging.getLogger("scumble")
+
+
+@dataclass
+class Visit:
+    """One admitted request and what it was charged."""
+
+    grant: Grant
+    access: Access
+    images: int = 0
+    charged: Charge | None = None
+    asked: Charge | None = None  # granted or not
+    headers: dict[str, str] = field(default_factory=dict)
+
+    async def charge(self, images: int) -> None:
+        """Take the images from the budgets.
+
+        Raises:
+            OverBudget: they are not there; nothing was taken.
+            Unavailable: the store is away and the key fails closed.
+        """
+        buckets = self.grant.buckets
+        if not buckets:
+            return
+        try:
+            charge = await self.access.store.charge(buckets, images)
+        except StoreError as exc:
+            self.access.missed(exc)
+            if self.grant.closed:
+                raise Unavailable("budgets cannot be counted at the moment") from exc
+            return
+        self.asked = charge
+        if self.grant.client:
+            for name, bucket, left in quotas.by_client(buckets, charge):
+                # Keys of one client may have windows of different lengths: each is its own series.
+                budget = f"{name}_{bucket.window_s}s" if bucket.window_s else name
+                self.access.clients.budget(self.grant.client, budget, limit=bucket.limit, left=left)
+        self.headers = quotas.fields(buckets, charge)
+        if not charge.granted:
+            raise OverBudget(*quotas.refusal(buckets, charge, images))
+        self.images, self.charged = images, charge
+
+    async def refund(self) -> None:
+        """Give back what was charged: the client got nothing for it."""
+        if self.charged is None:
+            return
+        charge, self.charged = self.charged, None
+        try:
+            await self.access.store.refund(self.grant.buckets, self.images, charge)
+        except StoreError as exc:  # counted and not served: never the other way round
+            self.access.missed(exc)
+
+
+class Access:
+    """Admits requests.
+
+    Args:
+        keys: the grants, as their file is loaded; None for keyless.
+        closed: refuse requests with keys while that file is stale.
+        anybody: what a request without a key may do where there are no keys.
+        store: of the budgets.
+        failures: counts requests that the store did not answer.
+        clients: counts what clients with keys get.
+    """
+
+    def __init__(
+        self,
+        keys: WatchedFile[Grants] | None,
+        *,
+        closed: bool = False,
+        anybody: Grant,
+        store: StateStore,
+        failures: Counter,
+        clients: Clients,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self._keys = keys
+        self._closed = closed
+        self._anybody = anybody
+        self._failures = failures
+        self.clients = clients
+        self._clock = clock
+        self._said = -SAY_S
+
+    def known(self, scope: Scope) -> Grant:
+        """The grant of a request's key.
+
+        Raises:
+            Unauthorized: no key, or none of ours.
+            Unavailable: the keys are too old to go by.
+        """
+        if self._keys is None:
+            return self._anybody
+        if self.outdated:
+            raise Unavailable("API keys cannot be checked at the moment")
+        key = _key(scope)
+        if key is None:
+            raise Unauthorized(
+                "an API key is needed, as Authorization: Bearer KEY or X-API-Key: KEY",
+                {"WWW-Authenticate": 'Bearer realm="scumble"'},
+            )
+        found = digest(key)
+        grant = self._keys.value.get(found, self._anybody)
+        if not hmac.compare_digest(grant.digest, found):
+            raise Unauthorized(
+                "this API key is not known here",
+                {"WWW-Authenticate": 'Bearer realm="scumble", error="invalid_token"'},
+            )
+        return grant
+
+    def guard(self, path: str, endpoint: Endpoint) -> Endpoint:
+        """The endpoint behind a check of the key, charged and refunded; open ones as they are."""
+        if path in OPEN:
+            return endpoint
+
+        async def guarded(request: Request) -> Response:
+            visit = Visit(self.known(request.scope), self)
+            request.scope["state"]["visit"] = visit
+            visit.grant.check(request.scope["path"])
+            try:
+                response = await endpoint(request)
+            except OverBudget as exc:
+                exc.headers.update(visit.headers)
+                if visit.grant.client:
+                    self.clients.refused(visit.grant.client)
+                raise
+            except Exception:
+                await visit.refund()
+                raise
+            if visit.headers:
+                response.headers.update(visit.headers)
+            images = request.scope["state"].get("images", 0)
+            if images and visit.grant.client:
+                self.clients.answered(visit.grant.client, images)
+            return response
+
+        return guarded
+
+    @property
+    def outdated(self) -> bool:
+        """Whether requests are refused because the file of keys cannot be read."""
+        return self._closed and self._keys is not None and self._keys.stale
+
+    async def ready(self) -> bool:
+        """Whether no request would be refused for want of the store."""
+        if not any(grant.closed and grant.buckets for grant in self._all()):
+            return True
+        try:
+            await self.store.ping()
+        except StoreError as exc:
+            self.missed(exc)
+            return False
+        return True
+
+    def missed(self, exc: StoreError) -> None:
+        """The store did not answer; the log says so from time to time."""
+        self._failures.inc()
+        now = self._clock()
+        if now - self._said >= SAY_S:
+            self._said = now
+            log.error("the store of budgets does not answer: %s", exc)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Close the store at the end."""
+        try:
+            yield
+        finally:
+            await self.store.close()
+
+    def _all(self) -> list[Grant]:
+        return [self._anybody] if self._keys is None else list(self._keys.value.values())
+
+
+def _key(scope: Scope) -> bytes | None:
+    """The key in a request's headers."""
+    other = None
+    for name, value in scope["headers"]:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            key: bytes = value[7:].strip()
+            return key
+        if name == b"x-api-key":
+            other = value.strip()
+    return other

@@ -1,0 +1,1 @@
+"""The admin port: metrics, health, reload, and the operator console."""

@@ -1,0 +1,234 @@
+"""The admin port: one listener for all workers, kept by the supervisor, never by a busy worker.
+
+What it shows tells which answers the defense changed, so it is bound to loopback by default.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app import errors
+from app.admin.console.guard import Guard
+from app.admin.console.helper import Helper
+from app.admin.console.routes import console_routes
+from app.http.connections import BodyMemory, Common, Connection, check_all
+from app.http.responses import health, json_response
+from app.settings import Settings
+from app.telemetry.incidents import Incidents
+
+MAX_CONNECTIONS = 256
+TICKS_PER_CHECK = 10
+
+
+@dataclass
+class State:
+    """Of a server whose connections need not end before it does."""
+
+    draining: bool = False
+
+
+class AdminServer(uvicorn.Server):
+    """uvicorn inside the supervisor's loop; signals are the supervisor's.
+
+    Its connections have the limits of the public port.
+    """
+
+    def __init__(self, app: Starlette, settings: Settings, incidents: Incidents) -> None:
+        common = Common(
+            limits=settings.http,
+            memory=BodyMemory(settings.bodies_bytes),
+            state=State(),
+            rejections=incidents.admin_rejections,
+            max_connections=MAX_CONNECTIONS,
+        )
+        config = uvicorn.Config(
+            app,
+            http=partial(Connection, common),  # type: ignore[arg-type]  # it is called as a class
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,
+        )
+        super().__init__(config)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; look for slow clients."""
+        if counter % TICKS_PER_CHECK == 0:
+            check_all(self.server_state, asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Leave signals alone."""
+        yield
+
+
+class Workers(Protocol):
+    """What the admin port asks the supervisor."""
+
+    def ready(self) -> bool:
+        """Every worker is ready and nobody is draining."""
+        ...
+
+    def stale(self) -> Sequence[str]:
+        """Files that some worker could not read anew for longer than allowed."""
+        ...
+
+    def model_dir(self) -> Path:
+        """Where the bundle is that is served: a copy, and another after each reload."""
+        ...
+
+    async def reload(self) -> bool:
+        """Serve the bundle as it is now, or go on as before; which of them."""
+        ...
+
+    def pids(self) -> dict[int, int]:
+        """Process id by worker number."""
+        ...
+
+    def connections(self) -> dict[int, int]:
+        """Open connections by worker number."""
+        ...
+
+
+class ProcessMetrics(Collector):
+    """Memory, processor time and number of the worker processes, read when asked."""
+
+    def __init__(self, workers: Workers, proc: Path = Path("/proc")) -> None:
+        self._workers = workers
+        self._proc = proc
+
+    def collect(self) -> Iterable[Metric]:
+        """Read /proc for each worker; one that just ended is left out."""
+        import os
+
+        tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+        resident = GaugeMetricFamily(
+            "scumble_worker_resident_bytes", "Resident memory of a worker.", labels=["worker"]
+        )
+        seconds = CounterMetricFamily(
+            "scumble_worker_cpu_seconds_total", "Processor time of a worker.", labels=["worker"]
+        )
+        pids = self._workers.pids()
+        for number, pid in pids.items():
+            try:
+                pages = int((self._proc / str(pid) / "statm").read_text().split()[1])
+                stat = (self._proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+            except (OSError, IndexError):
+                continue
+            resident.add_metric([str(number)], pages * page)
+            seconds.add_metric([str(number)], (int(stat[11]) + int(stat[12])) / tick)
+        count = GaugeMetricFamily("scumble_workers", "Running worker processes.", len(pids))
+        return [resident, seconds, count]
+
+
+class WorkerMetrics(MultiProcessCollector):
+    """What the workers counted, by name: their files are read in whatever order the folder has."""
+
+    def collect(self) -> Iterable[Metric]:
+        """All workers' metrics together."""
+        return sorted(super().collect(), key=lambda metric: metric.name)  # type: ignore[no-untyped-call]  # no hints there
+
+
+def create_admin(
+    workers: Workers,
+    metrics_dir: str,
+    settings: Settings,
+    incidents: Incidents,
+    helper: Helper | None,
+) -> Starlette:
+    """`/metrics`, `/livez` and `/readyz` for all workers together; with a helper the console."""
+    registry = CollectorRegistry()
+    WorkerMetrics(registry, path=metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
+    registry.register(ProcessMetrics(workers))
+    registry.register(incidents)
+
+    async def metrics(request: Request) -> Response:
+        del request
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def live(request: Request) -> Response:
+        del request
+        return json_response({"status": "live"})
+
+    async def ready(request: Request) -> Response:
+        del request
+        return health("ready" if workers.ready() else "not ready", workers.stale())
+
+    async def reload(request: Request) -> Response:
+        if "origin" in request.headers:  # a page in a browser on this machine
+            error: errors.RequestError = errors.Forbidden("not for web pages")
+        elif await workers.reload():
+            return json_response({"status": "reloaded"})
+        else:
+            error = errors.Internal("the new model cannot be served; the log says why")
+        return Response(error.body(), error.status, media_type=errors.MEDIA_TYPE)
+
+    routes: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/metrics": metrics,
+        "/livez": live,
+        "/readyz": ready,
+    }
+    served = [
+        *(Route(path, endpoint, methods=["GET"]) for path, endpoint in routes.items()),
+        Route("/reload", reload, methods=["POST"]),
+    ]
+    middleware = []
+    if helper is not None:
+        served += console_routes(settings, workers, registry, helper)
+        middleware = [Middleware(Guard, hosts=settings.admin_hosts)]
+    admin = Starlette(
+        routes=served,
+        middleware=middleware,
+        exception_handlers={
+            HTTPException: _refused,
+            errors.RequestError: _problem,
+            Exception: _unexpected,
+        },
+    )
+    admin.router.redirect_slashes = False  # to wherever the Host header says
+    return admin
+
+
+async def _refused(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)  # noqa: S101  # registered for nothing else
+    allowed = (exc.headers or {}).get("Allow", "GET")
+    error = (
+        errors.MethodNotAllowed(f"allowed: {allowed}", {"Allow": allowed})
+        if exc.status_code == 405
+        else errors.NotFound("no such route; there are /metrics, /livez, /readyz and /reload")
+    )
+    return await _problem(request, error)
+
+
+async def _unexpected(request: Request, exc: Exception) -> Response:
+    del exc  # uvicorn logs it
+    return await _problem(request, errors.Internal("unexpected error; the log has the details"))
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, errors.RequestError)  # noqa: S101  # registered for nothing else
+    return Response(error.body(), error.status, error.headers, media_type=errors.MEDIA_TYPE)

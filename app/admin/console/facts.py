@@ -1,0 +1,111 @@
+"""What is served, for a person: model card, policy, settings, and the defenses the page offers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.errors import Unprocessable
+from app.inference.bundle import GOLDEN_COUNT, ONNX_FILE, Card, open_bundle
+from app.inference.formats import FORMATS
+from app.settings import Settings, shown, variables
+
+ACTIVE = "active"
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A defense that the page offers, and the one parameter it moves.
+
+    Attributes:
+        says: one sentence for the operator.
+        parameter: what the slider moves; None for a defense without one.
+        low: where the slider begins.
+        high: where it ends; None: at the number of classes.
+        step: of the slider.
+        start: where it stands unless this is the active policy.
+    """
+
+    says: str
+    parameter: str | None = None
+    low: float = 0
+    high: float | None = 0
+    step: float = 0.01
+    start: float = 0
+
+
+# Not a defense of one's own (`FILE.py:Class`): a console must not load files by name.
+KNOBS = {
+    "dcp": Knob("Moves rows less confident than beta; from 1 on all rows.", "beta", 0, 3, start=1),
+    "reverse_sigmoid": Knob("Moves every row, whatever its confidence.", "beta", 0, 3, start=0.6),
+    "random": Knob("Moves epsilon/2 of the mass to a wrong class.", "epsilon", 0, 2, start=0.5),
+    "round": Knob("Keeps so many decimals.", "decimals", 1, 8, step=1, start=2),
+    "top_k": Knob("Keeps the k largest probabilities.", "k", 1, None, step=1, start=3),
+    "label": Knob("Sends the label only, as probability 1."),
+    "none": Knob("Sends the clean probabilities."),
+}
+
+
+def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
+    """Everything on the page that does not change before the next reload.
+
+    Args:
+        settings: of the service.
+        model_dir: where the bundle is that is served.
+
+    Raises:
+        ConfigError: the bundle or the engine is gone.
+    """
+    from app.inference import (
+        engines,  # here: with numpy, which the supervisor needs for nothing else
+    )
+
+    card = open_bundle(model_dir, settings.model).card
+    return {
+        "model": {
+            **card.model_dump(include={"name", "version", "labels", "input", "accuracy"}),
+            "precision": settings.precision,
+            "engine": engines.resolve(settings.engine, settings.precision),
+            "served_file": ONNX_FILE[settings.precision],
+            "files": card.files,
+            "data_licence": card.data_licence,
+        },
+        "policy": {"defense": settings.defense, "params": settings.defense_params},
+        "defenses": offered(settings, card),
+        "golden": GOLDEN_COUNT,
+        "formats": sorted(FORMATS),
+        "max_body_bytes": settings.limits.max_body_bytes,
+        "settings": [
+            {"name": name, "value": shown(settings, name), "says": says}
+            for name, says in variables().items()
+        ],
+    }
+
+
+def offered(settings: Settings, card: Card) -> list[dict[str, Any]]:
+    """The defenses of the page's list, the active one's slider where the service has it."""
+    rows = []
+    for name, knob in KNOBS.items():
+        high = len(card.labels) if knob.high is None else knob.high
+        params = settings.defense_params if name == settings.defense else {}
+        start = params.get(knob.parameter or "", min(knob.start, high))
+        span = {"high": max(high, start), "start": start}
+        rows.append({**asdict(knob), **span, "name": name, "params": params})
+    if settings.defense not in KNOBS:
+        fixed = Knob("What is served; its parameters cannot be moved here.")
+        rows.insert(0, {**asdict(fixed), "name": ACTIVE, "params": {}})
+    return rows
+
+
+def policy(settings: Settings, name: str, params: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The defense and parameters that a name of the page's list stands for.
+
+    Raises:
+        Unprocessable: a name that the page does not offer.
+    """
+    if name == ACTIVE:
+        return settings.defense, settings.defense_params
+    if name not in KNOBS:
+        raise Unprocessable(f"defense is {name[:64]!r}; allowed: {', '.join([*KNOBS, ACTIVE])}")
+    return name, params

@@ -1,0 +1,162 @@
+"""The preview process: loads the bundle once, then shows what a defense does to pictures.
+
+It computes with the defenses themselves, behind the engine and precision that are served. It gives
+way to the workers when processors are short, and is the first that the kernel ends when memory is.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import signal
+from collections import OrderedDict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from PIL import Image
+
+from app.admin.console.question import Question
+from app.errors import ConfigError, Internal, RequestError, Unavailable, Unprocessable
+from app.inference import engines
+from app.inference.auxiliary import Auxiliaries
+from app.inference.bundle import Bundle, golden_inputs, open_bundle
+from app.inference.decode import Pixels, decode
+from app.inference.engines import Engine, Probs
+from app.settings import Settings
+from app.telemetry import logs
+from scumble import defenses
+
+REMEMBERED = 64  # pictures, for what honest users lose
+NICENESS = 10
+log = logging.getLogger("scumble.console")
+
+
+class Previewer:
+    """A loaded model, its golden inputs, and the pictures shown so far, with their clean rows."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._bundle: Bundle = open_bundle(settings.model_dir, settings.model)
+        self._engine: Engine = engines.load(
+            engines.resolve(settings.engine, settings.precision),
+            self._bundle.onnx(settings.precision),
+            threads=1,
+            precision=settings.precision,
+        )
+        self._auxiliaries = Auxiliaries(self._bundle, settings.engine, settings.precision)
+        golden = golden_inputs(self._bundle.card.input)
+        self._golden = (golden, self._clean(golden))
+        self._pictures: OrderedDict[bytes, tuple[Pixels, Probs]] = OrderedDict()
+
+    def __call__(self, question: Question, image: bytes) -> dict[str, Any]:
+        """Clean and defended row of one picture, and what the defense does to all of them.
+
+        Raises:
+            RequestError: the image or the defense is refused.
+        """
+        defense = self._defense(question)
+        pixels, clean = self._golden
+        if question.golden is None:
+            self._remember(image)
+            rows = list(self._pictures.values())
+            pixels = np.concatenate([pixels, *(row[0] for row in rows)])
+            clean = np.concatenate([clean, *(row[1] for row in rows)])
+            shown = len(clean) - 1
+        else:
+            shown = question.golden - 1
+        defended = defense(clean, pixels)
+        l1 = np.abs(defended - clean).sum(1)
+        changed = defended.argmax(1) != clean.argmax(1)
+        golden = len(self._golden[0])
+        return {
+            "defense": repr(defense),
+            "seen": _png(pixels[shown]),
+            "clean": self._row(clean[shown]),
+            "defended": self._row(defended[shown]),
+            "l1": l1[shown],
+            "label_changed": bool(changed[shown]),
+            "honest": {
+                "golden": golden,
+                "pictures": len(clean) - golden,
+                "mean_l1": l1.mean(),
+                "changed_labels": changed.mean(),
+            },
+        }
+
+    def _defense(self, question: Question) -> defenses.Defense:
+        try:
+            return defenses.configure(
+                question.defense,
+                question.params,
+                bundle=self._auxiliaries,
+                secret=self._settings.secret.get_secret_value().encode(),
+            )
+        except defenses.DefenseError as exc:
+            raise Unprocessable(str(exc)) from exc
+
+    def _remember(self, image: bytes) -> None:
+        """Put the picture last, decoded and answered; a known one costs nothing."""
+        key = hashlib.blake2b(image, digest_size=16).digest()
+        if key not in self._pictures:
+            card = self._bundle.card
+            max_pixels = self._settings.limits.max_pixels
+            pixels = decode(image, card.input, card.preprocessing, max_pixels)[np.newaxis]
+            self._pictures[key] = (pixels, self._clean(pixels))
+        self._pictures.move_to_end(key)
+        if len(self._pictures) > REMEMBERED:
+            self._pictures.popitem(last=False)
+
+    def _clean(self, pixels: Pixels) -> Probs:
+        return self._engine(pixels)
+
+    def _row(self, row: Probs) -> dict[str, Any]:
+        best = int(row.argmax())
+        return {"label": self._bundle.card.labels[best], "index": best, "probabilities": row}
+
+
+def answer(previewer: Previewer, question: bytes, image: bytes) -> tuple[int, bytes]:
+    """Status and JSON body for a question as it comes over the pipe."""
+    try:
+        shown = previewer(Question(**orjson.loads(question)), image)
+        return 200, orjson.dumps(shown, option=orjson.OPT_SERIALIZE_NUMPY)
+    except RequestError as error:
+        return error.status, error.body()
+    except Exception:  # the process lives on: the next question may be a better one
+        log.exception("a preview failed")
+        ours = Internal("the preview failed; the log says why")
+        return ours.status, ours.body()
+
+
+def run(settings: Settings, pipe: Connection) -> None:
+    """Entry point of the process: question and image in, status and body out, to the pipe's end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    logs.configure(settings.log_level)
+    previewer: Previewer | None = None
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            question, image = pipe.recv_bytes(), pipe.recv_bytes()
+            try:
+                previewer = previewer or Previewer(settings)
+                status, body = answer(previewer, question, image)
+            except ConfigError as exc:
+                error = Unavailable(f"the model cannot be loaded: {exc}")
+                status, body = error.status, error.body()
+            pipe.send_bytes(str(status).encode())
+            pipe.send_bytes(body)
+
+
+def _png(pixels: Pixels) -> str:
+    """A picture as the network sees it, for `src` of an image."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,135 @@
+"""The console's page and its endpoints, all on the admin port."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app.admin.console.facts import about, policy
+from app.admin.console.helper import WAITING, Helper
+from app.admin.console.numbers import by_client, numbers
+from app.admin.console.question import Question
+from app.errors import MEDIA_TYPE, ConfigError, NotFound, Unavailable, Unprocessable
+from app.http.bodies import read_images, small_number
+from app.http.responses import json_response
+from app.inference.bundle import GOLDEN_COUNT
+from app.inference.deadline import FOREVER
+from app.inference.executor import BoundedExecutor
+from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.admin.application import Workers
+
+STATIC = Path(__file__).parent / "static"
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+KEYS_OFF = (
+    "API keys are off: the service does not tell clients apart, so there is nothing to count."
+)
+
+
+def console_routes(
+    settings: Settings, workers: Workers, registry: CollectorRegistry, helper: Helper
+) -> list[Route]:
+    """The page, its files, and the documents it asks for."""
+    files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in STATIC.iterdir()}
+
+    executor = BoundedExecutor(WAITING, WAITING * settings.limits.max_body_bytes)
+
+    @lru_cache(maxsize=1)
+    def facts(model_dir: Path) -> Response:
+        return json_response(about(settings, model_dir))
+
+    async def page(request: Request) -> Response:
+        del request
+        return file("index.html")
+
+    async def static(request: Request) -> Response:
+        return file(request.path_params["name"])
+
+    def file(name: str) -> Response:
+        if name not in files:
+            raise NotFound(f"the console has no file {name[:64]!r}")
+        content, kind = files[name]
+        return Response(content, media_type=kind)
+
+    async def describe(request: Request) -> Response:
+        del request
+        try:
+            return facts(workers.model_dir())
+        except ConfigError as exc:  # somebody removed the copy that is served
+            raise Unavailable(str(exc)) from exc
+
+    async def metrics(request: Request) -> Response:
+        del request
+        found = numbers(registry.collect(), workers.connections(), workers.pids())
+        return json_response({"ready": workers.ready(), **found})
+
+    async def clients(request: Request) -> Response:
+        del request
+        note = KEYS_OFF if settings.keys_file is None else ""
+        return json_response({"clients": by_client(registry.collect()), "note": note})
+
+    async def preview(request: Request) -> Response:
+        question = _question(request, settings)
+        image = b""
+        if question.golden is None:
+            limits = settings.limits
+            images = await read_images(
+                dict(request.scope["headers"]),
+                request.receive,
+                max_bytes=limits.max_body_bytes,
+                max_images=1,
+                executor=executor,
+                patience=FOREVER,
+            )
+            image = images[0]
+        status, body = await helper(question, image)
+        return Response(
+            body, status, media_type="application/json" if status == 200 else MEDIA_TYPE
+        )
+
+    reads: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/": page,
+        "/console/static/{name}": static,
+        "/console/about": describe,
+        "/console/metrics": metrics,
+        "/console/clients": clients,
+    }
+    return [
+        *(Route(path, endpoint, methods=["GET"]) for path, endpoint in reads.items()),
+        Route("/console/preview", preview, methods=["POST"]),
+    ]
+
+
+def _question(request: Request, settings: Settings) -> Question:
+    query = request.query_params
+    name, params = policy(settings, query.get("defense", ""), _object(query.get("params", "{}")))
+    if "golden" not in query:
+        return Question(name, params)
+    golden = small_number(query["golden"])
+    if golden is None or not 1 <= golden <= GOLDEN_COUNT:
+        raise Unprocessable(f"golden is {query['golden'][:20]!r}; allowed: 1 to {GOLDEN_COUNT}")
+    return Question(name, params, golden)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = orjson.loads(text)
+    except orjson.JSONDecodeError as exc:
+        raise Unprocessable(f"params is no JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise Unprocessable("params must be a JSON object")
+    return found

@@ -1,0 +1,221 @@
+"""The audit log: one line per prediction, answered or refused, in a chain of hashes.
+
+    endpoint -> entry -> [thread: line, write, fsync] -> open: later; closed: before the answer
+
+Lines are written on a thread, as many together as have come meanwhile. While they cannot be
+written, `open` serves on and counts what is lost, and `closed` refuses: no answer leaves whose line
+is not written. The log says itself how many lines it lost, as soon as it can be written again.
+Neither images nor probabilities get in, nor any key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from prometheus_client import Counter
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from app.access import quotas
+from app.access.admission import Visit
+from app.endpoint import Endpoint
+from app.errors import Internal, RequestError, Unavailable
+from app.system.timestamps import timestamp
+
+FLUSH_S = 0.05  # how long an open log gathers lines
+WAITING = 20_000  # lines that wait for a slow disk; more are lost
+SAY_S = 10.0  # how often the ordinary log says that this one fails
+FAILS = "the audit log cannot be written at the moment"
+log = logging.getLogger("scumble")
+
+
+class Sink(Protocol):
+    """Where lines go; called from one thread at a time."""
+
+    def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write all of them or none.
+
+        Raises:
+            OSError: none was written.
+        """
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
+class Audit:
+    """Writes what became of predictions.
+
+    Args:
+        sink: takes the lines.
+        facts: stand in every line.
+        policy: name of the defense where there are no keys; else each key's grant has it.
+        closed: answer only what is written.
+        written, lost: count lines.
+        now: seconds since 1970, for the lines.
+        clock: seconds, for the ordinary log.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        facts: Mapping[str, str],
+        policy: str | None,
+        closed: bool,
+        written: Counter,
+        lost: Counter,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sink = sink
+        self._facts = facts
+        self._policy = policy
+        self._closed = closed
+        self._count_written = written
+        self._count_lost = lost
+        self._now = now
+        self._clock = clock
+        self._said = -SAY_S
+        self._failing = False
+        self._unsaid = 0  # lines lost since the log last said so
+        self._waiting: list[tuple[dict[str, Any] | None, asyncio.Future[bool] | None]] = []
+        self._writing: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit")
+
+    def guard(self, route: str, endpoint: Endpoint) -> Endpoint:
+        """The endpoint, with a line for each call."""
+
+        async def audited(request: Request) -> Response:
+            try:
+                if self._closed and self._failing:
+                    raise Unavailable(FAILS)
+                response = await endpoint(request)
+            except Exception as exc:
+                error = exc if isinstance(exc, RequestError) else Internal(str(exc))
+                await self._note(request.scope, route, error.status, error.reason)
+                raise
+            if not await self._note(request.scope, route, response.status_code):
+                visit: Visit | None = request.scope["state"].get("visit")
+                if visit is not None:
+                    await visit.refund()
+                raise Unavailable(FAILS)
+            return response
+
+        return audited
+
+    async def ready(self) -> bool:
+        """Whether no request would be refused for want of the log; tries it if it failed."""
+        return not (self._closed and self._failing) or await self._put(None)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Write what is left at the end."""
+        try:
+            yield
+        finally:
+            if self._writing is not None:
+                await self._writing
+            self._thread.shutdown()
+            self._sink.close()
+
+    async def _note(
+        self, scope: Scope, route: str, status: int, refusal: str | None = None
+    ) -> bool:
+        """Take a line; False if the answer must not leave."""
+        entry = self._entry(scope, route, status, refusal)
+        if self._closed:
+            return await self._put(entry)
+        if len(self._waiting) >= WAITING:
+            self._lose(1)
+        else:
+            self._waiting.append((entry, None))
+            self._start()
+        return True
+
+    async def _put(self, entry: dict[str, Any] | None) -> bool:
+        """Wait until a line is written, or with None whether one could be; False if it failed."""
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append((entry, done))
+        self._start()
+        return bool(await done)
+
+    def _start(self) -> None:
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        """One batch after another until nothing waits."""
+        try:
+            while self._waiting:
+                if not self._closed:
+                    await asyncio.sleep(FLUSH_S)
+                batch, self._waiting = self._waiting, []
+                written = await self._batch([entry for entry, _ in batch if entry is not None])
+                for _, done in batch:
+                    if done is not None and not done.done():  # done: its client went away
+                        done.set_result(written)
+        finally:
+            self._writing = None
+
+    async def _batch(self, entries: list[dict[str, Any]]) -> bool:
+        unsaid = self._unsaid
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, self._append, entries, unsaid)
+        except Exception as exc:  # noqa: BLE001  # whatever it is, the service goes on by its policy
+            self._lose(len(entries))
+            self._fail(exc)
+            return False
+        self._failing = False
+        self._unsaid -= unsaid
+        self._count_written.inc(len(entries))
+        return True
+
+    def _append(self, batch: list[dict[str, Any]], unsaid: int) -> None:
+        said = [{"kind": "lost", "time": self._now(), "lines": unsaid}] if unsaid else []
+        self._sink.append([entry | {"time": timestamp(entry["time"])} for entry in [*said, *batch]])
+
+    def _entry(self, scope: Scope, route: str, status: int, refusal: str | None) -> dict[str, Any]:
+        state = scope["state"]
+        visit: Visit | None = state.get("visit")
+        entry = {
+            "kind": "prediction",
+            "time": self._now(),
+            "id": state["id"],
+            "route": route,
+            "status": status,
+            "images": state.get("images", 0),
+            **self._facts,
+            "client": None,
+            "policy": self._policy,
+        }
+        if visit is not None:
+            entry |= {"client": visit.grant.client or None, "policy": visit.grant.policy}
+            if visit.asked is not None:
+                entry["left"] = quotas.left(visit.grant.buckets, visit.asked)
+        if refusal is not None:
+            entry["refusal"] = refusal
+        if state["traceparent"] is not None:
+            entry["traceparent"] = state["traceparent"]
+        return entry
+
+    def _lose(self, lines: int) -> None:
+        self._unsaid += lines
+        self._count_lost.inc(lines)
+
+    def _fail(self, exc: Exception) -> None:
+        self._failing = True
+        now = self._clock()
+        if now - self._said >= SAY_S:
+            self._said = now
+            log.error("the audit log cannot be written: %s", exc)

@@ -1,0 +1,1 @@
+"""Commands of `scumble` that serve, check and administer a service."""

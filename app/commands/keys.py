@@ -1,0 +1,171 @@
+"""`scumble keys`: make, list and revoke API keys. Servers read the file anew by themselves."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import ValidationError
+
+from app.access.keys import Key, KeyFile, add_key, digest, new_key, read_keys, revoke_key
+from app.errors import ConfigError
+from app.system.timestamps import timestamp
+
+file_option = click.option(
+    "--file",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File of keys.  [default: SCUMBLE_KEYS_FILE]",
+)
+
+
+@click.group()
+def keys() -> None:
+    """Make, list and revoke API keys.
+
+    A server with SCUMBLE_KEYS_FILE answers only to the keys in that file. It reads a changed file
+    within a second or two, without a restart.
+    """
+
+
+@keys.command()
+@file_option
+@click.option("--client", required=True, help="Whose key; his keys share his budgets.")
+@click.option("--defense", help="Name of the defense.  [default: the server's]")
+@click.option("--defense-params", default="{}", help="Its parameters, a JSON object.")
+@click.option(
+    "--output",
+    "form",
+    type=click.Choice(["full", "top_k", "rounded", "label"]),
+    default="full",
+    show_default=True,
+    help="What of an answer the client sees.",
+)
+@click.option("--k", type=int, help="Classes, with --output top_k.")
+@click.option("--decimals", type=int, help="Decimals, with --output rounded.")
+@click.option("--window-images", type=int, help="Images in a window.  [default: any number]")
+@click.option("--window-s", type=int, default=3600, show_default=True, help="Seconds of a window.")
+@click.option("--total-images", type=int, help="Images for good.  [default: any number]")
+@click.option(
+    "--on-store-failure",
+    type=click.Choice(["closed", "open"]),
+    default="closed",
+    show_default=True,
+    help="Refuse or serve uncounted while the store of budgets is away.",
+)
+@click.option("--route", "routes", multiple=True, help="Allowed path.  [default: all]")
+def add(path: Path | None, **options: Any) -> None:
+    """Make a key and print it, this once: the file keeps only its hash."""
+    key = new_key()
+    try:
+        record = _record(key, options)
+        _try(record)
+        add_key(_path(path), record)
+    except (ConfigError, OSError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    click.echo(f"key {record.id} of {record.client}; it is not shown again:", err=True)
+    click.echo(key)
+
+
+@keys.command("list")
+@file_option
+def list_(path: Path | None) -> None:
+    """Show all keys but not their hashes: one line each."""
+    try:
+        found = read_keys(_path(path)).keys
+    except ConfigError as exc:
+        raise click.ClickException(str(exc)) from exc
+    for key in found:
+        click.echo("  ".join([key.id, key.client, *_facts(key)]))
+
+
+@keys.command()
+@file_option
+@click.argument("key_id", metavar="ID")
+def revoke(path: Path | None, key_id: str) -> None:
+    """Take a key back; its user gets 403 from then on."""
+    try:
+        key = revoke_key(_path(path), key_id, datetime.now(UTC))
+    except (ConfigError, OSError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    click.echo(f"key {key.id} of {key.client} revoked {key.revoked}", err=True)
+
+
+def _record(key: str, options: dict[str, Any]) -> Key:
+    try:
+        params = json.loads(options["defense_params"])
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"--defense-params is {options['defense_params'][:99]!r}: {exc}") from exc
+    try:
+        return Key.model_validate(
+            {
+                "id": secrets.token_hex(4),
+                "sha256": digest(key.encode()).hex(),
+                "client": options["client"],
+                "created": timestamp(time.time(), "seconds"),
+                "defense": options["defense"],
+                "defense_params": params,
+                "output": {name: options[name] for name in ("form", "k", "decimals")},
+                "limits": {
+                    name: options[name] for name in ("window_images", "window_s", "total_images")
+                },
+                "on_store_failure": options["on_store_failure"],
+                "routes": options["routes"],
+            }
+        )
+    except ValidationError as exc:
+        problems = exc.errors(include_url=False, include_input=False)
+        raise ConfigError(
+            "; ".join(f"{'.'.join(map(str, p['loc'])) or 'the key'}: {p['msg']}" for p in problems)
+        ) from exc
+
+
+def _try(key: Key) -> None:
+    """Build what the key names, as a server with these settings would.
+
+    Raises:
+        ConfigError: the server would refuse the file.
+    """
+    if key.defense is None:
+        return
+    from app.inference.bundle import open_bundle
+    from app.main import make_defense, make_policies
+    from app.settings import load_settings
+
+    settings = load_settings()
+    bundle = open_bundle(settings.model_dir, settings.model)
+    make_policies(settings, bundle, make_defense(settings, bundle))(KeyFile(keys=(key,)))
+
+
+def _path(path: Path | None) -> Path:
+    from app.settings import load_settings
+
+    path = path or load_settings().keys_file
+    if path is None:
+        raise ConfigError("no file of keys: give --file or set SCUMBLE_KEYS_FILE")
+    return path
+
+
+def _facts(key: Key) -> list[str]:
+    limits, output = key.limits, key.output
+    number = output.k or output.decimals
+    facts = {
+        "created": key.created,
+        "revoked": key.revoked,
+        "defense": key.defense and f"{key.defense} {json.dumps(key.defense_params)}",
+        "output": f"{output.form} {number}" if number else output.form,
+        "window": _images(limits.window_images, f" in {limits.window_s} s"),
+        "total": _images(limits.total_images),
+        "store away": key.on_store_failure,
+        "routes": " ".join(key.routes),
+    }
+    return [f"{name}: {text}" for name, text in facts.items() if text]
+
+
+def _images(number: int | None, rest: str = "") -> str | None:
+    return None if number is None else f"{number} images{rest}"

@@ -1,0 +1,161 @@
+"""`scumble serve`, `scumble reload` and `scumble check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from app.errors import ConfigError
+from app.settings import Settings, load_settings, shown, variables
+
+RELOAD_S = 600
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file of settings.",
+)
+admin_port_option = click.option("--admin-port", type=int, help="Of metrics and console.")
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The settings that people set by hand; the others come from the environment or a file."""
+    decorators = [
+        config_option,
+        click.option("--model", help="Bundle in the model folder."),
+        click.option("--model-dir", type=click.Path(path_type=Path), help="Folder of bundles."),
+        click.option("--precision", type=click.Choice(["float32", "bf16", "int8"])),
+        click.option("--engine", type=click.Choice(["auto", "openvino", "onnxruntime", "torch"])),
+        click.option("--defense", help="Name of the defense."),
+        click.option("--defense-params", help="Its parameters, a JSON object."),
+        click.option("--workers", help="Processes, or auto."),
+        click.option("--host", help="Address of the public port."),
+        click.option("--port", type=int, help="The public port."),
+        admin_port_option,
+    ]
+    for decorate in reversed(decorators):
+        command = decorate(command)
+    return command
+
+
+@click.command()
+@options
+def serve(**arguments: Any) -> None:
+    """Serve a model until Ctrl-C or SIGTERM.
+
+    Settings come from these options, then from SCUMBLE_* variables, then from a TOML file.
+    """
+    from app.processes.serve import serve as run
+
+    try:
+        code = run(_settings(arguments))
+    except ConfigError as exc:
+        raise click.ClickException(str(exc)) from exc
+    raise SystemExit(code)
+
+
+@click.command()
+@config_option
+@admin_port_option
+def reload(**arguments: Any) -> None:
+    """Let the server of this machine serve its model's files as they are now.
+
+    Nothing is interrupted. If they cannot be served, the server goes on as before, and this exits
+    with 1.
+    """
+    import httpx2
+
+    try:
+        settings = _settings(arguments)
+        host = "127.0.0.1" if settings.admin_host in ("0.0.0.0", "::") else settings.admin_host  # noqa: S104  # compared, not bound
+        url = f"http://[{host}]" if ":" in host else f"http://{host}"
+        # Never through a proxy that the environment names: that would ask a machine of its own.
+        answer = httpx2.post(
+            f"{url}:{settings.admin_port}/reload", timeout=RELOAD_S, trust_env=False
+        )
+    except ConfigError as exc:
+        raise click.ClickException(str(exc)) from exc
+    except httpx2.HTTPError as exc:
+        raise click.ClickException(f"no answer from the admin port: {exc}") from exc
+    if answer.status_code != 200:
+        raise click.ClickException(_refusal(answer.status_code, answer.content))
+    click.echo("reloaded")
+
+
+@click.command()
+@options
+def check(**arguments: Any) -> None:
+    """Print the resolved settings, secrets masked, and try whether they can be served."""
+    from app.http.tls import open_certificate
+    from app.inference import engines
+    from app.inference.bundle import open_bundle
+    from app.main import create_app, make_defense
+
+    try:
+        settings = _settings(arguments)
+        for name, help_text in variables().items():
+            click.echo(f"{name:35} = {shown(settings, name):28} {help_text}")
+        bundle = open_bundle(settings.model_dir, settings.model)
+        engine = engines.resolve(settings.engine, settings.precision)
+        defense = make_defense(settings, bundle)
+        app = create_app(settings)
+        open_certificate(settings)
+    except ConfigError as exc:
+        raise click.ClickException(str(exc)) from exc
+    accuracy = ", ".join(
+        f"{name} {figure.value:.2%} of {figure.images} ({figure.data})"
+        for name, figure in bundle.card.accuracy.items()
+    )
+    click.echo()
+    click.echo(
+        f"model     {bundle.card.name} {bundle.card.version}, {len(bundle.card.labels)} classes"
+    )
+    click.echo(f"accuracy  {accuracy or 'not measured'}")
+    click.echo(f"engine    {engine}, {settings.precision}, {settings.worker_count} worker(s)")
+    click.echo(f"defense   {defense!r}")
+    most = app.state.service.pixels.own.max_size
+    click.echo(f"batches   up to {most} images")
+    if most < settings.batch.max_size:
+        click.echo(
+            f"          SCUMBLE_BATCH__MAX_SIZE is {settings.batch.max_size}; more than {most} "
+            f"would take longer than {settings.batch_limit_s:g} s, 1/4 of SCUMBLE_WATCHDOG_S"
+        )
+    click.echo("ok: these settings can be served")
+
+
+def _refusal(status: int, body: bytes) -> str:
+    """What the admin port says, or that it is not one."""
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, TypeError, KeyError):
+        return f"answer {status} is not from a Scumble server; is --admin-port that of one?"
+
+
+def _settings(arguments: dict[str, Any]) -> Settings:
+    import os
+
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if "config" in given:
+        os.environ["SCUMBLE_CONFIG"] = str(given.pop("config"))
+    if given.get("workers", "auto") != "auto":
+        given["workers"] = _number("--workers", given["workers"])
+    if "defense_params" in given:
+        try:
+            given["defense_params"] = json.loads(given["defense_params"])
+        except (ValueError, RecursionError) as exc:
+            raise ConfigError(
+                f"--defense-params is {given['defense_params'][:99]!r}: {exc}"
+            ) from exc
+    return load_settings(**given)
+
+
+def _number(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as exc:
+        raise ConfigError(f"{option} is {text!r}; allowed: a number or auto") from exc

@@ -1,0 +1,1 @@
+"""The public port: connections, requests, protocols, answers."""

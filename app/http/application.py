@@ -1,0 +1,313 @@
+"""Routes and errors of the public port, around a `Service`.
+
+The handlers take the request and give the response themselves: validation by FastAPI's models would
+cost more than a small network. Predictions do not even pass FastAPI's stack and router. The OpenAPI
+document still describes every route, and every route has the same errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app import errors
+from app.access import admission
+from app.endpoint import Endpoint
+from app.http import schemas, v2_routes
+from app.http.middleware import Observe
+from app.http.prediction import Service
+from app.http.prefix_and_cors import Cors, Prefix
+from app.http.routing import DEADLINE_PARAMETER, Route, problems
+from app.inference.formats import FORMATS
+
+if TYPE_CHECKING:
+    from app.telemetry.tracing import Tracing
+
+log = logging.getLogger("scumble")
+
+
+class Fronted(FastAPI):
+    """FastAPI behind a table of routes that are answered without its machinery.
+
+    Attributes:
+        hot: (method, path) -> endpoint; the same endpoints are FastAPI's routes as well.
+        front: what is called with every request.
+    """
+
+    hot: Mapping[tuple[str, str], Endpoint]
+    front: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI call."""
+        # Clients of the V2 protocol write its paths with and without a slash at the end.
+        path = scope.get("path", "")
+        if path[-1:] == "/" and len(path) > 1:
+            scope = {**scope, "path": path.rstrip("/") or "/"}
+        await self.front(scope, receive, send)
+
+    async def dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The endpoint of a hot route, or FastAPI."""
+        endpoint = None
+        if scope["type"] == "http":
+            endpoint = self.hot.get((scope["method"], scope["path"]))
+        if endpoint is None:
+            if scope.get("method") == "HEAD":  # the server leaves the answer's body away
+                scope = {**scope, "method": "GET"}
+            await super().__call__(scope, receive, send)
+            return
+        response = await endpoint(Request(scope, receive))
+        await response(scope, receive, send)
+
+
+class Direct(APIRoute):
+    """A route whose endpoint is called with the request and nothing in between."""
+
+    def get_route_handler(self) -> Callable[[Request], Any]:
+        """The endpoint itself."""
+        return self.endpoint
+
+
+def build(
+    service: Service,
+    *,
+    access_log: bool = False,
+    tracing: Tracing | None = None,
+    root_path: str = "",
+    cors_origins: Sequence[str] = (),
+) -> FastAPI:
+    """The application.
+
+    Args:
+        service: answers.
+        access_log: a line for each request.
+        tracing: makes spans of requests.
+        root_path: a prefix that paths may have.
+        cors_origins: whose web pages may ask.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        del app
+        async with (
+            service.audit.running() if service.audit else nullcontext(),
+            service.access.running() if service.access else nullcontext(),
+            service.files.running() if service.files else nullcontext(),
+        ):
+            ending = threading.Event()
+            preparing = asyncio.create_task(asyncio.to_thread(service.prepare, ending.is_set))
+            yield
+            ending.set()
+            await preparing
+        service.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
+
+    async def refused(request: Request, exc: Exception) -> Response:
+        error = exc if isinstance(exc, errors.RequestError) else _translated(exc, request)
+        service.metrics.rejections[error.reason].inc()
+        request.scope["state"]["refusal"] = error.reason
+        return Response(error.body(), error.status, error.headers, media_type=errors.MEDIA_TYPE)
+
+    def guarded(endpoint: Endpoint) -> Endpoint:
+        async def answer(request: Request) -> Response:
+            try:
+                return await endpoint(request)
+            except Exception as exc:  # noqa: BLE001  # a fault of ours has the same shape as any other
+                return await refused(request, exc)
+
+        return answer
+
+    app = Fronted(
+        title="Scumble",
+        summary="A black box: images in, probabilities out.",
+        version=service.card.version,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # to wherever the Host header says
+        exception_handlers={HTTPException: refused},
+    )
+    app.router.route_class = Direct
+    hot, labels = {}, {"/openapi.json": "/openapi.json"}
+    for path, method, endpoint, description in routes(service):
+        if service.access is not None:
+            endpoint = service.access.guard(path, endpoint)
+            _describe_access(path, description)
+        if service.audit is not None and method == "POST":
+            endpoint = service.audit.guard(path, endpoint)
+        endpoint = guarded(endpoint)  # the bare one must not be used
+        app.add_api_route(path, endpoint, methods=[method], **description)
+        plain = path.format(model=service.card.name, version=service.card.version)
+        labels[plain] = path
+        if method == "POST":
+            hot[method, plain] = endpoint
+    app.hot = hot
+    observed = Observe(
+        Cors(app.dispatch, cors_origins) if cors_origins else app.dispatch,
+        metrics=service.metrics,
+        routes=labels,
+        access_log=access_log,
+        linked=access_log or tracing is not None or service.audit is not None,
+        tracing=tracing,
+        untraced=admission.OPEN,
+    )
+    app.front = Prefix(observed, root_path) if root_path else observed
+    app.servers = [{"url": root_path}] if root_path else []
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
+    app.state.service = service
+    return app
+
+
+def routes(service: Service) -> list[Route]:
+    """All of them."""
+    return [
+        (
+            "/v1/predict",
+            "POST",
+            service.predict,
+            {
+                "summary": "Probabilities of images",
+                "operation_id": "predict",
+                "responses": {
+                    200: {
+                        "model": schemas.PredictAnswer,
+                        "description": "one prediction per image",
+                    },
+                    **problems(400, 413, 415, 422, 503, 504),
+                },
+                "openapi_extra": _predict_extra(len(service.card.labels)),
+            },
+        ),
+        (
+            "/v1/model",
+            "GET",
+            service.model,
+            {
+                "summary": "Labels, input and limits of the model",
+                "operation_id": "model",
+                "responses": {200: {"model": schemas.ModelInfo}},
+            },
+        ),
+        (
+            "/livez",
+            "GET",
+            service.live,
+            {
+                "summary": "The process answers",
+                "operation_id": "livez",
+                "responses": {200: {"model": schemas.Health}},
+            },
+        ),
+        (
+            "/readyz",
+            "GET",
+            service.ready,
+            {
+                "summary": "The model is loaded, tested and warm, and the service is not draining",
+                "operation_id": "readyz",
+                "responses": {
+                    200: {"model": schemas.Health},
+                    503: {"model": schemas.Health, "description": "draining"},
+                },
+            },
+        ),
+        *v2_routes.routes(service),
+    ]
+
+
+def _translated(exc: Exception, request: Request) -> errors.RequestError:
+    """Starlette's own refusals, and whatever nobody foresaw, in our one error shape."""
+    if isinstance(exc, HTTPException):
+        if exc.status_code == 404:
+            return errors.NotFound("no such route; /openapi.json lists them")
+        if exc.status_code == 405:
+            allowed = (exc.headers or {}).get("Allow", "")
+            if allowed == "GET":
+                allowed = "GET, HEAD"
+            detail = f"method {request.method[:20]} is not allowed here; allowed: {allowed}"
+            return errors.MethodNotAllowed(detail, {"Allow": allowed})
+        return errors.BadFraming(str(exc.detail))
+    log.error("unexpected error", exc_info=exc, extra={"id": request.scope["state"]["id"]})
+    return errors.Internal("unexpected error; the log has the details under this request's id")
+
+
+def _describe_access(path: str, description: dict[str, Any]) -> None:
+    """Add to a route's description what keys and budgets can answer."""
+    if path not in admission.OPEN:
+        description.setdefault("responses", {}).update(problems(401, 403, 429, 503))
+        description.setdefault("openapi_extra", {})["security"] = [{"bearer": []}, {"header": []}]
+
+
+def _predict_extra(classes: int) -> dict[str, Any]:
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        "parameters": [
+            {
+                "name": "top_k",
+                "in": "query",
+                "required": False,
+                "description": "send the k most probable classes instead of all probabilities",
+                "schema": {"type": "integer", "minimum": 1, "maximum": classes},
+            },
+            {
+                "name": "X-Request-ID",
+                "in": "header",
+                "required": False,
+                "description": "taken over as the id and echoed; one of another form is replaced",
+                "schema": {"type": "string"},
+            },
+            DEADLINE_PARAMETER,
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                **dict.fromkeys(sorted(FORMATS), binary),
+                "multipart/form-data": {"schema": {"$ref": "#/components/schemas/PredictForm"}},
+                "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
+            },
+        },
+    }
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document plus the schemas that only our own descriptions refer to."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            version=app.version,
+            summary=app.summary,
+            routes=app.routes,
+            servers=app.servers or None,
+        )
+        extra: list[type[BaseModel]] = [
+            schemas.PredictForm,
+            schemas.PredictRequest,
+            schemas.InferRequest,
+            schemas.Problem,
+        ]
+        _, definitions = models_json_schema(
+            [(model, "validation") for model in extra],
+            ref_template="#/components/schemas/{model}",
+        )
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        if app.state.service.access is not None:
+            document["components"]["securitySchemes"] = {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            }
+        app.openapi_schema = document
+    return app.openapi_schema

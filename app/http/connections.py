@@ -1,0 +1,639 @@
+"""HTTP on one connection of a server: uvicorn's protocol, and the limits that it leaves open.
+
+uvicorn times out nothing but idle connections, reads headers and trailers of any size, and parses
+all that a client sends ahead. Here a request is parsed when those before it have their answers,
+and what was received and not answered yet has a common limit (`BodyMemory`).
+
+No connection has a timer of its own: the server looks at all of them once a second
+(`Connection.check`), and a request costs one look at the clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import unquote
+
+import httptools
+import uvicorn
+from prometheus_client import Counter
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+from uvicorn.server import ServerState
+
+from app.errors import MEDIA_TYPE, BadFraming, HeadersTooLarge, RequestError, TooSlow, Unavailable
+from app.inference.deadline import Line
+from app.settings import HttpSettings
+
+if TYPE_CHECKING:
+    from uvicorn._types import (
+        ASGI3Application,
+        ASGIReceiveEvent,
+        ASGISendEvent,
+        HTTPResponseBodyEvent,
+        HTTPResponseStartEvent,
+    )
+
+CLOSES = b"connection: close\r\n"
+AROUND = 4  # bytes of a header beside its name and value: colon, space, line end
+BLANK = b"\r\n\r\n"  # ends headers, and chunked bodies
+SMALL = 8192
+STEP = 512  # at most so many bytes are parsed beyond the end of a request
+# The client has closed its side, whatever it sent before and nobody has read.
+HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+
+
+@dataclass
+class BodyMemory:
+    """What all connections of a server hold of requests that have no answer yet.
+
+    Attributes:
+        allowed: bytes.
+        held: bytes.
+        reading: connections with a part of a body, the one that has waited longest first.
+    """
+
+    allowed: int
+    held: int = 0
+    reading: dict[Connection, None] = field(default_factory=dict)
+
+    def make_room(self, last: Connection) -> None:
+        """Refuse bodies until the rest is within the limit.
+
+        Those go first that have been on their way for longest: who holds memory by sending slowly
+        must not keep out the others.
+
+        Args:
+            last: the connection whose bytes were the last to arrive.
+        """
+        while self.held > self.allowed:
+            connection = next(iter(self.reading), last)
+            self.reading.pop(connection, None)
+            connection.refuse(
+                Unavailable(
+                    f"requests of {self.held} bytes are being read or answered; "
+                    f"allowed: {self.allowed} bytes together"
+                )
+            )
+            if connection is last:
+                return
+
+
+class Draining(Protocol):
+    """Whose connections close after their answers."""
+
+    draining: bool
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the connections of a server share.
+
+    Attributes:
+        limits: of headers and times.
+        memory: for the bodies of all of them.
+        state: whether the server is draining.
+        rejections: counters by reason, of refusals that no request sees.
+        on_closed: called at the end of each connection.
+        max_connections: more are answered 503 and closed.
+    """
+
+    limits: HttpSettings
+    memory: BodyMemory
+    state: Draining
+    rejections: Mapping[str, Counter]
+    on_closed: Callable[[], None] = lambda: None
+    max_connections: int = sys.maxsize
+
+
+class Cycle(RequestResponseCycle):
+    """One request and its answer; an answer that is there as a whole leaves in one piece.
+
+    uvicorn writes the head, then the body, and uvloop sends each at once: two system calls and two
+    packets per answer. It also looks through every header with regular expressions.
+    """
+
+    _start: HTTPResponseStartEvent | None = None  # kept back until the first of the body is there
+    held = 0  # bytes of the body that count in the memory of all
+
+    async def receive(self) -> ASGIReceiveEvent:
+        """The next piece of the body, for the application.
+
+        uvicorn reads on whenever it is asked, also when the body is whole and what follows it is
+        for later.
+        """
+        if self.more_body:
+            return await super().receive()
+        if not self.disconnected and not self.response_complete:
+            await self.message_event.wait()
+            self.message_event.clear()
+        if self.disconnected or self.response_complete:
+            return {"type": "http.disconnect"}
+        body, self.body = bytes(self.body), bytearray()
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Handle a message of the application."""
+        if message["type"] == "http.response.start" and self._start is None:
+            self._start = message
+            return
+        if self._start is not None and not self.response_started:
+            if message["type"] == "http.response.body" and self._whole(self._start, message):
+                return
+            await super().send(self._start)
+        await super().send(message)
+
+    async def send_500_response(self) -> None:
+        """Of an application that failed; what it may have begun was not sent yet."""
+        self._start = None
+        await super().send_500_response()
+
+    def _whole(self, start: HTTPResponseStartEvent, message: HTTPResponseBodyEvent) -> bool:
+        """Send the answer if it is a plain one, and say whether."""
+        body = message.get("body", b"")
+        headers = [*self.default_headers, *start.get("headers", ())]
+        fields = dict(headers)
+        if (
+            message.get("more_body")
+            or self.disconnected
+            or self.flow.write_paused
+            or self.scope["method"] == "HEAD"
+            or fields.get(b"content-length") != b"%d" % len(body)
+            or b"connection" in fields
+            or b"transfer-encoding" in fields
+        ):
+            return False
+        lines = [b"%s: %s\r\n" % header for header in headers]
+        if not self.keep_alive:
+            lines.append(CLOSES)
+        head = b"".join(lines)
+        if not len(lines) == head.count(b"\n") == head.count(b"\r"):  # a line too many
+            return False  # uvicorn says what is wrong with it
+        self.response_started = self.response_complete = True
+        self.waiting_for_100_continue = False
+        self.transport.write(b"".join((STATUS_LINE[start["status"]], head, b"\r\n", body)))
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+        return True
+
+
+class Connection(HttpToolsProtocol):
+    """Tells its requests when the client is gone, and the server when it has ended.
+
+    Args:
+        common: what it shares with the other connections of the server.
+        config, server_state, app_state: uvicorn's.
+    """
+
+    cycle: Cycle  # this class makes them
+    pipeline: deque[tuple[Cycle, ASGI3Application]]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        common: Common,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._common = common
+        self._limits = common.limits
+        self._memory = common.memory
+        self._state = common.state
+        self._rejections = common.rejections
+        self._line = Line()
+        self._since: float | None = self.loop.time()  # when what is awaited from the client began
+        self._heading = True  # what comes next is a part of headers
+        self._lines_only = True  # the piece at hand had no byte of a body
+        self._line_bytes = 0  # since the last such byte, or the end of a request
+        self._piece_bytes = 0
+        self._trailers = self._trailer_bytes = 0
+        self._rest = b""  # sent ahead of an answer, and where in it the next request begins
+        self._rest_at = 0
+        self._quiet_since: float | None = None  # the last answer is out and no request is there
+        self._unread_since: float | None = None
+        self._refusal: RequestError | None = None
+        self._answered: Cycle = None  # type: ignore[assignment]  # as uvicorn's; it has the turn
+        self._task: asyncio.Task[None]
+        self._failed: RequestError | None = None  # what to answer after the requests before it
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        """The connection is there."""
+        super().connection_made(transport)
+        if len(self.connections) > self._common.max_connections:
+            self.refuse(
+                Unavailable(f"too many connections; allowed: {self._common.max_connections}")
+            )
+
+    def data_received(self, data: bytes) -> None:
+        """A piece of one request, or of several."""
+        if self._failed is not None:
+            return
+        if self._rest:  # it was on its way when reading stopped
+            data = self._take_rest() + data
+        if len(data) <= SMALL and data.find(BLANK, STEP) < 0 and not self._due():
+            self._parse(data)  # as nearly always; `_feed` would do no more
+            if self._heading and self._memory.held <= self._memory.allowed:
+                return
+            data = b""
+        self._feed(data, 0)
+
+    def _feed(self, data: bytes, start: int) -> None:
+        """Parse up to the end of a request that has no answer yet; the rest is for later.
+
+        The parser cannot stop there. But headers and chunked bodies end with an empty line, so it
+        gets no more than `STEP` bytes and one such line beyond it.
+        """
+        end, allowed = len(data), self._limits.max_header_bytes
+        while start < end:
+            if self._due():
+                self._set_aside(data, start)
+                break
+            stop = end
+            if end - start > STEP:
+                found = data.find(BLANK, start + STEP)
+                if found >= 0:
+                    stop = found + len(BLANK)
+                if self._heading and stop - start > allowed:
+                    stop = start + allowed
+            self._parse(data if stop - start == end else data[start:stop])
+            if self._failed is not None or self.transport.is_closing():
+                break
+            start = stop
+        if self._failed is not None or self.transport.is_closing():
+            return
+        if not self._heading and not self.cycle.response_complete:
+            self._memory.reading.setdefault(self)
+        if self._memory.held > self._memory.allowed:
+            self._memory.make_room(self)
+
+    def _parse(self, piece: bytes) -> None:
+        self._lines_only = True
+        self._piece_bytes = len(piece)
+        rest: bytes | memoryview = piece
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(rest)
+                    break
+                except httptools.HttpParserUpgrade as offer:
+                    rest = memoryview(rest)[offer.args[0] :]
+                    self._decline_upgrade()
+        except httptools.HttpParserError:
+            self.send_400_response("not an HTTP/1.1 request")
+        if self._lines_only:
+            self._line_bytes += len(piece)
+            if self._line_bytes > self._limits.max_header_bytes:
+                self._fail(self._too_large())
+
+    def _fail(self, error: RequestError) -> None:
+        """What comes cannot be read; the requests before it get their answers first."""
+        if self._due():
+            self._failed = error
+            self.flow.pause_reading()
+        else:
+            self.refuse(error)
+
+    def _due(self) -> bool:
+        """A whole request has no answer yet."""
+        return bool(self.pipeline) or (self._heading and not self._idle())
+
+    def _set_aside(self, data: bytes, start: int) -> None:
+        self._rest, self._rest_at = data, start
+        self._memory.held += len(data) - start
+        self.flow.pause_reading()
+
+    def _take_rest(self) -> bytes:
+        rest, self._rest = self._rest[self._rest_at :], b""
+        self._memory.held -= len(rest)
+        return rest
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self.scope["state"]["line"] = self._line
+        self._since = self.loop.time()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header; or a trailer, which is counted and dropped.
+
+        Whoever filters headers on the way here does not look at trailers.
+        """
+        if self._heading:
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
+            return
+        self._trailers += 1
+        self._trailer_bytes += len(name) + len(value) + AROUND
+        if (
+            self._trailers > self._limits.max_headers
+            or self._trailer_bytes > self._limits.max_header_bytes
+        ):
+            self._refusal = self._too_large()
+            raise self._refusal
+
+    def on_headers_complete(self) -> None:
+        """The headers are there; `HeadersTooLarge` ends up in `send_400_response`."""
+        self._heading = self._lines_only = False
+        allowed = self._limits.max_header_bytes
+        # Small pieces hold small headers: no need to add them up.
+        if len(self.headers) > self._limits.max_headers or (
+            self._line_bytes + self._piece_bytes > allowed and self._size() > allowed
+        ):
+            self._refusal = self._too_large()
+            raise self._refusal
+        parser, scope, before = self.parser, self.scope, self.cycle
+        method, version = parser.get_method().decode("ascii"), parser.get_http_version()
+        fault = _fault(method, version, self.headers)
+        if fault is not None:
+            self._refusal = BadFraming(fault)
+            raise self._refusal
+        if parser.should_upgrade():
+            return  # the parser takes what follows for another protocol: `_decline_upgrade`
+        target = httptools.parse_url(self.url)
+        raw_path = target.path or b"/"
+        scope["http_version"] = version
+        scope["method"] = method
+        scope["path"] = _decoded(raw_path)
+        scope["raw_path"] = raw_path
+        scope["query_string"] = target.query or b""
+        self.cycle = Cycle(
+            scope,
+            self.transport,
+            self.flow,
+            self.logger,
+            self.access_logger,
+            self.access_log,
+            self.server_state.default_headers,
+            asyncio.Event(),
+            self.expect_100_continue,
+            # While draining, the next request is for somebody else.
+            parser.should_keep_alive() and version != "1.0" and not self._state.draining,
+            self.on_response_complete,
+        )
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:  # its turn comes when those before it have their answers
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body, which waits here until the application asks for it."""
+        self._lines_only = False
+        self._line_bytes = 0
+        cycle = self.cycle
+        if cycle.response_complete or cycle.disconnected:
+            return
+        cycle.body += body
+        cycle.held += len(body)
+        self._memory.held += len(body)
+        if len(cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+        cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        """The request is there, body and all."""
+        if self.parser.should_upgrade():
+            return
+        self._heading = True
+        self._lines_only = False
+        if self._trailers and not self.parser.should_keep_alive():  # one of them says so
+            self.cycle.keep_alive = False
+        self._line_bytes = self._trailers = self._trailer_bytes = 0
+        self._since = None
+        if self._memory.reading:
+            self._memory.reading.pop(self, None)
+        if self.cycle.response_complete:
+            self._quiet_since = self.loop.time()
+            return
+        self._quiet_since = None
+        if self.flow.read_paused:
+            # Who hangs up is noticed by reading; `_feed` keeps what else comes for later.
+            self.flow.resume_reading()
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+
+    def on_response_complete(self) -> None:
+        """An answer is out; what was sent ahead of it is next, and then what is still to come.
+
+        uvicorn reads on after each answer, so that a client who sends many requests at once and
+        reads nothing could fill the memory with them. It also sets a timer after each.
+        """
+        self.server_state.total_requests += 1
+        self._release(self._answered)
+        if self.transport.is_closing():
+            return
+        if not self._heading:
+            self._memory.reading.pop(self, None)
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            if self._failed is None or self._heading or cycle is not self.cycle:
+                self._start_asgi_task(cycle, app)
+                if self._due():
+                    return
+        else:
+            self._quiet_since = self.loop.time()
+        if self._failed is not None:
+            self.refuse(self._failed)
+        elif self._rest:
+            self.loop.call_soon(self._feed_rest)
+        else:
+            self.flow.resume_reading()
+
+    def _feed_rest(self) -> None:
+        if not self._rest or self.transport.is_closing():
+            return
+        rest, start = self._rest, self._rest_at
+        self._rest = b""
+        self._memory.held -= len(rest) - start
+        self._feed(rest, start)
+        if not self._rest:
+            self.flow.resume_reading()
+
+    def _start_asgi_task(self, cycle: Cycle, app: ASGI3Application) -> None:  # type: ignore[override]  # all of ours are such
+        self._answered = cycle
+        self._task = task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def _release(self, cycle: Cycle) -> None:
+        """The memory of its body is free."""
+        self._memory.held -= cycle.held
+        cycle.held = 0
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP, or over a limit."""
+        self._fail(self._refusal or BadFraming(msg))
+
+    def check(self, now: float) -> None:
+        """Close the connection if its client is too slow.
+
+        Args:
+            now: on the clock of the loop.
+        """
+        if self.transport.get_write_buffer_size() == 0:
+            self._unread_since = None
+        elif self._unread_since is None:
+            self._unread_since = now
+        elif now - self._unread_since > self._limits.write_timeout_s:
+            self._rejections[TooSlow.reason].inc()
+            # With a reset: else the kernel would keep megabytes for a client that reads nothing.
+            connection = self.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.transport.abort()
+            return
+        if self.transport.is_closing():
+            return
+        if self.flow.read_paused and self._hung_up():
+            self.transport.abort()
+            return
+        if self._since is None:
+            quiet_since = self._quiet_since
+            if quiet_since is not None and now - quiet_since > self._limits.keep_alive_s:
+                self.transport.close()
+        elif self.flow.read_paused:
+            self._since = now  # the wait is ours
+        elif self._heading:
+            if self._idle() and now - self._since > self._limits.header_timeout_s:
+                self._fail(TooSlow("the headers did not arrive in time"))
+        elif now - self._since > self._limits.body_timeout_s:
+            self._fail(TooSlow("the body did not arrive in time"))
+
+    def eof_received(self) -> None:
+        """The client has hung up; the loop says that the connection is lost a turn later."""
+        self._line.gone = True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection has ended."""
+        self._line.gone = True
+        super().connection_lost(exc)
+        self._forget()
+        if self._answered is not None and self._answered.held:  # the application goes on with it
+            self._task.add_done_callback(lambda _: self._release(self._answered))
+        self._common.on_closed()
+
+    def _hung_up(self) -> bool:
+        """The client has gone, behind bytes that were not read yet."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), HUNG_UP)
+        return bool(poll.poll(0))
+
+    def _forget(self) -> None:
+        """Nothing that was received is needed any more."""
+        self._memory.reading.pop(self, None)
+        self._take_rest()
+        while self.pipeline:
+            self._release(self.pipeline.pop()[0])
+
+    def _decline_upgrade(self) -> None:
+        """Read the request's headers again without the offer to speak another protocol.
+
+        Clients offer HTTP/2 so with any request, and expect HTTP/1.1 unless the answer is a 101.
+        """
+        parser, headers = self.parser, self.headers
+        version = parser.get_http_version().encode()
+        lines = [b"%s: %s\r\n" % header for header in headers if header[0] != b"upgrade"]
+        head = [parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n"]
+        self._heading = True
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's has it
+        self.parser.feed_data(b"".join(head))
+
+    def _idle(self) -> bool:
+        """Nobody works on an answer."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _size(self) -> int:
+        return len(self.url) + sum(
+            len(name) + len(value) + AROUND for name, value in self.headers
+        )  # fmt: skip
+
+    def _too_large(self) -> HeadersTooLarge:
+        limits = self._limits
+        return HeadersTooLarge(
+            f"too many headers; allowed: {limits.max_headers}, "
+            f"{limits.max_header_bytes} bytes together"
+        )
+
+    def refuse(self, error: RequestError) -> None:
+        """Answer past the application, which has no whole request yet, and close."""
+        if self.transport.is_closing():
+            return
+        self._rejections[error.reason].inc()
+        if self._idle():
+            answered = self.cycle is not None and not self._heading  # before its body was there
+        else:
+            # Nor can it come before the answers of earlier requests.
+            answered = self.cycle.response_started or bool(self.pipeline)
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self.cycle.body = bytearray()
+            self._release(self.cycle)
+        self._forget()
+        if not answered:
+            self.transport.write(refusal(error, self.server_state.default_headers))
+        self.transport.close()
+
+
+def check_all(server_state: ServerState, now: float) -> None:
+    """Close the connections of a server whose clients are too slow.
+
+    Args:
+        server_state: of a server all of whose connections are of this kind.
+        now: on the clock of the loop.
+    """
+    for connection in list(server_state.connections):
+        connection.check(now)  # type: ignore[union-attr]  # see above
+
+
+def refusal(error: RequestError, headers: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
+    """The answer of a connection that closes after it."""
+    body = error.body()
+    fields = [
+        *headers,
+        (b"content-type", MEDIA_TYPE.encode()),
+        (b"content-length", str(len(body)).encode()),
+        *((name.lower().encode(), value.encode()) for name, value in error.headers.items()),
+        (b"connection", b"close"),
+    ]
+    lines = [b"%s: %s\r\n" % field for field in fields]
+    return b"".join([STATUS_LINE[error.status], *lines, b"\r\n", body])
+
+
+def _fault(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> str | None:
+    """What a proxy in front of this server could read differently, beside what llhttp refuses."""
+    names = [name for name, _ in headers]
+    hosts = names.count(b"host")
+    if version not in ("1.1", "1.0"):
+        return f"unsupported HTTP version {version}; allowed: 1.1, 1.0"
+    if hosts > 1 or (hosts == 0 and version == "1.1"):
+        return f"request has {hosts} Host headers; it must have one"
+    if b"transfer-encoding" in names:
+        coding = b", ".join(value for name, value in headers if name == b"transfer-encoding")
+        if version == "1.0" or coding.strip().lower() != b"chunked":
+            shown = coding[:40].decode("latin-1")
+            return f"unsupported Transfer-Encoding {shown!r}; allowed: chunked, with HTTP/1.1"
+    return "unsupported method CONNECT; this server is no proxy" if method == "CONNECT" else None
+
+
+def _decoded(raw_path: bytes) -> str:
+    """A path without its percent-encoding; an encoded slash is no slash, and stays as it is."""
+    path = raw_path.decode("ascii")
+    if "%" not in path:
+        return path
+    return unquote(path.replace("%2F", "%252F").replace("%2f", "%252f"))

@@ -1,0 +1,120 @@
+"""Around every request: its id, its time, its status. Pure ASGI: no task, no copy of the body."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+from prometheus_client import Counter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.telemetry.metrics import Metrics
+from app.telemetry.traceparent import read_traceparent
+
+if TYPE_CHECKING:
+    from app.telemetry.tracing import Tracing
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+log = logging.getLogger("scumble.access")
+
+
+class Observe:
+    """Gives each request an id, echoes it, counts and times the answer.
+
+    `routes` maps paths to the labels they count under; all others are `other`, so that a scanner
+    adds no series. `linked` reads the `traceparent` of requests, for logs; `tracing` makes spans of
+    them, but for the paths in `untraced`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: Mapping[str, str],
+        *,
+        access_log: bool = False,
+        linked: bool = False,
+        tracing: Tracing | None = None,
+        untraced: Collection[str] = (),
+        clock: Callable[[], float] = time.perf_counter,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._access_log = access_log
+        self._linked = linked
+        self._tracing = tracing
+        self._untraced = untraced
+        self._clock = clock
+        # The system seeds each worker's on its own.
+        rng = rng or random.Random()  # noqa: S311  # ids must differ, not be secret
+        self._draw = rng.getrandbits
+        self._routes = routes
+        self._seconds = {
+            route: metrics.request_seconds(route) for route in {*routes.values(), "other"}
+        }
+        self._requests: dict[tuple[str, int], Counter] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI call."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = self._clock()
+        request_id = self._request_id(scope)
+        state = scope.setdefault("state", {})
+        state["id"] = request_id
+        if self._linked:
+            state["traceparent"] = read_traceparent(scope["headers"])
+        header = (b"x-request-id", request_id.encode())
+        status = 500
+
+        async def observe(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
+            await send(message)
+
+        self._metrics.inflight.add(1)
+        self._metrics.flush_soon()
+        try:
+            await self._app(scope, receive, observe)
+        finally:
+            self._metrics.inflight.add(-1)
+            seconds = self._clock() - start
+            route = self._routes.get(scope["path"], "other")
+            self._seconds[route].observe(seconds)
+            self._count(route, status)
+            self._metrics.flush_soon()
+            if self._tracing is not None and scope["path"] not in self._untraced:
+                self._tracing.request(scope, route, status, start, seconds)
+            if self._access_log:
+                log.info(
+                    "request",
+                    extra={
+                        "id": request_id,
+                        "method": scope["method"],
+                        "route": route,
+                        "status": status,
+                        "ms": round(seconds * 1000, 3),
+                        "traceparent": state["traceparent"],
+                    },
+                )
+
+    def _count(self, route: str, status: int) -> None:
+        counter = self._requests.get((route, status))
+        if counter is None:
+            counter = self._metrics.requests.labels(route, str(status))
+            self._requests[route, status] = counter
+        counter.inc()
+
+    def _request_id(self, scope: Scope) -> str:
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+                return str(value, "ascii")
+        return f"{self._draw(64):016x}"

@@ -1,0 +1,220 @@
+"""Open Inference Protocol v2: a tensor of images in, one of probabilities out, as JSON or bytes.
+
+    body = JSON header [+ the input's bytes, row-major, little-endian]
+    Inference-Header-Content-Length = bytes of the JSON, where bytes follow; 0: the body is one file
+
+One input, see `app.http.v2_tensors`. One output, `probabilities`: FP32 (N, K), or, where the request says
+`classification: k`, BYTES (N, k) of `probability:index:label`, the most probable first. Either goes
+out as bytes where the request says `binary_data`.
+
+Source: the protocol's REST specification, and Triton's extensions for binary tensors and for
+classification.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from app.errors import BadFraming, Unprocessable
+from app.http.bodies import Fields, brief, load_json, small_number
+from app.http.v2_tensors import FILES, PIXELS, PREFIX, read_tensor, shapes
+from app.inference.bundle import Card
+from app.inference.engines import Batch, Probs
+from app.settings import LimitSettings
+
+LENGTH = "inference-header-content-length"
+OUTPUT = "probabilities"
+
+
+@dataclass(frozen=True)
+class InferRequest:
+    """A parsed request.
+
+    Attributes:
+        images: pixels of all images, or their encoded files.
+        id: its id, if it has one.
+        binary: bytes are asked for.
+        classes: how many classes are asked for in place of all probabilities; 0 for none.
+    """
+
+    images: Batch | list[bytes]
+    id: str | None = None
+    binary: bool = False
+    classes: int = 0
+
+
+def metadata(card: Card, *, floats: bool) -> dict[str, Any]:
+    """What the model takes and gives; a request has one of the inputs."""
+    kinds = {kind: shape for kind, shape in shapes(card).items() if floats or kind != "FP32"}
+    inputs = [
+        (FILES, "BYTES", [-1]),
+        *((PIXELS, kind, [-1, *side]) for kind, side in kinds.items()),
+    ]
+    outputs = [(OUTPUT, "FP32", [-1, len(card.labels)])]
+    names = ("name", "datatype", "shape")
+    return {
+        "name": card.name,
+        "versions": [card.version],
+        "platform": "onnx_onnxv1",
+        "inputs": [dict(zip(names, tensor, strict=True)) for tensor in inputs],
+        "outputs": [dict(zip(names, tensor, strict=True)) for tensor in outputs],
+    }
+
+
+def json_length(fields: Fields, body: bytes | bytearray) -> int:
+    """Bytes of the body that are JSON; others follow.
+
+    Raises:
+        BadFraming: the header that says so is no number, or larger than the body.
+    """
+    found = fields.get(LENGTH.encode())
+    if found is None:
+        return len(body)
+    text = found.decode("latin-1")
+    length = small_number(text)
+    if length is None or length > len(body):
+        raise BadFraming(f"{LENGTH} is {brief(text)}; allowed: 0 to the body's {len(body)}")
+    return length
+
+
+def read_infer(
+    fields: Fields, body: bytes | bytearray, card: Card, limits: LimitSettings
+) -> InferRequest:
+    """Parse and check an infer request.
+
+    Raises:
+        BadFraming: the JSON, its length or the tensor's bytes are not what they say.
+        Unprocessable: another input, datatype or shape than the model's, or values out of range.
+        TooLarge: too many images.
+    """
+    length = json_length(fields, body)
+    if length == 0 and LENGTH.encode() in fields:
+        return InferRequest([bytes(body)], binary=True)
+    document, tail = _split(body, length)
+    tensor = _the_input(document)
+    output = _the_output(document)
+    request_id = document.get("id")
+    if type(request_id) is int:
+        request_id = str(request_id)  # answers have strings, as the protocol says
+    if request_id is not None and not isinstance(request_id, str):
+        raise BadFraming(f"id is {brief(request_id)}; allowed: a string or an integer")
+    whole = _flag(document, "binary_data_output", default=False)
+    return InferRequest(
+        images=read_tensor(tensor, tail, card, limits),
+        id=request_id,
+        # A flag on the requested output overrides the one on the request.
+        binary=_flag(output, "binary_data", default=whole),
+        classes=min(_classification(output), len(card.labels)),
+    )
+
+
+def write_infer(
+    card: Card, request: InferRequest, probabilities: Probs
+) -> tuple[bytes, dict[str, str]]:
+    """The answer's body and headers."""
+    texts = _classified(probabilities, request.classes, card.labels) if request.classes else None
+    output: dict[str, Any] = {
+        "name": OUTPUT,
+        "datatype": "FP32" if texts is None else "BYTES",
+        "shape": [len(probabilities), request.classes or len(card.labels)],
+    }
+    answer = {"model_name": card.name, "model_version": card.version, "outputs": [output]}
+    if request.id is not None:
+        answer["id"] = request.id
+    if not request.binary:
+        output["data"] = probabilities.reshape(-1) if texts is None else texts
+        body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        return body, {"Content-Type": "application/json"}
+    raw = (
+        np.ascontiguousarray(probabilities, "<f4").tobytes()
+        if texts is None
+        else b"".join(map(_prefixed, texts))
+    )
+    output["parameters"] = {"binary_data_size": len(raw)}
+    header = orjson.dumps(answer)
+    return header + raw, {
+        "Content-Type": "application/octet-stream",
+        "Inference-Header-Content-Length": str(len(header)),
+    }
+
+
+def _split(body: bytes | bytearray, length: int) -> tuple[dict[str, Any], memoryview]:
+    view = memoryview(body)
+    document = load_json(view[:length])
+    if not isinstance(document, dict):
+        raise BadFraming("body must be a JSON object")
+    return document, view[length:]
+
+
+def _the_input(document: dict[str, Any]) -> dict[str, Any]:
+    inputs = document.get("inputs")
+    if not isinstance(inputs, list) or not all(isinstance(row, dict) for row in inputs[:2]):
+        raise BadFraming("inputs must be a list of tensors")
+    names = [row.get("name") for row in inputs[:2]]
+    if names not in ([FILES], [PIXELS]):
+        raise Unprocessable(
+            f"the {len(inputs)} inputs begin with {brief(names)}; "
+            f"the model takes one, {FILES!r} or {PIXELS!r}"
+        )
+    tensor: dict[str, Any] = inputs[0]
+    return tensor
+
+
+def _the_output(document: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the only output; nothing where it is not named."""
+    outputs = document.get("outputs")
+    if outputs is None:
+        return {}
+    if not isinstance(outputs, list) or not all(isinstance(row, dict) for row in outputs[:2]):
+        raise BadFraming("outputs must be a list of requested outputs")
+    names = [row.get("name") for row in outputs[:2]]
+    if outputs and names != [OUTPUT]:
+        raise Unprocessable(
+            f"the {len(outputs)} outputs begin with {brief(names)}; the model gives one, {OUTPUT!r}"
+        )
+    return outputs[0] if outputs else {}
+
+
+def _parameters(owner: dict[str, Any]) -> dict[str, Any]:
+    """Of a request or an output; null stands for none, as some clients write it."""
+    parameters = owner.get("parameters")
+    if not isinstance(parameters, dict | None):
+        raise BadFraming("parameters must be an object")
+    return parameters or {}
+
+
+def _flag(owner: dict[str, Any], name: str, *, default: bool) -> bool:
+    value = _parameters(owner).get(name, default)
+    if not isinstance(value, bool):
+        raise BadFraming(f"parameter {name} must be true or false")
+    return value
+
+
+def _classification(output: dict[str, Any]) -> int:
+    value = _parameters(output).get("classification", 0)
+    if type(value) is not int or value < 0:
+        raise BadFraming("parameter classification must be a number of classes")
+    return value
+
+
+def _classified(probabilities: Probs, count: int, labels: list[str]) -> list[str]:
+    """`probability:index:label` of the `count` most probable classes, image by image.
+
+    The digits are those of the answer in JSON: orjson writes both.
+    """
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :count]
+    values = np.take_along_axis(probabilities, order, axis=1).reshape(-1)
+    digits = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY).decode()[1:-1].split(",")
+    return [
+        f"{digit}:{k}:{labels[k]}"
+        for digit, k in zip(digits, order.reshape(-1).tolist(), strict=True)
+    ]
+
+
+def _prefixed(text: str) -> bytes:
+    raw = text.encode()
+    return len(raw).to_bytes(PREFIX, "little") + raw

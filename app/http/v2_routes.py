@@ -1,0 +1,177 @@
+"""The V2 protocol's routes: health, metadata, infer; the last two also under the model's version.
+
+Health answers with JSON, which KServe's client reads; Triton's looks at the status alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.endpoint import Endpoint
+from app.errors import Unavailable
+from app.http import schemas
+from app.http.prediction import Service
+from app.http.responses import json_response
+from app.http.routing import DEADLINE_PARAMETER, Route, problems
+from app.http.v2 import metadata
+
+EXTENSIONS = ["binary_tensor_data", "classification"]
+
+
+@dataclass(frozen=True)
+class Inquiry:
+    """Answers what the protocol asks about a service and its model.
+
+    Attributes:
+        service: which is asked about.
+        release: of this software.
+    """
+
+    service: Service
+    release: str
+
+    async def about(self, request: Request) -> Response:
+        """`GET /v2`."""
+        del request
+        return json_response({"name": "scumble", "version": self.release, "extensions": EXTENSIONS})
+
+    async def live(self, request: Request) -> Response:
+        """`GET /v2/health/live`."""
+        del request
+        return json_response({"live": True, "ready": await self.service.obstacle() is None})
+
+    async def ready(self, request: Request) -> Response:
+        """`GET /v2/health/ready`.
+
+        Raises:
+            Unavailable: draining, or budgets cannot be counted.
+        """
+        await self._refuse_unless_ready()
+        return await self.live(request)
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v2/models/{model}`, and of its version.
+
+        Raises:
+            NotFound: another model or version.
+        """
+        self.service.check_path(request)
+        return json_response(metadata(self.service.card, floats=self.service.tensors is not None))
+
+    async def model_ready(self, request: Request) -> Response:
+        """`GET /v2/models/{model}/ready`, and of its version.
+
+        Raises:
+            NotFound: another model or version.
+            Unavailable: draining, or budgets cannot be counted.
+        """
+        self.service.check_path(request)
+        await self._refuse_unless_ready()
+        return json_response({"name": self.service.card.name, "ready": True})
+
+    async def _refuse_unless_ready(self) -> None:
+        obstacle = await self.service.obstacle()
+        if obstacle:
+            raise Unavailable(f"{obstacle}: ask another replica")
+
+
+def routes(service: Service) -> list[Route]:
+    """Those without a model, and those of the model, which stand twice: the version is optional."""
+    inquiry = Inquiry(service, version("scumble"))
+    return [
+        _get("/v2", inquiry.about, "Name, version and extensions", "v2", schemas.About),
+        _get("/v2/health/live", inquiry.live, "The process answers", "v2_live", schemas.V2Health),
+        _get(
+            "/v2/health/ready", inquiry.ready, "Not draining", "v2_ready", schemas.V2Health, 503
+        ),
+        *_of_model(inquiry, "/v2/models/{model}", ""),
+        *_of_model(inquiry, "/v2/models/{model}/versions/{version}", "_version"),
+    ]  # fmt: skip
+
+
+def _of_model(inquiry: Inquiry, path: str, suffix: str) -> list[Route]:
+    card = inquiry.service.card
+    named = {"model": card.name, "version": card.version}
+    where = [
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "schema": {"type": "string", "enum": [value]},
+        }
+        for name, value in named.items()
+        if f"{{{name}}}" in path
+    ]
+    parts: list[Route] = [
+        _get(
+            path,
+            inquiry.model,
+            "Inputs and outputs of the model",
+            f"v2_model{suffix}",
+            schemas.ModelMetadata,
+            404,
+        ),
+        _get(
+            f"{path}/ready",
+            inquiry.model_ready,
+            "The model takes requests",
+            f"v2_model_ready{suffix}",
+            schemas.ModelReady,
+            404,
+            503,
+        ),
+        (
+            f"{path}/infer",
+            "POST",
+            inquiry.service.infer,
+            {
+                "summary": "Probabilities of a tensor of images (Open Inference Protocol v2)",
+                "operation_id": f"infer{suffix}",
+                "responses": {
+                    200: {
+                        "model": schemas.InferAnswer,
+                        "description": "as JSON, or as JSON followed by the output's bytes",
+                        "content": {"application/octet-stream": {}},
+                    },
+                    **problems(400, 404, 413, 415, 422, 503, 504),
+                },
+                "openapi_extra": {
+                    "parameters": [LENGTH_HEADER, DEADLINE_PARAMETER],
+                    "requestBody": INFER_BODY,
+                },
+            },
+        ),
+    ]
+    for *_, description in parts:
+        extra = description.setdefault("openapi_extra", {})
+        extra["parameters"] = [*where, *extra.get("parameters", [])]
+    return parts
+
+
+def _get(
+    path: str, endpoint: Endpoint, summary: str, operation: str, model: type, *refusals: int
+) -> Route:
+    responses: dict[int | str, dict[str, Any]] = {200: {"model": model}, **problems(*refusals)}
+    description = {"summary": summary, "operation_id": operation, "responses": responses}
+    return path, "GET", endpoint, description
+
+
+LENGTH_HEADER = {
+    "name": "Inference-Header-Content-Length",
+    "in": "header",
+    "required": False,
+    "description": "bytes of the JSON, where the tensor's bytes follow it; 0: the body is one file",
+    "schema": {"type": "integer", "minimum": 0},
+}
+INFER_BODY = {
+    "required": True,
+    "content": {
+        "application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    },
+}

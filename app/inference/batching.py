@@ -1,0 +1,292 @@
+"""Micro-batching: requests that wait at the same time share one call of the engine.
+
+Nobody waits for company while the engine is idle: the first request starts a batch at the end of
+the event loop's current turn, together with whatever else arrived in that turn. While a batch runs,
+the next one gathers. With a target for the time of answers, `app.inference.adaptive_batch_limit` says how large it may get.
+Whoever is not waited for any more when his turn comes (`app.inference.deadline`) is left out of the batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from app.errors import TooLate, Unavailable
+from app.inference.adaptive_batch_limit import Pace
+from app.inference.deadline import FOREVER, LATE, Patience
+from app.inference.engines import FAST, Batch, Probs, size_within
+from app.inference.pipeline import Answers, Compute, Pipeline
+from app.telemetry.metrics import Metrics
+from scumble.defenses import Defense
+
+SWEEP_S = 0.01  # between two looks through a full queue
+
+
+class Served(NamedTuple):
+    """One request's part of a batch: (n, K) probabilities and the seconds of each stage."""
+
+    probabilities: Probs
+    queue_s: float
+    infer_s: float
+    defend_s: float
+
+
+@dataclass(eq=False, slots=True)  # frozen would take three times as long to make
+class _Job:
+    batch: Batch
+    future: asyncio.Future[Served]
+    submitted: float
+    defense: Defense | None
+    patience: Patience
+
+
+class Batcher:
+    """Gathers jobs into batches and runs the pipeline on them, on the event loop or on a thread.
+
+    Args:
+        pipeline: what runs.
+        metrics: batch sizes, queue depth and the defense's effect are counted here.
+        max_size: images in a batch; a larger request runs as a batch of its own.
+        max_queue: images that may wait.
+        max_wait_s: how long a batch that follows directly on another may wait to fill up.
+        target_s: batches get no larger than lets nearly all answers come within it; 0 for none.
+        inline: run on the event loop. Saves the hand-over to a thread, blocks the loop meanwhile.
+    """
+
+    def __init__(
+        self,
+        pipeline: Compute,
+        metrics: Metrics,
+        *,
+        max_size: int,
+        max_queue: int,
+        max_wait_s: float = 0.0,
+        target_s: float = 0.0,
+        inline: bool = True,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._pipeline = pipeline
+        self._metrics = metrics
+        self._max_size = max_size
+        self._max_queue = max_queue
+        self._max_wait_s = max_wait_s
+        self._pace = Pace(target_s, max_size)
+        self._clock = clock
+        self._jobs: deque[_Job] = deque()
+        self._waiting = 0
+        self._busy = False
+        self._filling: asyncio.TimerHandle | None = None
+        self._started: float | None = None
+        self._swept = -math.inf
+        self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="engine")
+
+    async def __call__(
+        self, batch: Batch, defense: Defense | None = None, patience: Patience = FOREVER
+    ) -> Served:
+        """Probabilities for (n, ...) images, in order.
+
+        Args:
+            batch: the images.
+            defense: in place of the pipeline's own; a `Pipeline` is needed for that.
+            patience: until when they are worth an inference, on the clock of this batcher.
+
+        Raises:
+            Unavailable: the queue has no room for them.
+            TooLate, ClientGone: patience ended before their turn.
+        """
+        (future,) = self._queue([batch], defense, patience)
+        return await future
+
+    async def all(
+        self,
+        batches: Sequence[Batch],
+        defense: Defense | None = None,
+        patience: Patience = FOREVER,
+    ) -> list[Served]:
+        """The same for several at once: either all of them are queued, or none.
+
+        Raises:
+            Unavailable: the queue has no room for them.
+            TooLate, ClientGone: patience ended before the turn of one of them.
+        """
+        return await asyncio.gather(*self._queue(batches, defense, patience))
+
+    @property
+    def max_size(self) -> int:
+        """Images of the largest batch."""
+        return self._max_size
+
+    @property
+    def running_s(self) -> float:
+        """For how long the current batch has been running; 0 if there is none."""
+        return 0.0 if self._started is None else self._clock() - self._started
+
+    def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Let the engine compile for the batches to come, until told to stop; on another thread."""
+        sizes = (size for size in FAST if size <= self._max_size)
+        self._pipeline.engine.prepare(itertools.takewhile(lambda _: not stop(), sizes))
+
+    def close(self) -> None:
+        """Let the running batch finish and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _queue(
+        self, batches: Sequence[Batch], defense: Defense | None, patience: Patience
+    ) -> list[asyncio.Future[Served]]:
+        images = sum(map(len, batches))
+        if self._waiting + images > self._max_queue:
+            self._drop_ended()
+        if self._waiting + images > self._max_queue:
+            raise Unavailable(
+                f"{self._waiting} images are waiting already; allowed: {self._max_queue}"
+            )
+        loop = asyncio.get_running_loop()
+        now = self._clock()
+        jobs = [_Job(batch, loop.create_future(), now, defense, patience) for batch in batches]
+        self._jobs.extend(jobs)
+        self._count(images)
+        if not self._busy:
+            self._busy = True
+            loop.call_soon(self._start)
+        elif self._filling is not None and self._waiting >= self._pace():
+            self._filling.cancel()
+            self._filling = None
+            loop.call_soon(self._start)
+        if patience.deadline < math.inf:  # a batch may run for longer
+            timer = loop.call_later(patience.deadline - now, self._withdraw, jobs)
+            jobs[-1].future.add_done_callback(lambda _: timer.cancel())
+        return [job.future for job in jobs]
+
+    def _withdraw(self, jobs: list[_Job]) -> None:
+        for job in jobs:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                self._count(-len(job.batch))
+                _refuse(job, TooLate(LATE))
+
+    def _drop_ended(self) -> None:
+        """Who does not wait any more leaves room to others, also while a batch runs."""
+        now = self._clock()
+        if now - self._swept < SWEEP_S:  # a full queue is not looked through for each refusal
+            return
+        self._swept = now
+        waiting: deque[_Job] = deque()
+        for job in self._jobs:
+            ended = job.patience.ended(now)
+            if ended is not None:
+                _refuse(job, ended)
+            if job.future.done():
+                self._count(-len(job.batch))
+            else:
+                waiting.append(job)
+        self._jobs = waiting
+
+    def _start(self) -> None:
+        self._filling = None
+        started = self._clock()
+        jobs = self._take(started)
+        if not jobs:
+            self._next()
+            return
+        self._started = started
+        if self._thread is None:
+            try:
+                answers = self._run(jobs)
+            except Exception as exc:  # noqa: BLE001  # whatever it is, the waiting requests get it
+                self._finish(jobs, started, exc)
+            else:
+                self._finish(jobs, started, answers)
+            return
+        loop = asyncio.get_running_loop()
+        running = self._thread.submit(self._run, jobs)
+        running.add_done_callback(
+            lambda done: loop.call_soon_threadsafe(
+                self._finish, jobs, started, done.exception() or done.result()
+            )
+        )
+
+    def _take(self, now: float) -> list[_Job]:
+        """The next batch, which is empty if nobody waits for an answer any more."""
+        jobs: list[_Job] = []
+        size, dropped = 0, 0
+        # No more than fill a size that engines are fast at: the others are the first of the next
+        # batch, together with whatever has arrived by then.
+        allowed = size_within(min(self._pace(), self._waiting))
+        while self._jobs and (not jobs or size + len(self._jobs[0].batch) <= allowed):
+            job = self._jobs.popleft()
+            ended = job.patience.ended(now)
+            if ended is not None:
+                _refuse(job, ended)
+            if job.future.done():  # by this, or its task was cancelled
+                dropped += len(job.batch)
+            else:
+                size += len(job.batch)
+                jobs.append(job)
+        if size + dropped:
+            self._count(-size - dropped)
+        if jobs:
+            self._metrics.batch_size.observe(size)
+        return jobs
+
+    def _run(self, jobs: list[_Job]) -> Answers:
+        whole = jobs[0].batch if len(jobs) == 1 else np.concatenate([job.batch for job in jobs])
+        if isinstance(self._pipeline, Pipeline) and any(job.defense is not None for job in jobs):
+            parts = [(len(job.batch), job.defense) for job in jobs]
+            return self._pipeline.apart(whole, parts)
+        return self._pipeline(whole)
+
+    def _finish(self, jobs: list[_Job], started: float, outcome: Answers | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            for job in jobs:
+                _refuse(job, outcome)
+        else:
+            self._deliver(jobs, started, outcome)
+        self._next()
+
+    def _next(self) -> None:
+        self._started = None
+        loop = asyncio.get_running_loop()
+        if not self._jobs:
+            self._busy = False
+        elif self._max_wait_s and self._waiting < self._pace():
+            self._filling = loop.call_later(self._max_wait_s, self._start)
+        else:
+            loop.call_soon(self._start)
+
+    def _deliver(self, jobs: list[_Job], started: float, answers: Answers) -> None:
+        self._pace.note(len(answers.l1), self._clock() - started)
+        self._metrics.defended_rows.inc(int((answers.l1 > 1e-6).sum()))
+        for distance in answers.l1.tolist():
+            self._metrics.response_l1.observe(distance)
+        first = 0
+        for job in jobs:
+            last = first + len(job.batch)
+            if not job.future.done():  # done already: its client went away
+                job.future.set_result(
+                    Served(
+                        answers.probabilities[first:last],
+                        started - job.submitted,
+                        answers.infer_s,
+                        answers.defend_s,
+                    )
+                )
+            first = last
+
+    def _count(self, images: int) -> None:
+        self._waiting += images
+        self._metrics.queue_depth.add(images)  # a worker may have several batchers
+
+
+def _refuse(job: _Job, why: BaseException) -> None:
+    if not job.future.done():  # done already: its client went away
+        job.future.set_exception(why)

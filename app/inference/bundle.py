@@ -1,0 +1,234 @@
+"""A model bundle: `models/<name>/` with a card, ONNX files and golden outputs.
+
+    card.json       what the model is, how it was made, sha256 of every other file
+    float32.onnx    uint8 pixels (N, H, W, C) -> probabilities float32 (N, K)
+    int8.onnx       the same, quantized in QDQ form
+    golden.json     outputs for a few made-up inputs, checked at every load
+    surrogate.onnx, misinformation.onnx    optional, for some defenses; see `app.inference.auxiliary`
+    codebook.float32.json, codebook.int8.json    optional, what the defense `codebook` serves
+
+Each file is read once, hashed, and handed on as bytes, so that what was checked is what runs. The
+card names files of its own folder only, and no network has weights in files outside of itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.errors import BundleError
+from app.precision import Precision
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+FORMAT = "scumble-bundle/1"
+GOLDEN_COUNT = 6
+# Which file a precision runs; bf16 is the float file under another hint.
+ONNX_FILE: dict[Precision, str] = {
+    "float32": "float32.onnx",
+    "bf16": "float32.onnx",
+    "int8": "int8.onnx",
+}
+# Optional files that `python -m scumble.training.auxiliary` makes, with the same input as the others.
+AUXILIARY_FILES = ("surrogate.onnx", "misinformation.onnx")
+# Optional files that `scumble calibrate` makes, for the answers of each ONNX file.
+CODEBOOK_FILE: dict[Precision, str] = {
+    "float32": "codebook.float32.json",
+    "bf16": "codebook.float32.json",
+    "int8": "codebook.int8.json",
+}
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
+"""Of a file in the bundle's folder: no path, and not hidden."""
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Frozen(BaseModel):
+    """Strict and immutable, unknown members refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class InputShape(Frozen):
+    """What the network takes: uint8 (N, height, width, channels)."""
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    channels: Literal[1, 3]
+
+
+class Preprocessing(Frozen):
+    """How a decoded picture of another size is brought to the input size (before the graph).
+
+    `stretch` resizes to the input size. `crop` resizes so that the central `ratio` of the shorter
+    side fills the input, then crops the centre, as is usual for ImageNet networks.
+    """
+
+    fit: Literal["stretch", "crop"] = "stretch"
+    ratio: float = Field(default=1.0, gt=0, le=1)
+
+
+class Accuracy(Frozen):
+    """Share of right arg-maxes, in [0, 1], on `images` images of `data`."""
+
+    value: float = Field(ge=0, le=1)
+    images: int = Field(gt=0)
+    data: str
+
+
+class Card(Frozen):
+    """`card.json`, written by `scumble/training/`, never by hand."""
+
+    format: Literal["scumble-bundle/1"]
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    labels: list[str] = Field(min_length=1)
+    input: InputShape
+    preprocessing: Preprocessing = Preprocessing()
+    files: dict[FileName, Sha256]
+    accuracy: dict[str, Accuracy] = {}
+    quantization: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    auxiliary: dict[str, Any] = {}
+    data_licence: str = ""
+
+
+class Golden(Frozen):
+    """`golden.json`: what each precision answered to `golden_inputs` when the bundle was made."""
+
+    probabilities: dict[str, list[list[float]]]
+    tolerance: dict[str, float]
+
+
+class Bundle:
+    """A bundle on disk whose card was read; files are read and verified on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.card = self._card()
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.folder)!r})"
+
+    def read(self, file: str) -> bytes:
+        """A file's bytes.
+
+        Raises:
+            BundleError: the card does not list it, it is missing or no regular file, its sha256 is
+                another, or it is a network with weights in other files.
+        """
+        if file not in self.card.files:
+            raise BundleError(f"{self} has no {file}; its card lists {', '.join(self.card.files)}")
+        try:
+            content = _content(self.folder / file)
+        except OSError as exc:
+            raise BundleError(f"{self}: {file} cannot be read: {exc.strerror}") from exc
+        found = hashlib.sha256(content).hexdigest()
+        if found != self.card.files[file]:
+            raise BundleError(
+                f"{self}: {file} has sha256 {found}, its card says {self.card.files[file]}"
+            )
+        if file.endswith(".onnx"):
+            self._refuse_weights_elsewhere(file, content)
+        return content
+
+    def onnx(self, precision: Precision) -> bytes:
+        """The ONNX file that runs `precision`."""
+        return self.read(ONNX_FILE[precision])
+
+    def golden(self) -> Golden:
+        """Expected outputs for the self-test."""
+        try:
+            return Golden.model_validate_json(self.read("golden.json"))
+        except ValidationError as exc:
+            raise BundleError(f"{self}: golden.json is malformed: {exc}") from exc
+
+    def _refuse_weights_elsewhere(self, file: str, content: bytes) -> None:
+        """Refuse what engines would read from files that the card does not vouch for."""
+        if b"location" not in content:  # the word that such a network has; quick to look for
+            return
+        from app.inference.graph import (
+            outside,  # here: it imports numpy, which the supervisor needs not
+        )
+
+        if (elsewhere := outside(content)) is not None:
+            raise BundleError(
+                f"{self}: {file} has weights in another file, {elsewhere!r}; allowed: networks "
+                "whose weights are all in the ONNX file"
+            )
+
+    def _card(self) -> Card:
+        path = self.folder / "card.json"
+        try:
+            return Card.model_validate_json(_content(path))
+        except OSError as exc:
+            raise BundleError(
+                f"no bundle at {str(self.folder)!r}: {exc.strerror}: card.json"
+            ) from exc
+        except ValidationError as exc:
+            raise BundleError(f"{str(path)!r} is malformed: {exc}") from exc
+
+
+def _content(path: Path) -> bytes:
+    """A regular file's bytes: a pipe would never end, and a device neither.
+
+    Raises:
+        OSError: it cannot be read, or is something else.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
+
+
+def open_bundle(root: Path, name: str) -> Bundle:
+    """The bundle `root`/`name`.
+
+    Raises:
+        BundleError: none there; the message lists those that are.
+    """
+    found = sorted(p.parent.name for p in root.glob("*/card.json"))
+    if name not in found:
+        raise BundleError(
+            f"no model {name!r} in {str(root)!r}; there: {', '.join(found) or 'no bundle at all'}"
+        )
+    return Bundle(root / name)
+
+
+def golden_inputs(shape: InputShape) -> npt.NDArray[np.uint8]:
+    """`GOLDEN_COUNT` made-up pictures, uint8 (n, H, W, C): waves of rising frequency.
+
+    A formula and not stored images: nothing to license, nothing to ship.
+    """
+    import numpy as np  # here: the supervisor, which starts the workers, needs none
+
+    n, y, x, c = np.ogrid[:GOLDEN_COUNT, : shape.height, : shape.width, : shape.channels]
+    phase = (n + 1) * (y / shape.height + (n % 3) * x / shape.width) * np.pi + c + n
+    return np.rint(127.5 + 127.5 * np.sin(phase)).astype(np.uint8)
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> Card:
+    """Hash the files of `folder`, complete `card` with them, check it, write it.
+
+    Raises:
+        BundleError: the card would not load again.
+    """
+    files = {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.iterdir())
+        if p.name != "card.json" and p.is_file() and not p.name.startswith(".")
+    }
+    try:
+        full = Card.model_validate_json(orjson.dumps({**card, "format": FORMAT, "files": files}))
+    except ValidationError as exc:
+        raise BundleError(f"card of {str(folder)!r} is malformed: {exc}") from exc
+    text = orjson.dumps(full.model_dump(mode="json"), option=orjson.OPT_INDENT_2)
+    (folder / "card.json").write_bytes(text + b"\n")
+    return full

@@ -1,0 +1,111 @@
+"""Engines run a bundle's ONNX file: a batch in, probabilities out.
+
+One small file per engine, each with `load(model, *, threads, precision)`. The table names modules
+and not functions, so that an engine's library is imported only when that engine is chosen.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import ConfigError
+from app.inference.engines.processor import adds_int8_exactly
+from app.precision import Precision
+
+EngineName = Literal["openvino", "onnxruntime", "torch"]
+Batch = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+Probs = npt.NDArray[np.float32]
+
+# Sizes that an engine may be compiled for one by one: few, as each takes memory and time.
+FAST = (1, 2, 4, 8, 16)
+
+
+class Engine(Protocol):
+    """A loaded network.
+
+    Takes uint8 (N, H, W, C) pixels, or, for a graph cut open at `tensor` (see `app.inference.graph`), float32
+    (N, C, H, W) in [0, 1]. Gives float32 (N, K) probabilities. A row does not depend on its batch.
+    """
+
+    def __call__(self, batch: Batch, /) -> Probs:
+        """Probabilities of each image."""
+        ...
+
+    def prepare(self, sizes: Iterable[int], /) -> None:
+        """Do what the first batches of these sizes would wait for; may run on another thread.
+
+        From the first such call on, no batch waits for anything to be compiled.
+        """
+        ...
+
+
+class Loader(Protocol):
+    """`load` of an engine module."""
+
+    def __call__(self, model: bytes, /, *, threads: int, precision: Precision) -> Engine:
+        """Compile the ONNX bytes for `threads` threads; ConfigError where it cannot."""
+        ...
+
+
+# In order of preference: `auto` takes the first that is installed and exact.
+ENGINES: dict[EngineName, str] = {
+    "openvino": "app.inference.engines.openvino",
+    "onnxruntime": "app.inference.engines.onnxruntime",
+    "torch": "app.inference.engines.torch",
+}
+
+
+def size_within(n: int) -> int:
+    """The largest of the `FAST` sizes that `n` images fill."""
+    return max(size for size in FAST if size <= max(n, 1))
+
+
+def parts(n: int) -> list[int]:
+    """The `FAST` sizes in which `n` images run, largest first: 13 in 8, 4 and 1."""
+    sizes = []
+    while n:
+        sizes.append(size_within(n))
+        n -= sizes[-1]
+    return sizes
+
+
+def resolve(
+    name: str, precision: Precision = "float32", exact: Callable[[], bool] = adds_int8_exactly
+) -> EngineName:
+    """The engine that `name` stands for; `auto` is the first of the table that is installed.
+
+    OpenVINO's int8 saturates on x86 processors without VNNI, where ONNX Runtime can be told not to:
+    there `auto` takes that one for int8.
+
+    Args:
+        name: of an engine, or `auto`.
+        precision: that it will run.
+        exact: whether int8 does not saturate here.
+
+    Raises:
+        ConfigError: no such engine, or its library is not installed.
+    """
+    installed = [engine for engine in ENGINES if importlib.util.find_spec(engine)]
+    if name == "auto" and installed:
+        if precision == "int8" and "onnxruntime" in installed and not exact():
+            return "onnxruntime"
+        return installed[0]
+    for engine in ENGINES:
+        if engine == name and engine in installed:
+            return engine
+    raise ConfigError(
+        f"engine is {name!r}; installed here: {', '.join(installed) or 'none'} (or auto). "
+        "The torch engine needs the extra: pip install 'scumble[torch]'"
+    )
+
+
+def load(name: EngineName, model: bytes, *, threads: int, precision: Precision) -> Engine:
+    """Load ONNX bytes in the engine `name`."""
+    loader: Loader = importlib.import_module(ENGINES[name]).load
+    return loader(model, threads=threads, precision=precision)

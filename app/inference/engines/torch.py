@@ -1,0 +1,244 @@
+"""Torch: an interpreter of ONNX graphs, one table of operators.
+
+Slower than the others and far more heavy to import. It is the second implementation that tests
+compare them with, and the differentiable form of a bundle that `scumble/training/qat.py` trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from app.errors import ConfigError
+from app.inference.engines import Batch, Probs
+from app.inference.graph import parse
+from app.precision import Precision
+
+Op = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node: `output` = op(*inputs, **attributes); an input named "" is left out (None)."""
+
+    op: Op
+    inputs: tuple[str, ...]
+    output: str
+    attributes: dict[str, Any]
+
+
+class Interpreter:
+    """An ONNX graph as torch calls.
+
+    Attributes:
+        constants: the initializers; replace them to run the graph with other weights.
+        input: name of the graph's input.
+        output: name of the graph's output.
+    """
+
+    def __init__(self, model: onnx.ModelProto, ops: dict[str, Op] | None = None) -> None:
+        table = ops or OPS
+        graph = model.graph
+        unknown = sorted({n.op_type for n in graph.node} - set(table))
+        if unknown:
+            raise ConfigError(
+                f"the engine torch has no {', '.join(unknown)}; it knows {', '.join(sorted(table))}"
+            )
+        self.input, self.output = graph.input[0].name, graph.output[0].name
+        self.constants: dict[str, Tensor] = {
+            i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy())
+            for i in graph.initializer
+        }
+        self.steps = [
+            Step(
+                table[n.op_type],
+                tuple(n.input),
+                n.output[0],
+                {a.name: onnx.helper.get_attribute_value(a) for a in n.attribute},
+            )
+            for n in graph.node
+        ]
+
+    def __call__(self, batch: Tensor, output: str | None = None) -> Tensor:
+        """The tensor named `output` (by default the graph's output) for `batch`."""
+        output = output or self.output
+        values: dict[str, Tensor | None] = {"": None, **self.constants, self.input: batch}
+        for step in self.steps:
+            value = step.op(*(values[name] for name in step.inputs), **step.attributes)
+            if step.output == output:
+                return value
+            values[step.output] = value
+        raise KeyError(output)
+
+
+class Torch:
+    """The interpreter as an engine."""
+
+    def __init__(self, network: Interpreter) -> None:
+        self._network = network
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch, /) -> Probs:
+        """Probabilities of each image."""
+        probs: Probs = self._network(torch.from_numpy(np.array(batch))).numpy()
+        return probs
+
+    def prepare(self, sizes: Iterable[int], /) -> None:
+        """Nothing: tensors may have any number of images."""
+
+
+def load(model: bytes, /, *, threads: int, precision: Precision) -> Torch:
+    """An interpreter of the model; `threads` holds for the whole process, as torch has one pool.
+
+    Raises:
+        ConfigError: bf16, not an ONNX model, or an operator that the table lacks.
+    """
+    if precision == "bf16":
+        raise ConfigError(
+            "precision is 'bf16'; the engine torch runs float32 and int8 (bf16: openvino)"
+        )
+    network = Interpreter(parse(model))
+    torch.set_num_threads(threads)
+    return Torch(network)
+
+
+def _conv(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    kernel_shape: list[int] | None = None,
+    strides: tuple[int, ...] = (1, 1),
+    pads: tuple[int, ...] = (0, 0, 0, 0),
+    dilations: tuple[int, ...] = (1, 1),
+    group: int = 1,
+    auto_pad: bytes = b"NOTSET",
+) -> Tensor:
+    del kernel_shape, auto_pad  # the weights have the shape; the exporter writes all pads out
+    x, padding = _pad(x, pads, 0.0)
+    return F.conv2d(x, w, b, tuple(strides), padding, tuple(dilations), group)
+
+
+def _max_pool(
+    x: Tensor,
+    *,
+    kernel_shape: tuple[int, ...],
+    strides: tuple[int, ...] = (1, 1),
+    pads: tuple[int, ...] = (0, 0, 0, 0),
+    dilations: tuple[int, ...] = (1, 1),
+    ceil_mode: int = 0,
+    storage_order: int = 0,
+    auto_pad: bytes = b"NOTSET",
+) -> Tensor:
+    del storage_order, auto_pad
+    whole = x if x.is_floating_point() else x.float()
+    whole, padding = _pad(whole, pads, -float("inf"))
+    out = F.max_pool2d(
+        whole, tuple(kernel_shape), tuple(strides), padding, tuple(dilations), bool(ceil_mode)
+    )
+    return out.to(x.dtype)
+
+
+def _pad(x: Tensor, pads: tuple[int, ...], value: float) -> tuple[Tensor, tuple[int, int]]:
+    """(x, symmetric padding), x being padded already where the four sides differ."""
+    top, left, bottom, right = pads
+    if (top, left) == (bottom, right):
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom), value=value), (0, 0)
+
+
+def _gemm(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,  # noqa: N803 - ONNX's name
+    transB: int = 0,  # noqa: N803 - ONNX's name
+) -> Tensor:
+    out = alpha * ((a.T if transA else a) @ (b.T if transB else b))
+    return out if c is None else out + beta * c
+
+
+def _cast(x: Tensor, *, to: int, saturate: int = 1) -> Tensor:
+    del saturate
+    return x.to(torch.from_numpy(np.empty(0, onnx.helper.tensor_dtype_to_np_dtype(to))).dtype)
+
+
+def _axes(x: Tensor, axes: Tensor | None) -> list[int]:
+    return list(range(x.ndim)) if axes is None else axes.tolist()
+
+
+def _reduce_mean(
+    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    del noop_with_empty_axes
+    return x.mean(_axes(x, axes), keepdim=bool(keepdims))
+
+
+def _reduce_max(
+    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+) -> Tensor:
+    del noop_with_empty_axes
+    return x.amax(_axes(x, axes), keepdim=bool(keepdims))
+
+
+def _reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0) -> Tensor:
+    sizes = shape.tolist()
+    return x.reshape([x.shape[i] if s == 0 and not allowzero else s for i, s in enumerate(sizes)])
+
+
+def along(values: Tensor, x: Tensor, axis: int) -> Tensor:
+    """`values` shaped to multiply `x`: one per slice of `axis`, or one for all."""
+    return values.view([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
+
+
+def _quantize(
+    x: Tensor, scale: Tensor, zero: Tensor, *, axis: int = 1, saturate: int = 1, **_: Any
+) -> Tensor:
+    del saturate
+    kind = torch.iinfo(zero.dtype)
+    levels = torch.round(x / along(scale, x, axis)) + along(zero, x, axis)
+    return levels.clamp(kind.min, kind.max).to(zero.dtype)
+
+
+def _dequantize(
+    q: Tensor, scale: Tensor, zero: Tensor | None = None, *, axis: int = 1, **_: Any
+) -> Tensor:
+    # Integers, as int32 biases do not fit a float's 24 bits before the zero point is taken off.
+    levels = q.int() if zero is None else q.int() - along(zero.int(), q, axis)
+    return levels * along(scale, q, axis)
+
+
+# What this project's exports, torchvision's resnets and mobilenets, and their int8 forms use.
+OPS: dict[str, Op] = {
+    "Add": lambda a, b: a + b,
+    "Cast": _cast,
+    "Clip": lambda x, low=None, high=None: x.clamp(low, high),
+    "Conv": _conv,
+    "DequantizeLinear": _dequantize,
+    "Div": lambda a, b: a / b,
+    "Flatten": lambda x, axis=1: x.flatten(axis),
+    "Gemm": _gemm,
+    "GlobalAveragePool": lambda x: x.mean((2, 3), keepdim=True),
+    "Identity": lambda x: x,
+    "MatMul": lambda a, b: a @ b,
+    "MaxPool": _max_pool,
+    "Mul": lambda a, b: a * b,
+    "QuantizeLinear": _quantize,
+    "ReduceMax": _reduce_max,
+    "ReduceMean": _reduce_mean,
+    "Relu": lambda x: x.relu(),
+    "Reshape": _reshape,
+    "Softmax": lambda x, axis=-1: x.softmax(axis),
+    "Sub": lambda a, b: a - b,
+    "Transpose": lambda x, perm: x.permute(perm),
+}

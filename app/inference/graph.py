@@ -1,0 +1,245 @@
+"""ONNX files taken apart and put together: cut open at `tensor`, down to one output, defended.
+
+A bundle's graph starts with uint8 pixels; the float32 (N, C, H, W) in [0, 1] that it makes of them
+is named `tensor` (see `scumble/training/export.py`). With that as the input, for clients that send float
+tensors instead of pixels, the nodes before it go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import ConfigError
+from scumble.defenses.base import Defense
+
+if TYPE_CHECKING:
+    import onnx
+    from google.protobuf.message import Message
+
+TENSOR = "tensor"
+ANSWERS = "answers"  # output of `measured`: defended rows, and their distance as the last column
+CLEAN = "clean"  # what was the output before a defense was put behind it
+OPSET = 18  # of the operators that defenses use
+
+
+def parse(model: bytes) -> onnx.ModelProto:
+    """ONNX bytes as a protobuf message.
+
+    Raises:
+        ConfigError: they are not an ONNX model.
+    """
+    # Imported here, as onnx takes a quarter of a second and most services never cut a graph.
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        proto = onnx.load_model_from_string(model)
+    except DecodeError as exc:
+        raise ConfigError(f"{len(model)} bytes are not an ONNX model: {exc}") from exc
+    if not proto.graph.node:
+        raise ConfigError(f"{len(model)} bytes are not an ONNX model: no graph in them")
+    return proto
+
+
+def outside(model: bytes) -> str | None:
+    """The file in which a network has weights that are not in `model`; None where all are there.
+
+    Raises:
+        ConfigError: not an ONNX model.
+    """
+    return next(_locations(parse(model)), None)
+
+
+def _locations(message: Message) -> Iterator[str]:
+    """Of all tensors anywhere in a protobuf message: subgraphs and attributes hold some, too."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in value if isinstance(value, Sequence) else [value]:
+            if field.name == "external_data" and part.key == "location":
+                yield part.value
+            yield from _locations(part)
+
+
+def tensor_input(model: bytes) -> bytes:
+    """The same network with the input `tensor`, float32 (N, C, H, W) in [0, 1].
+
+    Raises:
+        ConfigError: not an ONNX model, no such tensor, or pixels are used behind it too.
+    """
+    import onnx
+
+    proto = parse(model)
+    graph = proto.graph
+    if [i.name for i in graph.input] == [TENSOR]:
+        return model
+    if not any(TENSOR in node.output for node in graph.node):
+        raise ConfigError(
+            f"the graph makes no tensor named {TENSOR!r}; make the bundle with `scumble export`"
+        )
+    kept, needed = behind(graph, TENSOR)
+    pixels = graph.input[0]
+    if pixels.name in needed:
+        raise ConfigError(f"the graph uses {pixels.name!r} behind {TENSOR!r} too")
+    n, h, w, c = (d.dim_value or d.dim_param for d in pixels.type.tensor_type.shape.dim)
+    cut = onnx.helper.make_graph(
+        kept,
+        graph.name,
+        [onnx.helper.make_tensor_value_info(TENSOR, onnx.TensorProto.FLOAT, [n, c, h, w])],
+        graph.output,
+        [i for i in graph.initializer if i.name in needed],
+    )
+    proto.graph.CopyFrom(cut)
+    return proto.SerializeToString()
+
+
+def single_output(model: bytes, name: str) -> bytes:
+    """The same network with the one output `name`, without what only the others need.
+
+    Raises:
+        ConfigError: not an ONNX model, or it has no such output.
+    """
+    import onnx
+
+    proto = parse(model)
+    graph = proto.graph
+    outputs = {output.name: output for output in graph.output}
+    if list(outputs) == [name]:
+        return model
+    if name not in outputs:
+        raise ConfigError(f"the graph has no output {name!r}; there: {', '.join(outputs)}")
+    graph.ClearField("output")
+    graph.output.append(outputs[name])
+    kept, needed = behind(graph, "")
+    cut = onnx.helper.make_graph(
+        kept,
+        graph.name,
+        graph.input,
+        graph.output,
+        [i for i in graph.initializer if i.name in needed],
+    )
+    proto.graph.CopyFrom(cut)
+    return proto.SerializeToString()
+
+
+class Appender:
+    """`scumble.defenses.base.Nodes` on a real graph."""
+
+    def __init__(self, graph: onnx.GraphProto, classes: int) -> None:
+        self.classes = classes
+        self._graph = graph
+        self._count = 0
+
+    def __call__(
+        self, op: str, *inputs: str | float | npt.NDArray[Any], **attributes: int | str
+    ) -> str:
+        """Append one node; gives the name of its result."""
+        import onnx
+
+        names = [i if isinstance(i, str) else self._constant(i) for i in inputs]
+        result = self._name()
+        node = onnx.helper.make_node(op, names, [result], result)
+        node.attribute.extend(
+            onnx.helper.make_attribute(key, value) for key, value in attributes.items()
+        )
+        self._graph.node.append(node)
+        return result
+
+    def _constant(self, value: float | npt.NDArray[Any]) -> str:
+        import onnx
+
+        array = value if isinstance(value, np.ndarray) else np.array(value, np.float32)
+        name = self._name()
+        self._graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        return name
+
+    def _name(self) -> str:
+        self._count += 1
+        return f"defense/{self._count}"
+
+
+def defended(
+    model: bytes, defense: Defense, described: Mapping[str, str] | None = None
+) -> bytes | None:
+    """The same network with defended answers under the same name, for any ONNX runtime.
+
+    Args:
+        model: the clean network.
+        defense: what is put behind it.
+        described: metadata of the file.
+
+    Returns:
+        None where the defense cannot be written as nodes, or the network's operators are older.
+
+    Raises:
+        ConfigError: not an ONNX model.
+    """
+    import onnx
+
+    proto = parse(model)
+    name = proto.graph.output[0].name
+    found = _append(proto, defense)
+    if found is None:
+        return None
+    _, rows = found
+    proto.graph.node.append(onnx.helper.make_node("Identity", [rows], [name]))
+    for key, value in (described or {}).items():
+        proto.metadata_props.add(key=key, value=value)
+    return proto.SerializeToString()
+
+
+def measured(model: bytes, defense: Defense) -> bytes | None:
+    """The same network for a service that measures what it does: one output (N, K + 1).
+
+    Its columns are the K defended probabilities and the L1 distance to the clean ones.
+
+    Returns:
+        None as in `defended`.
+
+    Raises:
+        ConfigError: not an ONNX model.
+    """
+    import onnx
+
+    proto = parse(model)
+    found = _append(proto, defense)
+    if found is None:
+        return None
+    op, rows = found
+    distance = op("ReduceSum", op("Abs", op("Sub", rows, CLEAN)), np.array([1]), keepdims=1)
+    proto.graph.node.append(
+        onnx.helper.make_node("Concat", [rows, distance], [ANSWERS], ANSWERS, axis=1)
+    )
+    (output,) = proto.graph.output
+    output.name = ANSWERS
+    output.type.tensor_type.shape.dim[1].dim_value += 1
+    return proto.SerializeToString()
+
+
+def _append(proto: onnx.ModelProto, defense: Defense) -> tuple[Appender, str] | None:
+    """Behind the one output, renamed to `CLEAN`: what appended nodes, and the defended rows."""
+    if {opset.domain: opset.version for opset in proto.opset_import}.get("", 0) < OPSET:
+        return None
+    graph = proto.graph
+    (output,) = graph.output
+    for node in graph.node:
+        node.input[:] = [CLEAN if name == output.name else name for name in node.input]
+        node.output[:] = [CLEAN if name == output.name else name for name in node.output]
+    op = Appender(graph, output.type.tensor_type.shape.dim[1].dim_value)
+    rows = defense.nodes(op, CLEAN)
+    return None if rows is None else (op, rows)
+
+
+def behind(graph: onnx.GraphProto, start: str) -> tuple[list[onnx.NodeProto], set[str]]:
+    """The nodes that the outputs need once `start` is given, in order, and all names they need."""
+    needed = {output.name for output in graph.output}
+    kept = []
+    for node in reversed(graph.node):  # ONNX keeps nodes sorted: makers before users
+        if needed & set(node.output) - {start}:
+            needed.update(node.input)
+            kept.append(node)
+    return kept[::-1], needed

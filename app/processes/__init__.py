@@ -1,0 +1,1 @@
+"""The supervisor, its workers, and how connections reach them."""

@@ -1,0 +1,208 @@
+"""Every metric's name, help and buckets.
+
+`Metrics` is made once per worker, in a registry of its own. Label sets are closed, children are
+made at start, and the hot path only calls `observe` and `inc` on them. Under several workers
+prometheus_client keeps the values in files that the supervisor adds up (`app.processes.supervisor`).
+
+Counters are written at once, so that a client's count of its images and ours are the same at any
+time. Histograms and gauges are not: a request makes nine observations and moves two gauges up and
+down, each of which takes 1 to 3 us in such a file, a tenth of a small request. They gather in the
+process and are handed over together `FLUSH_S` later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_left
+from typing import Literal, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+from app.errors import REASONS
+from app.system.file_watcher import FILE_NAMES
+from app.telemetry.clients import Clients
+
+Stage = Literal["read", "decode", "queue", "infer", "defend", "encode"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+# From 250 us: a small network answers in less than a millisecond.
+SECONDS = (
+    0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05,
+    0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+# Stages are shorter than requests.
+STAGE_SECONDS = (0.00001, 0.000025, 0.00005, 0.0001, *SECONDS)
+L1 = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+FLUSH_S = 0.05
+
+
+class Gathered:
+    """A histogram's observations on the way into it."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        # The library has no call for many observations at once; these two are what `observe` uses.
+        self._buckets = histogram._buckets
+        self._sum_value = histogram._sum
+        self._bounds = histogram._upper_bounds
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, amount: float) -> None:
+        """Note one observation."""
+        self._counts[bisect_left(self._bounds, amount)] += 1
+        self._sum += amount
+
+    def flush(self) -> None:
+        """Hand them over."""
+        for i, count in enumerate(self._counts):
+            if count:
+                self._buckets[i].inc(count)
+                self._counts[i] = 0
+        if self._sum:
+            self._sum_value.inc(self._sum)
+            self._sum = 0.0
+
+
+class Level:
+    """A gauge on the way up and down; what it ends at is handed over."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        self._gauge = gauge
+        self._value = self._told = 0
+
+    def add(self, amount: int) -> None:
+        """Move it."""
+        self._value += amount
+
+    def flush(self) -> None:
+        """Hand it over."""
+        if self._value != self._told:
+            self._gauge.set(self._value)
+            self._told = self._value
+
+
+class Metrics:
+    """The metrics of one worker."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no hints there
+        self.registry = registry
+        self.requests = Counter(
+            "scumble_requests_total", "Answered requests.", ["route", "code"], registry=registry
+        )
+        self._request_seconds = Histogram(
+            "scumble_request_seconds",
+            "From the first byte of a request's body to the last of its answer.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        stage_seconds = Histogram(
+            "scumble_stage_seconds",
+            "One stage of a prediction; a request passes each stage once.",
+            ["stage"],
+            buckets=STAGE_SECONDS,
+            registry=registry,
+        )
+        self._gathered: list[Gathered | Level] = []
+        self._flushing = False
+        self.stage = {stage: self._gather(stage_seconds.labels(stage)) for stage in STAGES}
+        self.batch_size = self._gather(
+            Histogram(
+                "scumble_batch_size",
+                "Images in one call of the engine.",
+                buckets=BATCH,
+                registry=registry,
+            )
+        )
+        self.queue_depth = self._level("scumble_queue_depth", "Images that wait for the engine.")
+        self.inflight = self._level("scumble_inflight", "Requests being answered.")
+        self.images = Counter(
+            "scumble_images_total",
+            "Images answered with probabilities: what a client's query budget counts.",
+            ["model", "precision"],
+            registry=registry,
+        )
+        rejections = Counter(
+            "scumble_rejections_total", "Refused requests.", ["reason"], registry=registry
+        )
+        self.rejections = {reason: rejections.labels(reason) for reason in REASONS}
+        self.store_failures = Counter(
+            "scumble_store_failures_total",
+            "Times that the store of budgets did not answer.",
+            registry=registry,
+        )
+        reload_failures = Counter(
+            "scumble_reload_failures_total",
+            "Attempts to read a changed file of the service that failed.",
+            ["file"],
+            registry=registry,
+        )
+        self.reload_failures = {name: reload_failures.labels(name) for name in FILE_NAMES}
+        reload_failing_s = Gauge(
+            "scumble_reload_failing_seconds",
+            "Seconds since such a file could last be read; 0 while it can.",
+            ["file"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.reload_failing_s = {name: reload_failing_s.labels(name) for name in FILE_NAMES}
+        self.clients = Clients(registry)
+        audit_lines = Counter(
+            "scumble_audit_lines_total",
+            "Lines of the audit log.",
+            ["outcome"],
+            registry=registry,
+        )
+        self.audit_written = audit_lines.labels("written")
+        self.audit_lost = audit_lines.labels("lost")
+        self.defended_rows = Counter(
+            "scumble_defended_rows_total",
+            "Answers that the defense changed (L1 above 1e-6).",
+            registry=registry,
+        )
+        self.response_l1 = self._gather(
+            Histogram(
+                "scumble_response_l1",
+                "L1 distance between the defended and the clean probabilities of an image.",
+                buckets=L1,
+                registry=registry,
+            )
+        )
+        self.model_info = Gauge(
+            "scumble_model_info",
+            "1 for what is served.",
+            ["model", "version", "precision", "engine", "defense", "sha256"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+
+    def request_seconds(self, route: str) -> Gathered:
+        """The histogram of a route; ask once, at start."""
+        return self._gather(self._request_seconds.labels(route))
+
+    def flush(self) -> None:
+        """Hand over what has gathered."""
+        self._flushing = False
+        for gathered in self._gathered:
+            gathered.flush()
+
+    def flush_soon(self) -> None:
+        """The same in `FLUSH_S`, on the running event loop."""
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+
+    def _gather(self, histogram: Histogram) -> Gathered:
+        gathered = Gathered(histogram)
+        self._gathered.append(gathered)
+        return gathered
+
+    def _level(self, name: str, help_: str) -> Level:
+        gauge = Gauge(name, help_, multiprocess_mode="livesum", registry=self.registry)
+        level = Level(gauge)
+        self._gathered.append(level)
+        return level

@@ -1,0 +1,91 @@
+"""Tables of docs/training.md and docs/defenses.md, from the cards.
+
+python -m docs.generators.bundles [MODELS]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from app.inference.bundle import Bundle, Card
+
+
+def tables(models: Path) -> str:
+    """Three tables, of all bundles in `models` that have an int8 file."""
+    cards = [Bundle(path.parent).card for path in sorted(models.glob("*/card.json"))]
+    cards = [card for card in cards if card.quantization]
+    return f"{_candidates(cards)}\n\n{_commands(cards)}\n\n{_auxiliary(cards)}"
+
+
+def _candidates(cards: list[Card]) -> str:
+    lines = [
+        "| bundle | file | held-out images | test images | L1 to float | bytes | of float |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card in cards:
+        found = card.quantization
+        whole = found["float32"]
+        lines.append(
+            f"| {card.name} | float32 | {whole['validation']:.2%} | {whole['test']:.2%} | "
+            f"| {whole['bytes']:,} | |"
+        )
+        for name, c in found["candidates"].items():
+            label = f"**{name}**" if name == f"{found['method']}-{found['preset']}" else name
+            lines.append(
+                f"| {card.name} | {label} | {c['validation']:.2%} | {c['test']:.2%} | "
+                f"{c['test_l1']:.4f} | {c['bytes']:,} | {c['bytes'] / whole['bytes']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def _commands(cards: list[Card]) -> str:
+    lines = ["| bundle | held out | test | commands |", "|---|---|---|---|"]
+    for card in cards:
+        found = card.quantization
+        lines.append(
+            f"| {card.name} | {found['validation_data']['images']:,} "
+            f"| {card.accuracy['int8'].images:,} "
+            f"| `{card.training['command']}`, `{found['command']}` |"
+        )
+    return "\n".join(lines)
+
+
+def _auxiliary(cards: list[Card]) -> str:
+    lines = [
+        "| bundle | auxiliary file | images | agrees with the victim | right | L1 to the victim "
+        "| bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for card in cards:
+        for part in ("surrogate", "misinformation") if card.auxiliary else ():
+            found = card.auxiliary[part]
+            source = found["data"].partition(" ")[0]
+            lines.append(
+                f"| {card.name} | {part} | {found['images']:,} of `{source}` "
+                f"| {found['agreement']:.2%} | {found['test']:.2%} | {found['test_l1']:.2f} "
+                f"| {found['bytes']:,} |"
+            )
+    return "\n".join(lines)
+
+
+def codebooks(models: Path) -> str:
+    """The table of docs/defenses.md: what honest users get of a codebook, by the cards."""
+    lines = [
+        "| bundle | answers | float32: L1 | ECE | AUC | int8: L1 | ECE | AUC |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(models.glob("*/card.json")):
+        card = Bundle(path.parent).card
+        made = card.auxiliary.get("codebook", {})
+        for served in ("none", "label", "classwise 4", "pooled 4", "calibrated 4"):
+            rows = [made.get(precision, {}).get(served) for precision in ("float32", "int8")]
+            if all(rows):
+                cells = [f"{row['l1']:.3f} | {row['ece']:.3f} | {row['auc']:.3f}" for row in rows]
+                lines.append(f"| {card.name} | {served} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "models")
+    sys.stdout.write(f"{tables(folder)}\n\n{codebooks(folder)}\n")

@@ -1,0 +1,155 @@
+"""`docs/results.md` and `report.html`: both are made of the committed records, nothing is typed in.
+
+python -m docs.generators.results            writes both, and the plots
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scumble.evaluation.claims import CLAIMS, Bench, Claim, advice, groups
+from scumble.evaluation.plots import PLOTS, save, svg
+from scumble.evaluation.record import Record
+from scumble.evaluation.summary import Line, load, summarise
+from scumble.evaluation.tables import (
+    COLUMNS,
+    VICTIMS,
+    advised,
+    compared,
+    everything,
+    latency,
+    ordered,
+)
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent
+CELLS = DOCS / "results" / "records" / "cells"
+BENCH = DOCS / "results" / "records" / "bench.json"
+
+
+def results(records: list[Record], bench: Bench) -> str:
+    """The whole page."""
+    lines = ordered(summarise(records))
+    parts = [
+        (HERE / "results.head.md").read_text().rstrip(),
+        "## What held, what did not",
+        *(claimed(lines, bench)),
+        "## Which strength to take",
+        (HERE / "results.advice.md").read_text().rstrip(),
+        advised(advice(lines)),
+        "## Every defense against every attacker",
+        "Accuracy of the copy on the victim's test set; the best attacker on each defense is bold.",
+        *(part for group in groups(lines) for part in (heading(group[0]), compared(group))),
+        "## Latency",
+        (HERE / "results.latency.md").read_text().rstrip(),
+        f"`{bench['command']}`, [bench.json](../docs/results/records/bench.json): "
+        f"{bench['cores']} cores, {bench['processor']}."
+        if bench
+        else "Not measured yet: `scumble bench defenses`.",
+        *([latency(bench)] if bench else []),
+        "## Plots",
+        *(
+            f"![{plot.title}, {victim}](results/{victim}-{name}.png)"
+            for victim in victims(lines)
+            for name, plot in PLOTS.items()
+        ),
+        "## Every cell",
+        "Made by " + ", ".join(f"`{command}`" for command in commands(records)) + ".",
+        everything(lines),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def claimed(lines: list[Line], bench: Bench) -> Iterable[str]:
+    """Each claim with its verdict, its rule and its figures."""
+    for claim in CLAIMS:
+        verdict, figures = claim(lines, bench)
+        yield f"### {claim.words} {verdict.capitalize()}."
+        yield f"Rule: {claim.rule}."
+        if figures:
+            listed = "\n".join(f"- {figure}" for figure in figures)
+            yield f"<details><summary>{len(figures)} figures</summary>\n\n{listed}\n\n</details>"
+
+
+def heading(line: Line) -> str:
+    """Of a served model's table."""
+    return f"### `{line.victim}`, {line.precision}"
+
+
+def victims(lines: Iterable[Line]) -> list[str]:
+    """The victims that there are lines of, in the page's order."""
+    there = {line.victim for line in lines}
+    return [victim for victim in VICTIMS if victim in there]
+
+
+def commands(records: Iterable[Record]) -> list[str]:
+    """What made the records."""
+    return sorted({record.command for record in records})
+
+
+def report(records: list[Record], bench: Bench) -> str:
+    """One page to look at: verdicts as marks, then plots, then all cells folded; self-contained."""
+    lines = ordered(summarise(records))
+    verdicts = "".join(card(claim, *claim(lines, bench)) for claim in CLAIMS)
+    figures = "".join(
+        f"<h2>{html.escape(victim)}</h2>"
+        + "".join(f"<figure>{svg(plot(lines, victim))}</figure>" for plot in PLOTS.values())
+        for victim in victims(lines)
+    )
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell(line))}</td>' for cell in COLUMNS.values())}</tr>"
+        for line in lines
+    )
+    style = (HERE / "report.css").read_text()
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width'><title>Scumble: results</title>"
+        f"<style>{style}</style><h1>What model stealing defenses are worth</h1>"
+        "<p>Every copy was stolen from a real server over HTTP. A point is the accuracy of a copy: "
+        "hollow for the published KnockoffNets, full for the best of all attackers that were "
+        "tried. The lower, the better the defense; left of the dotted line it beats giving out "
+        "nothing but labels.</p>"
+        f"<section class=claims>{verdicts}</section>{figures}"
+        f"<details><summary>All {len(lines)} cells</summary><div class=wide><table>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details></html>\n"
+    )
+
+
+def card(claim: Claim, said: str, figures: list[str]) -> str:
+    """A claim and its verdict, to be opened to its figures."""
+    items = "".join(f"<li>{html.escape(figure)}</li>" for figure in figures)
+    return (
+        f"<details class='{said.replace(' ', '-')}'><summary>{html.escape(claim.words)} "
+        f"<b>{said}</b></summary><p>Rule: {html.escape(claim.rule)}.</p><ul>{items}</ul></details>"
+    )
+
+
+def read_bench() -> dict[str, Any]:
+    """The committed latency bench; empty where there is none."""
+    return dict(json.loads(BENCH.read_text())) if BENCH.exists() else {}
+
+
+@click.command()
+@click.option("--cells", type=click.Path(file_okay=False, path_type=Path), default=CELLS)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=DOCS)
+def main(cells: Path, out: Path) -> None:
+    """Write results.md, report.html and the plots into OUT."""
+    records, bench = load(cells), read_bench()
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    (out / "results.md").write_text(results(records, bench))
+    (out / "results" / "report.html").write_text(report(records, bench))
+    lines = ordered(summarise(records))
+    for victim in victims(lines):
+        for name, plot in PLOTS.items():
+            save(plot(lines, victim), out / "results" / f"{victim}-{name}.png")
+
+
+if __name__ == "__main__":
+    main()

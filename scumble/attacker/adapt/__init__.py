@@ -1,0 +1,63 @@
+"""Attackers that adapt to a defense: modifiers that stand between any attack and its oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from scumble.attacker.adapt.argmax import Argmax
+from scumble.attacker.adapt.average import Average
+from scumble.attacker.adapt.base import Mapped, Modifier
+from scumble.attacker.adapt.confidence_filter import ConfidenceFilter
+from scumble.attacker.adapt.invert import Invert
+from scumble.attacker.adapt.recover import Recover
+from scumble.attacker.adapt.top_k import TopK
+from scumble.attacker.errors import AttackError
+from scumble.attacker.oracle import Oracle
+
+MODIFIERS: dict[str, Callable[..., Modifier]] = {
+    "argmax": Argmax,
+    "top_k": TopK,
+    "confidence_filter": ConfidenceFilter,
+    "average": Average,
+    "invert": Invert,
+    "recover": Recover,
+}
+
+__all__ = ["MODIFIERS", "Mapped", "Modifier", "apply", "make"]
+
+
+def make(name: str, /, **params: Any) -> Modifier:
+    """A modifier by its name: `make("top_k", k=5)`.
+
+    Raises:
+        AttackError: unknown modifier or parameter, or a value that is not allowed.
+    """
+    if name not in MODIFIERS:
+        raise AttackError(f"unknown modifier {name!r}; allowed: {', '.join(MODIFIERS)}")
+    own = tuple(signature(MODIFIERS[name]).parameters)
+    for given in params:
+        if given not in own:
+            allowed = ", ".join(own) or "none"
+            raise AttackError(f"{name} has no parameter {given!r}; allowed: {allowed}")
+    return MODIFIERS[name](**params)
+
+
+def apply(modifiers: Sequence[Modifier | str], oracle: Oracle, student: nn.Module) -> Oracle:
+    """The oracle behind all modifiers, the first of them nearest to the service.
+
+    Args:
+        modifiers: modifiers, or names of those that need no parameter; none is allowed.
+        oracle: what is asked in the end.
+        student: the copy in training.
+
+    Raises:
+        AttackError: unknown modifier, or one that does not fit the oracle.
+    """
+    for modifier in modifiers:
+        chosen = make(modifier) if isinstance(modifier, str) else modifier
+        oracle = chosen(oracle, student)
+    return oracle

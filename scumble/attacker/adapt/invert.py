@@ -1,0 +1,121 @@
+"""Answers inverted by an attacker who knows the defense and its parameters.
+
+Sources: Tang et al., "ModelGuard: Information-Theoretic Defense Against Model Extraction Attacks"
+(USENIX Security 2024), whose partial Bayes attacker stops at the prior of `table.py`. The root
+search of `roots.py` makes it exact; it follows from the formulas in `maps.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from scumble.attacker import device
+from scumble.attacker.adapt.base import (
+    Mapped,
+    check_choice,
+    check_integer,
+    check_number,
+    check_positives,
+)
+from scumble.attacker.adapt.maps import Array, Kind, Known, Odds
+from scumble.attacker.adapt.roots import Roots
+from scumble.attacker.adapt.table import Table
+from scumble.attacker.oracle import Oracle
+from scumble.attacker.transports import Images, Probs
+
+CHUNK = 256  # images that the student sees at a time
+
+
+@dataclass(frozen=True)
+class Invert:
+    """The clean row behind each answer, as far as answer and prior tell.
+
+    An answer has a few to hundreds of clean rows that the defense maps to it. A prior guesses which
+    it was, and the one nearest to the guess is taken; where none is found the guess itself.
+
+    Attributes:
+        defense: "dcp" or "reverse_sigmoid".
+        beta: of the defense, 0 to 10.
+        gamma: of the defense, 0.001 to 0.999; from 1 on the map has other branches.
+        nu: of DCP's gate, 1 to 1e6.
+        odds: of the defense, "clamped" or "lee2018".
+        prior: "table": the mean of the `neighbours` nearest of `pairs` made-up pairs. "student":
+            what the copy in training says of the image, worth nothing until it learned something.
+        pairs: of the table, 1,000 to 10 million; more are slower and hardly better.
+        neighbours: of the table, 1 to 1,000.
+        scales: of the logits of the table's rows.
+        seed: of the table.
+
+    Raises:
+        AttackError: a parameter is out of range.
+    """
+
+    defense: Kind = "dcp"
+    beta: float = 1.0
+    gamma: float = 0.2
+    nu: float = 1000.0
+    odds: Odds = "clamped"
+    prior: Literal["table", "student"] = "table"
+    pairs: int = 50_000
+    neighbours: int = 5
+    scales: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice(self, "defense", "dcp", "reverse_sigmoid")
+        check_number(self, "beta", 0, 10)
+        check_number(self, "gamma", 0.001, 0.999)
+        check_number(self, "nu", 1, 1e6)
+        check_choice(self, "odds", "clamped", "lee2018")
+        check_choice(self, "prior", "table", "student")
+        check_integer(self, "pairs", 1000, 10_000_000)
+        check_integer(self, "neighbours", 1, 1000)
+        check_positives(self, "scales", float)
+        check_integer(self, "seed", 0, 2**63 - 1)
+
+    def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
+        """The oracle with inverted answers."""
+        known = Known(self.defense, self.beta, self.gamma, self.nu, self.odds)
+        roots = Roots(known, oracle.labels)
+        table = None
+        if self.prior == "table":
+            rng = np.random.default_rng(self.seed)
+            table = Table(known, oracle.labels, self.pairs, self.neighbours, self.scales, rng)
+
+        def answer(rows: Probs, images: Images) -> Probs:
+            # Beyond the gate the answer is the clean row; a row that was moved never gets there.
+            moved = rows.max(axis=1) <= known.open_above
+            if not moved.any():
+                return rows
+            y = rows[moved].astype(np.float64)
+            y /= y.sum(axis=1, keepdims=True)
+            prior = table(y) if table else _opinion(student, images[moved])
+            inverted = rows.copy()
+            inverted[moved] = roots(y, prior)
+            return inverted
+
+        return Mapped(oracle, answer)
+
+
+def _opinion(student: nn.Module, images: Images) -> Array:
+    """The student's rows (N, K), without a trace of the asking in it."""
+    where = device.of(student)
+    modes = [(module, module.training) for module in student.modules()]
+    student.eval()
+    try:
+        with torch.no_grad():
+            parts = [
+                student(part.to(where)).double().softmax(dim=1).cpu()
+                for part in torch.from_numpy(images).split(CHUNK)
+            ]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    opinion: Array = torch.cat(parts).numpy()
+    return opinion

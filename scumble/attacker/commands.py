@@ -1,0 +1,150 @@
+"""`scumble attack`: try to steal the model behind a URL."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from scumble.attacker import consent
+from scumble.attacker.adapt import MODIFIERS
+from scumble.attacker.attacks import ATTACKS
+from scumble.attacker.errors import AttackError
+from scumble.attacker.result import Result
+from scumble.attacker.run import Job, run
+from scumble.attacker.students import STUDENTS
+from scumble.attacker.transports import TRANSPORTS
+from scumble.data.image_sets import DatasetError
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("url")
+@click.option("--attack", required=True, type=click.Choice(list(ATTACKS)), help="How to steal.")
+@click.option(
+    "--budget", required=True, type=click.IntRange(min=1), help="Queries; one is an image."
+)
+@click.option("--test", required=True, metavar="DATASET", help="Labelled images to measure on.")
+@click.option(
+    "--queries", metavar="DATASET", help="Images to ask about; data-free attacks have none."
+)
+@click.option("--profile", type=click.Choice(["cpu", "paper"]), default="cpu", show_default=True)
+@click.option("--adapt", metavar="A,B", default="", help=f"Adaptive: {', '.join(MODIFIERS)}.")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="NAME.FIELD=VALUE",
+    help="Change the attack, its fit, or a modifier: fit.epochs=5, invert.beta=1.2.",
+)
+@click.option(
+    "--student",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", *STUDENTS]),
+    help="Network of the copy.",
+)
+@click.option("--weights", type=FILE, help="State dict that the student starts from.")
+@click.option(
+    "--transport",
+    type=click.Choice(list(TRANSPORTS)),
+    default="png",
+    show_default=True,
+    help="How images travel.",
+)
+@click.option("--template", type=FILE, help="TOML file that describes another API than this one.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, help="Of torch.  [default: its own]"
+)
+@click.option(
+    "--root",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder with data sets by name; those not there are downloaded.",
+)
+@click.option(
+    "--test-images",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Use only so many of the test set.  [default: all]",
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Images of one request, at most.",
+)
+@click.option("--connections", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option(
+    "--admin", metavar="URL", help="Admin port of your own server: compares both ledgers."
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the run.  [default: runs/<attack>-<hash of the job>]",
+)
+@click.option(
+    "--i-have-the-owners-consent",
+    "consented",
+    is_flag=True,
+    help="Needed, with --owner-token, for any host but this one.",
+)
+@click.option("--owner-token", type=FILE, help="File with the token that the owner gave you.")
+@click.option("--progress/--no-progress", default=True)
+def attack(
+    url: str,
+    adapt: str,
+    consented: bool,
+    owner_token: Path | None,
+    out: Path | None,
+    progress: bool,
+    **options: object,
+) -> None:
+    """Steal the model behind URL and measure the copy.
+
+    A DATASET is a Parquet file, a folder of class folders, or a name (digits, mnist,
+    fashion_mnist, cifar10, cifar100, gtsrb, svhn). Started again with the same options, a run goes
+    on where it ended.
+    """
+    try:
+        headers = consent.check(url, consent=consented, token=owner_token)
+        names = tuple(name.strip() for name in adapt.split(",") if name.strip())
+        job = Job(url=url, adapt=names, **options)  # type: ignore[arg-type] # click has checked the types
+        out = (
+            out
+            or Path("runs") / f"{job.attack}-{hashlib.sha256(repr(job).encode()).hexdigest()[:8]}"
+        )
+        command = shlex.join(["scumble", *sys.argv[1:]])
+        result = run(job, out, command=command, headers=headers, progress=progress)
+    except (AttackError, DatasetError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    show(result, out)
+
+
+def show(result: Result, out: Path) -> None:
+    """Print what matters of a result."""
+    ledger, scores = result.ledger, result.scores
+    rate = result.timing.queries_per_s
+    table = Table.grid(padding=(0, 2))
+    server = "not asked" if ledger.server is None else f"{ledger.server:,}"
+    rows = {
+        "victim": f"{result.victim.name} {result.victim.version} at {result.victim.url}",
+        "attack": f"{result.attack.name} ({result.profile}) over {result.transport}"
+        + "".join(f", {modifier.name}" for modifier in result.adapt),
+        "queries": f"{ledger.spent:,} of {ledger.budget:,}; by the server's count {server}"
+        + (f"; {rate:,.0f}/s" if rate else ""),
+        "served accuracy": f"{scores.victim_accuracy:.2%}",
+        "stolen accuracy": f"{scores.accuracy:.2%}",
+        "agreement": f"{scores.agreement:.2%}",
+        "written": f"{out / 'result.json'}, {out / result.student.file}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)

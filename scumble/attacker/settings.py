@@ -1,0 +1,52 @@
+"""`--set attack.batch=64 --set fit.epochs=5`: other values for fields of frozen dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from scumble.attacker.errors import AttackError
+
+T = TypeVar("T")
+
+
+def parse(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`["fit.epochs=5"]` -> `{"fit": {"epochs": 5}}`; values are JSON, or else text.
+
+    Raises:
+        AttackError: one has not the form `name.field=value`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        target, equals, value = text.partition("=")
+        name, dot, field = target.strip().partition(".")
+        if not (equals and dot and name and field):
+            raise AttackError(f"setting is {text!r}; needed: name.field=value, as in fit.epochs=5")
+        try:
+            found.setdefault(name, {})[field] = json.loads(value)
+        except json.JSONDecodeError:
+            found.setdefault(name, {})[field] = value
+    return found
+
+
+def replace(value: T, name: str, changes: Mapping[str, Any]) -> T:
+    """A copy of the dataclass `value` with other fields, each checked against its type.
+
+    Raises:
+        AttackError: no such field, or a value that it does not take.
+    """
+    hints = get_type_hints(type(value))
+    allowed = [field.name for field in dataclasses.fields(value)]  # type: ignore[arg-type] # T is a dataclass
+    for field, new in changes.items():
+        if field not in allowed:
+            raise AttackError(f"{name} has no {field!r}; allowed: {', '.join(allowed)}")
+        try:
+            checked = TypeAdapter(hints[field]).validate_python(new)
+        except ValidationError as exc:
+            raise AttackError(f"{name}.{field} is {new!r}: {exc.errors()[0]['msg']}") from exc
+        value = dataclasses.replace(value, **{field: checked})  # type: ignore[type-var] # same
+    return value

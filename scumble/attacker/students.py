@@ -1,0 +1,261 @@
+"""Copies to be trained, and the one loop that fits them to stolen answers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scumble.attacker import device
+from scumble.attacker.errors import AttackError
+from scumble.attacker.transports import Images, Probs
+from scumble.training.nets import Normalize, resnet9, small_cnn
+from scumble.training.train import AUGMENTS, batches, follow
+
+TINY = 1e-12
+"""Smallest probability that says anything (rounding, underflow); answers are clamped to it."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(student's logits (N, K), answers (N, K)) -> mean over the batch, a scalar."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a student is fitted to a transfer set.
+
+    Attributes:
+        epochs: passes over the answered queries.
+        lr: peak of the learning rate, which then falls to zero as a cosine.
+        optimizer: key of `OPTIMIZERS`.
+        loss: key of `LOSSES`.
+        augment: key of `scumble.training.train.AUGMENTS`; the answers stay those of the images sent.
+        batch: images per step.
+        weight_decay: on all weights.
+        warmup: share of the steps in which the learning rate rises.
+        ema: decay per step of the averaged copy of the weights, which is kept; 0 keeps the last.
+        seed: of order and augmentation.
+    """
+
+    epochs: int = 15
+    lr: float = 3e-3
+    optimizer: str = "adamw"
+    loss: str = "soft"
+    augment: str = "none"
+    batch: int = 128
+    weight_decay: float = 5e-4
+    warmup: float = 0.2
+    ema: float = 0.995
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        tables: dict[str, Mapping[str, object]] = {
+            "optimizer": OPTIMIZERS,
+            "loss": LOSSES,
+            "augment": AUGMENTS,
+        }
+        for name, table in tables.items():
+            if (value := getattr(self, name)) not in table:
+                raise AttackError(f"{name} is {value!r}; allowed: {', '.join(table)}")
+        for name in ("epochs", "lr", "batch"):
+            if (value := getattr(self, name)) <= 0:
+                raise AttackError(f"{name} is {value}; allowed: more than 0")
+
+
+def soft(logits: Tensor, answers: Tensor) -> Tensor:
+    """Cross-entropy with the answers as targets, as KnockoffNets does."""
+    return F.cross_entropy(logits, answers)
+
+
+def centred(logits: Tensor, answers: Tensor) -> Tensor:
+    """Mean square between logits and log-probabilities, each less its mean over the classes.
+
+    Log-probabilities less their mean are the victim's logits less theirs: an undefended answer
+    says as much about the small classes as about the large one, which `soft` hardly sees.
+    """
+    target = answers.log()
+    difference = logits - logits.mean(1, keepdim=True) - target + target.mean(1, keepdim=True)
+    return difference.square().mean()
+
+
+LOSSES: dict[str, Loss] = {"soft": soft, "centred": centred}
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, Fitting], torch.optim.Optimizer]] = {
+    "adamw": lambda net, how: torch.optim.AdamW(
+        net.parameters(), how.lr, weight_decay=how.weight_decay
+    ),
+    "sgd": lambda net, how: torch.optim.SGD(
+        net.parameters(), how.lr, momentum=0.9, nesterov=True, weight_decay=how.weight_decay
+    ),
+}
+
+
+def separable(cin: int, cout: int, *, pool: bool = False) -> nn.Sequential:
+    """Depthwise 3x3, then pointwise convolution, batch norm and ReLU after each."""
+    return nn.Sequential(
+        nn.Conv2d(cin, cin, 3, padding=1, groups=cin, bias=False),
+        nn.BatchNorm2d(cin),
+        nn.ReLU(),
+        nn.Conv2d(cin, cout, 1, bias=False),
+        nn.BatchNorm2d(cout),
+        nn.ReLU(),
+        *([nn.MaxPool2d(2)] if pool else []),
+    )
+
+
+def mobile(channels: int, classes: int, width: int = 32) -> nn.Sequential:
+    """Another family than the victims: depthwise separable convolutions, average pooling."""
+    w = width
+    return nn.Sequential(
+        nn.Conv2d(channels, w, 3, padding=1, bias=False),
+        nn.BatchNorm2d(w),
+        nn.ReLU(),
+        separable(w, 2 * w, pool=True),
+        separable(2 * w, 4 * w),
+        separable(4 * w, 4 * w, pool=True),
+        separable(4 * w, 8 * w),
+        separable(8 * w, 8 * w),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * w, classes),
+    )
+
+
+# name -> (channels, classes) -> network without its Normalize layer
+STUDENTS: dict[str, Callable[[int, int], nn.Module]] = {
+    "small_cnn": small_cnn,  # what serves `mnist`
+    "resnet9": resnet9,  # what serves `cifar10` and `gtsrb`
+    "resnet9_half": lambda channels, classes: resnet9(channels, classes, width=16),
+    "mobile": mobile,
+}
+
+
+def make(
+    name: str, shape: tuple[int, int, int], labels: int, *, seed: int, weights: Path | None = None
+) -> nn.Module:
+    """A student: float32 (N, C, H, W) in [0, 1] -> logits (N, K).
+
+    Args:
+        name: key of `STUDENTS`; `auto` is `small_cnn` for grey images, `resnet9` for others.
+        shape: (C, H, W).
+        labels: K.
+        seed: of the weights.
+        weights: state dict to start from, as `scumble attack` writes it.
+
+    Raises:
+        AttackError: no such student, or weights that do not fit it.
+    """
+    if name == "auto":
+        name = "small_cnn" if shape[0] == 1 else "resnet9"
+    if name not in STUDENTS:
+        raise AttackError(f"student is {name!r}; allowed: auto, {', '.join(STUDENTS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        body = STUDENTS[name](shape[0], labels)
+    net = nn.Sequential(Normalize([0.5] * shape[0], [0.25] * shape[0]), body)
+    if weights is not None:
+        try:
+            net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        except Exception as exc:  # torch raises a dozen kinds for a wrong file
+            raise AttackError(f"weights {str(weights)!r} do not fit {name}: {exc}") from exc
+    return net.to(device.best()).to(memory_format=torch.channels_last)
+
+
+def save(net: nn.Module, path: Path) -> None:
+    """Write the weights of a student, to be read also by machines without a GPU."""
+    weights = net.state_dict()
+    weights.update({name: weight.cpu() for name, weight in weights.items()})
+    torch.save(weights, path)
+
+
+def usable(answers: Tensor) -> Tensor:
+    """Answers (N, K) as targets: clamped to `TINY`, rows that sum to 1; NaN rows stay."""
+    y = answers.clamp_min(TINY)
+    return y / y.sum(1, keepdim=True)
+
+
+def falling(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float = 0.0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A learning rate that rises over `warmup` of the steps, then falls to zero as a cosine."""
+    rise = max(1.0, warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rise and warmup > 0:
+            return (step + 1) / (rise + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - rise) / max(1.0, steps - rise)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def fit(
+    net: nn.Module, images: Images, answers: Probs, fitting: Fitting, *, progress: bool = False
+) -> None:
+    """Fit `net` to answers; leaves it in eval mode.
+
+    Args:
+        net: changed in place.
+        images: float32 (N, C, H, W) in [0, 1], as they were sent.
+        answers: (N, K) as they came back; rows of NaN are left out.
+        fitting: how.
+        progress: show a bar.
+
+    Raises:
+        AttackError: fewer than two answers are left.
+    """
+    kept = np.isfinite(answers).all(1)
+    if kept.sum() < 2:
+        raise AttackError(f"{kept.sum()} of {len(answers)} answers can be used; at least 2 needed")
+    rng = torch.Generator().manual_seed(fitting.seed)
+    x, y = torch.from_numpy(images[kept]), usable(torch.from_numpy(answers[kept]))
+    # Batch norm needs two images; a last batch of one is left to the next epoch.
+    steps = fitting.epochs * (len(x) // fitting.batch + (len(x) % fitting.batch > 1))
+    optimizer = OPTIMIZERS[fitting.optimizer](net, fitting)
+    schedule = falling(optimizer, steps, fitting.warmup)
+    loss_of, augment = LOSSES[fitting.loss], AUGMENTS[fitting.augment]
+    average = copy.deepcopy(net).requires_grad_(False)
+    bar = tqdm(total=steps, desc="fit", unit="step", disable=not progress)
+    net.train()
+    whole = (rows for rows in batches(len(x), fitting.batch, fitting.epochs, rng) if len(rows) > 1)
+    for step, rows in enumerate(whole):
+        logits = forward(net, augment(x[rows], rng))
+        loss = loss_of(logits, y[rows].to(logits.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        follow(average, net, min(fitting.ema, (1 + step) / (10 + step)))
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    bar.close()
+    net.load_state_dict(average.state_dict())
+    net.eval()
+
+
+def forward(net: nn.Module, x: Tensor) -> Tensor:
+    """Logits (N, K) in float32; the layers may work in bfloat16."""
+    x = x.to(device.of(net))
+    with torch.autocast(x.device.type, torch.bfloat16):
+        logits: Tensor = net(x.contiguous(memory_format=torch.channels_last))
+    return logits.float()
+
+
+@torch.inference_mode()
+def predict(net: nn.Module, images: Images, batch: int = 500) -> Probs:
+    """Probabilities (N, K) of the copy; leaves it in the mode it was in."""
+    training = net.training
+    net.eval()
+    where = device.of(net)
+    parts = [
+        net(part.to(where)).softmax(1).cpu().numpy()
+        for part in torch.from_numpy(images).split(batch)
+    ]
+    net.train(training)
+    return np.concatenate(parts)

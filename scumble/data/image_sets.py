@@ -1,0 +1,240 @@
+"""Labelled image sets: a Parquet file, a folder of class folders, or a torchvision set by name.
+
+All three give the same frozen `Dataset`, so training and attacks need not care where it came from.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+SPLITS = ("train", "test")
+DIGITS = "digits"  # comes with scikit-learn: no download
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".bmp")
+
+
+class DatasetError(ValueError):
+    """A data set could not be found or read; the message says which and what is accepted."""
+
+
+@dataclass(frozen=True, repr=False)
+class Dataset:
+    """Images with labels.
+
+    Attributes:
+        name: what it was opened as.
+        images: uint8 (N, H, W, C), C being 1 or 3.
+        labels: int64 (N,).
+        classes: K class names.
+        groups: one string per image; images of one group are near-duplicates (frames of one
+            traffic sign) and must stay on one side of a validation split.
+    """
+
+    name: str
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.name!r}, images={self.images.shape}, classes={len(self.classes)})"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, rows: npt.NDArray[np.int64]) -> Dataset:
+        """The images at `rows`, in that order."""
+        return Dataset(
+            self.name,
+            self.images[rows],
+            self.labels[rows],
+            self.classes,
+            tuple(self.groups[i] for i in rows),
+        )
+
+    def split(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+        """(rest, held out): about `fraction` of the images, whole groups, drawn with `seed`.
+
+        Raises:
+            DatasetError: `fraction` is not between 0 and 1, or all images are one group.
+        """
+        keys, member = np.unique(np.array(self.groups), return_inverse=True)
+        if not 0 < fraction < 1:
+            raise DatasetError(f"fraction is {fraction}; allowed: between 0 and 1")
+        if len(keys) < 2:
+            raise DatasetError(
+                f"{self.name!r} is a single group of images; nothing can be held out"
+            )
+        order = np.random.default_rng(seed).permutation(len(keys))
+        count = min(max(1, round(fraction * len(keys))), len(keys) - 1)
+        held = np.isin(member, order[:count])
+        return self.subset(np.flatnonzero(~held)), self.subset(np.flatnonzero(held))
+
+
+def load(source: str, split: str = "train", *, root: Path | None = None) -> Dataset:
+    """Open a data set.
+
+    Args:
+        source: a `.parquet` file, a folder with one sub-folder per class, or the name of a set.
+        split: `train` or `test`; used when `source` is a name.
+        root: for a name: a folder that may hold `<name>_<split>.parquet`. Where it does not, the
+            set is taken from `torchvision.datasets`, downloaded into `root` on first use; `digits`
+            is always there.
+
+    Raises:
+        DatasetError: nothing of that name, or the file is not an image set.
+    """
+    if split not in SPLITS:
+        raise DatasetError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    path = Path(source)
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    if path.is_dir():
+        return _folder(path)
+    if root is not None and (packed := root / f"{source}_{split}.parquet").is_file():
+        return _parquet(packed)
+    if source == DIGITS:
+        return _digits(split)
+    if source in TORCHVISION:
+        return _torchvision(source, split, root or Path.home() / ".cache" / "scumble")
+    raise DatasetError(
+        f"no data set {source!r}: give a .parquet file, a folder of class folders, "
+        f"or one of {', '.join(sorted([DIGITS, *TORCHVISION]))}"
+    )
+
+
+def _parquet(path: Path) -> Dataset:
+    """Hugging Face image layout: `image` = struct{bytes, path}, `label` = int64."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name = str(path)
+    if not path.is_file():
+        raise DatasetError(f"no file {name!r}")
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as exc:
+        raise DatasetError(f"{name!r} is not a Parquet file: {exc}") from exc
+    if not {"image", "label"} <= set(table.column_names):
+        raise DatasetError(
+            f"{name!r} has the columns {table.column_names}; needed: image and label"
+        )
+    image, label = table.schema.field("image").type, table.schema.field("label").type
+    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+        raise DatasetError(f"{name!r}: image is {image}; needed: a struct with bytes and path")
+    if not pa.types.is_integer(label) or table["label"].null_count or not len(table):
+        raise DatasetError(f"{name!r}: label is {label}; needed: an integer for each image")
+    rows = [row or {} for row in table["image"].to_pylist()]
+    labels = table["label"].to_numpy().astype(np.int64)
+    meta = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    feature = meta.get("info", {}).get("features", {}).get("label", {})
+    classes = feature.get("names") or [str(k) for k in range(int(labels.max()) + 1)]
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise DatasetError(
+            f"{name!r} has labels from {labels.min()} to {labels.max()} for {len(classes)} classes"
+        )
+    images = _stack(
+        path.name, (_decode(row.get("bytes"), f"{name!r}, row {i}") for i, row in enumerate(rows))
+    )
+    # The path may be missing, and then nothing is known to be a near-duplicate.
+    groups = (_group(row.get("path") or f"{path.stem}/{i}") for i, row in enumerate(rows))
+    return Dataset(path.stem, images, labels, tuple(classes), tuple(groups))
+
+
+def _folder(path: Path) -> Dataset:
+    classes = sorted(p.name for p in path.iterdir() if p.is_dir())
+    files = [
+        f for c in classes for f in sorted((path / c).iterdir()) if f.suffix.lower() in SUFFIXES
+    ]
+    if not files:
+        raise DatasetError(f"{str(path)!r} has no class folders with {', '.join(SUFFIXES)} files")
+    images = _stack(path.name, (_decode(f.read_bytes(), repr(str(f))) for f in files))
+    labels = np.array([classes.index(f.parent.name) for f in files], np.int64)
+    groups = tuple(_group(f.as_posix()) for f in files)
+    return Dataset(path.name, images, labels, tuple(classes), groups)
+
+
+def _torchvision(name: str, split: str, root: Path) -> Dataset:
+    import torchvision.datasets as tv
+
+    try:
+        data = TORCHVISION[name](tv, root, split)
+    except (OSError, RuntimeError) as exc:
+        raise DatasetError(f"{name!r} cannot be downloaded into {str(root)!r}: {exc}") from exc
+    pairs = list(data)
+    images = _stack(name, (image for image, _ in pairs))
+    labels = np.array([label for _, label in pairs], np.int64)
+    classes = getattr(data, "classes", None) or [str(k) for k in range(int(labels.max()) + 1)]
+    # GTSRB alone has near-duplicates: its file names carry the track.
+    files = [p for p, *_ in getattr(data, "_samples", [])] or [
+        f"{name}/{i}" for i in range(len(labels))
+    ]
+    return Dataset(
+        f"{name}_{split}",
+        images,
+        labels,
+        tuple(map(str, classes)),
+        tuple(_group(str(f)) for f in files),
+    )
+
+
+def _digits(split: str) -> Dataset:
+    """Three quarters of scikit-learn's digits are `train`, the rest `test`."""
+    from scumble.data.digits import digits
+
+    train, test = digits().split(0.25, seed=0)
+    return train if split == "train" else test
+
+
+def _decode(content: bytes | None, where: str) -> Image.Image:
+    """One picture, decoded here and now, so that no thousands of files stay open."""
+    try:
+        picture = Image.open(io.BytesIO(content or b""))
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as exc:  # all three are Pillow's for broken files
+        raise DatasetError(f"{where} is not a readable image: {exc}") from exc
+    return picture
+
+
+def _stack(name: str, pictures: Iterable[Image.Image]) -> npt.NDArray[np.uint8]:
+    """Grey sets become (N, H, W, 1), all others (N, H, W, 3); sizes are brought to the first's."""
+    # The original signs of GTSRB come in every size; the literature scales them to 32 pixels.
+    size = (32, 32) if name.startswith("gtsrb") else None
+    rows = []
+    for picture in pictures:
+        size = size or picture.size
+        rows.append(np.asarray(_fit(picture.convert("RGB"), size)))
+    images = np.stack(rows)
+    grey = bool((images == images[..., :1]).all())
+    return np.ascontiguousarray(images[..., :1]) if grey else images
+
+
+def _fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.BILINEAR)
+
+
+def _group(path: str) -> str:
+    """`.../00005/00024_00022.ppm`, frame 22 of track 24, belongs to `.../00005/00024`."""
+    return re.sub(r"(\d{5})_\d{5}\.ppm$", r"\1", path)
+
+
+# name -> (torchvision.datasets, root, split) -> data set
+TORCHVISION: dict[str, Callable[[Any, Path, str], Any]] = {
+    "mnist": lambda tv, root, split: tv.MNIST(root, train=split == "train", download=True),
+    "fashion_mnist": lambda tv, root, split: tv.FashionMNIST(
+        root, train=split == "train", download=True
+    ),
+    "cifar10": lambda tv, root, split: tv.CIFAR10(root, train=split == "train", download=True),
+    "cifar100": lambda tv, root, split: tv.CIFAR100(root, train=split == "train", download=True),
+    "gtsrb": lambda tv, root, split: tv.GTSRB(root, split=split, download=True),
+    "svhn": lambda tv, root, split: tv.SVHN(root, split=split, download=True),
+}

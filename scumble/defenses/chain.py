@@ -1,0 +1,79 @@
+"""Chain: defenses one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from scumble.defenses.base import Defense, DefenseError, Inputs, Nodes, Probs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Defense):
+    """Each step takes the rows that the one before it gave, and the same images.
+
+    Attributes:
+        steps: one defense or more; a user writes `[[name, {parameter: value}], ...]`.
+
+    Raises:
+        DefenseError: no steps, or a step is not a defense.
+    """
+
+    keyed: ClassVar[bool] = True
+
+    steps: tuple[Defense, ...]
+
+    def __post_init__(self) -> None:
+        steps = self.steps
+        if (
+            not isinstance(steps, list | tuple)
+            or not steps
+            or not all(isinstance(step, Defense) for step in steps)
+        ):
+            raise self._refusal("steps", "must be one defense or more")
+        object.__setattr__(self, "steps", tuple(steps))
+
+    def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
+        """The rows (N, K) after the last step."""
+        for step in self.steps:
+            probs = step(probs, inputs)
+        return probs
+
+    def nodes(self, op: Nodes, probs: str) -> str | None:
+        """The rows after the last step; None if a step cannot be written as nodes."""
+        rows: str | None = probs
+        for step in self.steps:
+            if rows is not None:
+                rows = step.nodes(op, rows)
+        return rows
+
+    @classmethod
+    def build(cls, bundle: Any, **params: Any) -> Self:
+        """The chain of `steps`, each made by its name; bundle and secret are handed on to each.
+
+        Raises:
+            DefenseError: says which step, counted from 1, and what is wrong with it.
+        """
+        from scumble.defenses import configure  # here, as the table there imports this module
+
+        secret: bytes = params.get("secret", b"")
+        steps = params["steps"]
+        if not isinstance(steps, list | tuple) or not steps:
+            raise DefenseError(
+                f"Chain: steps must be a list [[name, {{parameter: value}}], ...], got {steps!r}"
+            )
+        built = []
+        for number, step in enumerate(steps, 1):
+            match step:
+                case [str() as name, Mapping() as given]:
+                    pass
+                case _:
+                    raise DefenseError(
+                        f"Chain: step {number} must be [name, {{parameter: value}}], got {step!r}"
+                    )
+            try:
+                built.append(configure(name, given, bundle=bundle, secret=secret))
+            except DefenseError as error:
+                raise DefenseError(f"Chain: step {number}: {error}") from error
+        return cls(steps=tuple(built))

@@ -1,0 +1,71 @@
+"""GRAD²: mass moves to the class whose likelihood grows most along a fixed direction.
+
+Source: Mazeika, Li, Forsyth, "How to Steer Your Adversary: Targeted and Efficient Model Stealing
+Defenses with Gradient Redirection" (ICML 2022), with the all-ones direction, as in the baseline of
+Khaled et al. (ICMLA 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from scumble.defenses.assisted import Assisted
+from scumble.defenses.base import Inputs, Probs
+
+FLOOR = 1e-15  # the published code goes through logarithms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grad2(Assisted):
+    """Maximises <G^T y, 1> over |y - p|_1 <= epsilon, G the gradients of a surrogate's log-softmax.
+
+    The objective is linear in y, with the coefficients score_k = <d log softmax_k / d theta, 1>
+    over all parameters theta of the surrogate, so a greedy exchange solves it: epsilon/2 (or what
+    there is) goes to the class of the largest score, taken from the lowest scores upward, each
+    class emptied before the next. Then y is kept in [1e-15, 1] and divided by its sum.
+
+    The scores are an output of the surrogate's graph, which propagates values and derivatives
+    together: no gradient is computed per class. `scumble/training/dual.py` makes it.
+
+    Attributes:
+        epsilon: most the L1 distance can be, 0 (none) to 2.
+
+    Raises:
+        DefenseError: the parameter is of the wrong type or out of range.
+    """
+
+    file: ClassVar[str] = "surrogate.onnx"
+    output: ClassVar[str] = "scores"
+
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        self._check_number("epsilon", 0, 2)
+
+    def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
+        """The redirected rows (N, K).
+
+        Raises:
+            ValueError: no images, or the network has other classes.
+        """
+        scores = self._ask(probs, inputs)
+        if self.epsilon == 0:  # the clean rows, not those above the floor
+            return probs
+        y = probs.astype(np.float64)
+        best = np.arange(len(y)), scores.argmax(axis=1)
+        kept = y[best]
+        y[best] = 0  # nothing to take there
+        order = scores.argsort(axis=1, kind="stable")
+        there = np.take_along_axis(y, order, axis=1)
+        total = np.add.accumulate(there, axis=1)
+        give = np.minimum(total[:, -1:], self.epsilon / 2)
+        # Class by class upward: all of it while the sum is below `give`, then the rest, then none.
+        taken = np.clip(give - (total - there), 0, there)
+        np.put_along_axis(y, order, there - taken, axis=1)
+        y[best] = kept + give[:, 0]
+        np.clip(y, FLOOR, 1, out=y)
+        y /= np.add.reduce(y, axis=1, keepdims=True)
+        return y.astype(probs.dtype, copy=False)

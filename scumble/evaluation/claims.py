@@ -1,0 +1,318 @@
+"""What held and what did not: each claim with its rule, its verdict and the figures behind it.
+
+A claim is judged by a rule that is written down before the figures are looked at, so that a verdict
+is the same whoever reads the records. "Labels only" is the line to beat: a defense that keeps the
+top class cannot push an attacker below it who trains on the top class alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from scumble.evaluation.summary import Line, best
+
+Verdict = Literal["held", "held in part", "did not hold", "not measured"]
+Bench = dict[str, Any]
+
+POINT = 0.01
+REDUCED = 10 * POINT  # a copy that falls by less has not been defended against
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence under test.
+
+    Attributes:
+        words: the claim.
+        rule: when it holds.
+        judge: verdicts and figures, one per model it is about.
+    """
+
+    words: str
+    rule: str
+    judge: Callable[[list[Line], Bench], list[tuple[bool, str]]]
+
+    def __call__(self, lines: list[Line], bench: Bench) -> tuple[Verdict, list[str]]:
+        """The verdict over all that was measured, and its figures."""
+        found = self.judge(lines, bench)
+        held = [ok for ok, _ in found]
+        verdict: Verdict = "held in part"
+        if not held:
+            verdict = "not measured"
+        elif all(held):
+            verdict = "held"
+        elif not any(held):
+            verdict = "did not hold"
+        return verdict, [f"{'yes' if ok else 'no'}: {words}" for ok, words in found]
+
+
+def groups(lines: Iterable[Line]) -> list[list[Line]]:
+    """The lines of each served model, in the order in which they come."""
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        found.setdefault(line.model, []).append(line)
+    return list(found.values())
+
+
+def undefended(lines: Iterable[Line], attacker: str | None = None) -> Line | None:
+    """The most accurate copy of the undefended model, by one attacker or by any."""
+    return strongest(
+        line
+        for line in lines
+        if line.defense.name == "none" and attacker in (None, line.attacker)
+    )  # fmt: skip
+
+
+def labels_only(lines: Iterable[Line]) -> Line | None:
+    """The most accurate copy made of labels alone."""
+    return strongest(line for line in lines if line.defense.name == "label")
+
+
+def strongest(lines: Iterable[Line]) -> Line | None:
+    """The line with the most accurate copy."""
+    return max(lines, key=lambda line: line.stolen.mean, default=None)
+
+
+def against(*attacks: str) -> Callable[[list[Line], Bench], list[tuple[bool, str]]]:
+    """Whether dcp takes at least `REDUCED` from these attacks as published."""
+
+    def judge(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+        del bench
+        found = []
+        for group in groups(lines):
+            for attack in attacks:
+                free = undefended(group, attack)
+                for line in group:
+                    if free is None or (line.defense.name, line.attacker) != ("dcp", attack):
+                        continue
+                    fell = free.stolen.mean - line.stolen.mean
+                    found.append(
+                        (
+                            fell >= REDUCED,
+                            f"{model(line)}, {line.defense}, {attack}: "
+                            f"{free.stolen} undefended, {line.stolen} defended",
+                        )
+                    )
+        return found
+
+    return judge
+
+
+def below_labels(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+    """Whether the best of all attackers on dcp gets less than from labels alone."""
+    del bench
+    found = []
+    for group in groups(lines):
+        reference = labels_only(group)
+        for line in best((line for line in group if line.defense.name == "dcp"), tried=2):
+            tried = {o.attacker for o in group if o.defense == line.defense}
+            if reference is None:
+                continue
+            found.append(
+                (
+                    line.stolen.mean < reference.stolen.mean,
+                    f"{model(line)}, {line.defense}: {line.stolen} by {line.attacker}, the best of "
+                    f"{len(tried)} attackers; labels only {reference.stolen}",
+                )
+            )
+    return found
+
+
+def harmless(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+    """Whether honest users lose at most one point under dcp."""
+    del bench
+    return [
+        (
+            line.lost <= POINT,
+            f"{model(line)}, {line.defense}: {line.clean.mean:.1%} clean, {line.served.mean:.1%} "
+            f"served, {line.top1_changed.mean:.1%} of the labels changed, L1 "
+            f"{line.l1_test.mean:.2f}",
+        )
+        for line in one_per_strength(lines)
+    ]
+
+
+def one_per_strength(lines: Iterable[Line]) -> list[Line]:
+    """A line of dcp for each model and strength; what users get does not depend on the attack."""
+    seen: dict[tuple[object, ...], Line] = {}
+    for line in lines:
+        if line.defense.name == "dcp":
+            seen.setdefault((*line.model, line.defense.strength), line)
+    return list(seen.values())
+
+
+def alike(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+    """Whether what dcp takes from an attacker is the same for int8 within `REDUCED` / 2."""
+    del bench
+    found = []
+    twins = {(o.victim, str(o.defense), o.attacker): o for o in lines if o.precision == "int8"}
+    for line in lines:
+        twin = twins.get((line.victim, str(line.defense), line.attacker))
+        if line.precision == "int8" or line.defense.name != "dcp" or twin is None:
+            continue
+        found.append(
+            (
+                abs(line.stolen.mean - twin.stolen.mean) <= REDUCED / 2,
+                f"`{line.victim}`, {line.defense}, {line.attacker}: {line.stolen} float32, "
+                f"{twin.stolen} int8",
+            )
+        )
+    return found
+
+
+def faster(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+    """Whether the published forms of mad and grad2 add 37 times as much latency as dcp."""
+    del lines
+    return [
+        (
+            case["over_dcp"] >= 37,
+            f"`{case['model']}` {case['precision']}, batch {case['batch']}: "
+            f"{case['defense'].removesuffix('_reference')} as published adds "
+            f"{case['over_dcp']:.0f} times what dcp adds",
+        )
+        for case in bench.get("cases", [])
+        if case["defense"].endswith("_reference")
+    ]
+
+
+def faster_than_ours(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+    """The same for the closed and forward-mode forms that this service runs."""
+    del lines
+    return [
+        (
+            case["over_dcp"] >= 37,
+            f"`{case['model']}` {case['precision']}, batch {case['batch']}: {case['defense']} "
+            f"written for speed adds {case['over_dcp']:.0f} times what dcp adds",
+        )
+        for case in bench.get("cases", [])
+        if case["defense"] in ("mad", "grad2")
+    ]
+
+
+def cheap(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+    """Whether dcp adds at most 5 % to inference at batch 1 and 1 % at batch 32."""
+    del lines
+    return [
+        (
+            case["over_inference"] <= (0.05 if case["batch"] == 1 else 0.01),
+            f"`{case['model']}` {case['precision']}, batch {case['batch']}: dcp in the graph adds "
+            f"{case['over_inference']:.1%}",
+        )
+        for case in bench.get("cases", [])
+        if case["defense"] == "dcp_in_graph"
+    ]
+
+
+CLAIMS = [
+    Claim(
+        "It defends against KnockoffNets.",
+        "the copy of the published attack falls by at least 10 points",
+        against("knockoff"),
+    ),
+    Claim(
+        "It defends against the data-free attack DFME.",
+        "the copy of the published attack falls by at least 10 points",
+        against("dfme"),
+    ),
+    Claim(
+        "It defends against the data-free attack MAZE.",
+        "the copy of the published attack falls by at least 10 points",
+        against("maze"),
+    ),
+    Claim(
+        "It works for quantized CNNs as for float ones.",
+        "the same attacker's copies of both differ by at most 5 points",
+        alike,
+    ),
+    Claim(
+        "Its impact on accuracy is low.",
+        "honest users lose at most one point of accuracy",
+        harmless,
+    ),
+    Claim(
+        "It is 37 times as fast as the state of the art.",
+        "mad and grad2 in their published form add at least 37 times the latency of dcp",
+        faster,
+    ),
+    Claim(
+        "It is 37 times as fast as the same defenses written for speed.",
+        "mad in closed form and grad2 in forward mode add at least 37 times the latency of dcp "
+        "(not a claim of the paper)",
+        faster_than_ours,
+    ),
+    Claim(
+        "It costs next to nothing beside inference.",
+        "inside the network's graph it adds at most 5 % at batch 1 and 1 % at batch 32 (not a "
+        "claim of the paper)",
+        cheap,
+    ),
+    Claim(
+        "It protects more than labels alone would, against attackers who adapt.",
+        "the best of all attackers gets a worse copy than from labels only (not a claim of the "
+        "paper)",
+        below_labels,
+    ),
+]  # fmt: skip
+
+
+def model(line: Line) -> str:
+    """Victim and precision as they are written."""
+    return f"`{line.victim}` {line.precision}"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What one strength of dcp is good for.
+
+    Attributes:
+        victim: name of the bundle.
+        beta: strength.
+        lost: accuracy that honest users lose, by precision.
+        l1: of honest users' answers, the larger of the precisions.
+        held: attackers whose copy stays below labels only on every precision, with the best copy.
+        broken: the others.
+    """
+
+    victim: str
+    beta: float
+    lost: dict[str, float]
+    l1: float
+    held: dict[str, float]
+    broken: dict[str, float]
+
+    @property
+    def recommended(self) -> bool:
+        """Whether honest users keep their accuracy within one point."""
+        return max(self.lost.values()) <= POINT
+
+
+def advice(lines: list[Line]) -> list[Advice]:
+    """For each victim and strength of dcp: the price, and who is kept out."""
+    found = []
+    for victim in dict.fromkeys(line.victim for line in lines):
+        own = [line for line in lines if line.victim == victim]
+        references = {
+            line.precision: line.stolen.mean for line in best(own) if line.defense.name == "label"
+        }
+        strengths = sorted({o.defense.strength for o in own if o.defense.name == "dcp"})
+        for beta in strengths:
+            at = [o for o in own if o.defense.name == "dcp" and o.defense.strength == beta]
+            held: dict[str, float] = {}
+            broken: dict[str, float] = {}
+            for attacker in dict.fromkeys(line.attacker for line in at):
+                by = [line for line in at if line.attacker == attacker]
+                below = all(o.stolen.mean < references.get(o.precision, 0.0) for o in by)
+                (held if below else broken)[attacker] = max(o.stolen.mean for o in by)
+            found.append(
+                Advice(
+                    victim,
+                    beta,
+                    {line.precision: line.lost for line in at},
+                    max(line.l1_test.mean for line in at),
+                    held,
+                    broken,
+                )
+            )
+    return found

@@ -1,0 +1,216 @@
+"""`scumble evaluate`: defenses against attacks, on real servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from scumble.attacker import consent
+from scumble.attacker.errors import AttackError
+from scumble.data.image_sets import DatasetError
+from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.plans import PLANS, published
+from scumble.evaluation.record import BadRecord, Record, read
+from scumble.evaluation.referee import judge
+from scumble.evaluation.summary import summarise
+from scumble.evaluation.tables import ordered
+from scumble.training.auxiliary import TRANSFER
+
+RESULTS = Path("docs/results/records/cells")
+RUNS = Path("runs/evaluate")
+
+
+@click.command()
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    type=click.Choice(list(PLANS)),
+    help="Run these cells; else the one cell that the other options describe.",
+)
+@click.option("--victim", default="mnist", show_default=True, help="Bundle or folder of one.")
+@click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32")
+@click.option(
+    "--defense",
+    default="none",
+    show_default=True,
+    help="Name, or FILE.py:Class of your own defense.",
+)
+@click.option("--params", default="{}", metavar="JSON", help="Parameters of the defense.")
+@click.option("--url", help="A defended service that already runs, in place of --defense.")
+@click.option("--attack", default="knockoff", show_default=True)
+@click.option("--adapt", default="", metavar="A,B")
+@click.option("--set", "changes", multiple=True, metavar="NAME.FIELD=VALUE")
+@click.option("--budget", type=click.IntRange(min=1), default=20_000, show_default=True)
+@click.option("--queries", help="Data set of the attacker.  [default: the victim's in the paper]")
+@click.option("--test", help="Data set to measure on.  [default: the victim's]")
+@click.option("--profile", type=click.Choice(["cpu", "paper"]), default="cpu", show_default=True)
+@click.option("--transport", default="pixels", show_default=True)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Run each cell with the seeds 0, 1, ...",
+)
+@click.option(
+    "--root",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder with data sets by name.",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=len(os.sched_getaffinity(0)),
+    help="Cells at a time.  [default: one per core]",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Of torch, per cell.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=RESULTS,
+    show_default=True,
+    help="Folder of the records; cells that have one are not run.",
+)
+@click.option("--i-have-the-owners-consent", "consented", is_flag=True)
+@click.option("--owner-token", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    /,
+    plans: tuple[str, ...],
+    seeds: int,
+    root: Path | None,
+    jobs: int,
+    threads: int,
+    out: Path,
+    consented: bool,
+    owner_token: Path | None,
+    **options: str,
+) -> None:
+    """Judge defenses: steal from real servers and measure what was lost, on both sides."""
+    headers = None
+    try:
+        if options["url"]:
+            headers = consent.check(options["url"], consent=consented, token=owner_token)
+        cells = planned(ctx, plans, options) if plans else [single(**options)]
+    except (AttackError, ValueError) as exc:
+        raise click.ClickException(str(exc)) from exc
+    cells = list({cell.key: cell for cell in seeded(cells, seeds)}.values())
+    out.mkdir(parents=True, exist_ok=True)
+    waiting = [cell for cell in cells if not done(out / f"{cell.key}.json")]
+    command = shlex.join(["scumble", *sys.argv[1:]])
+    console = Console(highlight=False)
+    failed = 0
+    context = get_context("spawn")
+    with (
+        Progress(console=console) as progress,
+        ProcessPoolExecutor(min(jobs, max(1, len(waiting))), mp_context=context) as pool,
+    ):
+        bar = progress.add_task("cells", total=len(cells), completed=len(cells) - len(waiting))
+        running: dict[Future[Record], Cell] = {
+            pool.submit(
+                judge, cell, RUNS / cell.key, root=root, command=command, threads=threads,
+                headers=headers,
+            ): cell
+            for cell in waiting
+        }  # fmt: skip
+        for future in as_completed(running):
+            cell = running[future]
+            try:
+                future.result()
+            except (AttackError, DatasetError, RuntimeError) as exc:
+                failed += 1
+                console.print(f"{cell.key}: {exc}", style="red", markup=False)
+            else:
+                shutil.copyfile(RUNS / cell.key / "record.json", out / f"{cell.key}.json")
+            progress.advance(bar)
+    show([read(out / f"{c.key}.json") for c in cells if done(out / f"{c.key}.json")], console)
+    if failed:
+        raise click.ClickException(f"{failed} of {len(waiting)} cells failed")
+
+
+def planned(ctx: click.Context, plans: tuple[str, ...], options: dict[str, str]) -> list[Cell]:
+    """The cells of the plans, as `--profile` has them.
+
+    Raises:
+        click.UsageError: another option of a cell was given, which would change nothing.
+    """
+    given = [
+        parameter.opts[0]
+        for parameter in ctx.command.params
+        if (name := str(parameter.name)) in options.keys() - {"profile"}
+        and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(f"--plan has cells of its own: leave out {', '.join(given)}")
+    cells = [cell for name in plans for cell in PLANS[name]()]
+    return [published(cell) for cell in cells] if options["profile"] == "paper" else cells
+
+
+def single(*, defense: str, params: str, url: str | None, adapt: str, **options: str) -> Cell:
+    """The one cell that the options describe.
+
+    Raises:
+        ValueError: `params` is not a JSON object.
+    """
+    given = json.loads(params)
+    if not isinstance(given, dict):
+        raise ValueError(f"params is {params!r}; needed: a JSON object")
+    names = tuple(name.strip() for name in adapt.split(",") if name.strip())
+    cell = Cell(defense=Defended(defense, given, url), adapt=names, **options)  # type: ignore[arg-type] # click has checked them
+    data_free = cell.attack in ("dfme", "maze")
+    return replace(cell, queries=None if data_free else cell.queries or TRANSFER.get(cell.victim))
+
+
+def seeded(cells: list[Cell], seeds: int) -> list[Cell]:
+    """Each cell with every seed."""
+    return [replace(cell, seed=cell.seed + seed) for cell in cells for seed in range(seeds)]
+
+
+def done(path: Path) -> bool:
+    """Whether a whole record is there."""
+    try:
+        read(path)
+    except BadRecord:
+        return False
+    return True
+
+
+def show(records: list[Record], console: Console) -> None:
+    """The records as a table, one row for all seeds of a cell; fits a terminal of 80 columns."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("model", "defense", "attacker"):
+        table.add_column(name, overflow="fold")
+    for name in ("served", "stolen", "L1"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in ordered(summarise(records)):
+        table.add_row(
+            " ".join(line.model),
+            line.defense.url or str(line.defense),
+            line.attacker,
+            f"{line.served.mean:.1%}",
+            str(line.stolen),
+            f"{line.l1_test.mean:.2f}",
+        )
+    console.print(table)

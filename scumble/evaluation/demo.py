@@ -1,0 +1,444 @@
+"""`make demo`: steal a digit reader twice, once undefended and once defended, and compare.
+
+Two servers on loopback, each stolen from with KnockoffNets over HTTP. The transfer set is
+scikit-learn's digits, turned, moved, scaled and bent at random; each such picture is a query. Other
+digits are the test set, and MNIST's test images where they are at hand. The defended server is
+attacked with the answers as they come, under both losses; with their labels alone, which a defense
+that keeps the label cannot touch; and by somebody who knows the defense and inverts it. Clients
+have keys: the thief's has a budget that is large enough, a visitor's has not.
+
+    python -m scumble.evaluation.demo --out runs/demo
+
+With `--undefended` and `--defended` it steals from two servers that run elsewhere, as those of
+`docker-compose.yml`, and sees only their public ports.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from scumble.attacker import consent, students
+from scumble.attacker.errors import AttackError
+from scumble.attacker.pool import pool
+from scumble.attacker.result import Result
+from scumble.attacker.run import Job, run
+from scumble.client.wire import encode
+from scumble.data.digits import SIDE, digits
+from scumble.data.image_sets import Dataset, load
+from scumble.evaluation import scores
+from scumble.evaluation.guests import Visits, admit, visit
+from scumble.evaluation.local_server import serving
+from scumble.evaluation.referee import REQUESTS, UNTIMED, ask, latencies
+from scumble.training.train import affine, as_tensors, chain, light
+
+DCP: dict[str, object] = {"defense": "dcp", "defense_params": {"beta": 1.2, "gamma": 0.2}}
+HELD_OUT = 0.25  # of the digits, for the test
+DISTORT = chain(affine(degrees=15, shift=0.1, scale=0.25, shear=0.2), light(0.3))
+
+# name of the line, server, modifiers, what is changed
+ATTACKS: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
+    ("undefended", "undefended", (), ("fit.loss=centred",)),
+    ("undefended, soft loss", "undefended", (), ("fit.loss=soft", "fit.augment=digits")),
+    ("defended", "defended", (), ("fit.loss=centred",)),
+    ("defended, soft loss", "defended", (), ("fit.loss=soft", "fit.augment=digits")),
+    ("defended, labels only", "defended", ("argmax",), ("fit.loss=soft", "fit.augment=digits")),
+    (
+        "defended, inverted",
+        "defended",
+        ("invert",),
+        ("fit.loss=centred", "invert.beta=1.2", "invert.gamma=0.2"),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server, as the thief reaches it.
+
+    Attributes:
+        url: of the public port.
+        admin: of the admin port, for its count; None where only its owner reaches that.
+        headers: sent with every request.
+    """
+
+    url: str
+    admin: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One attack's outcome.
+
+    Attributes:
+        name: of the line.
+        server: which was attacked.
+        command: that does it by hand.
+        stolen: accuracy of the copy by test set.
+        agreement: with the server's answers, on the digits.
+        queries: spent, by the attacker's count and by the server's (None: not asked).
+        images: sent in all: the queries and the test set.
+        seconds: of the attack.
+    """
+
+    name: str
+    server: str
+    command: str
+    stolen: dict[str, float]
+    agreement: float
+    queries: tuple[int, int | None]
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """One server's side.
+
+    Attributes:
+        settings: other than the defaults; None of a server that runs elsewhere.
+        accuracy: of its answers by test set.
+        l1: mean L1 distance of its answers from the undefended ones by test set.
+        latency_ms: median of single requests, taken by turns with the other server.
+        images: sent for these figures.
+    """
+
+    settings: dict[str, object] | None
+    accuracy: dict[str, float]
+    l1: dict[str, float]
+    latency_ms: float
+    images: int
+
+
+@click.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+)
+@click.option("--queries", type=click.IntRange(min=100), default=10_000, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=12, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("../shared/data"),
+    show_default=True,
+    help="Where MNIST may be.",
+)
+@click.option("--undefended", metavar="URL", help="Of a server that runs, with --defended.")
+@click.option("--defended", metavar="URL", help="Of the other.  [default: own servers]")
+@click.option(
+    "--i-have-the-owners-consent",
+    "consented",
+    is_flag=True,
+    help="Needed, with --owner-token, for any host but this one.",
+)
+@click.option(
+    "--owner-token",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with the token that the owner of both gave you.",
+)
+def main(
+    out: Path,
+    queries: int,
+    epochs: int,
+    seed: int,
+    data: Path,
+    undefended: str | None,
+    defended: str | None,
+    consented: bool,
+    owner_token: Path | None,
+) -> None:
+    """Steal the digit reader from an undefended and from a defended server, and compare."""
+    start = time.perf_counter()
+    if (undefended is None) != (defended is None):
+        raise click.UsageError("--undefended and --defended belong together")
+    given = {"undefended": undefended, "defended": defended} if undefended and defended else {}
+    try:
+        servers = {
+            name: Target(url, headers=consent.check(url, consent=consented, token=owner_token))
+            for name, url in given.items()
+            if url
+        }
+    except AttackError as exc:
+        raise click.ClickException(str(exc)) from exc
+    settings: dict[str, dict[str, object] | None] = dict.fromkeys(servers)
+    visits: dict[str, Visits] = {}
+    out.mkdir(parents=True, exist_ok=True)
+    transfer, tests = material(out, queries, seed, data)
+    with ExitStack() as stack:
+        if not servers:
+            settings = {"undefended": {}, "defended": DCP}
+            asked = queries + sum(map(len, tests.values()))
+            keys = out.absolute() / "keys.json"
+            guests = admit(keys, 2 * len(ATTACKS) * asked)
+            for name, ours in settings.items():
+                for old in out.glob(f"{name}.sqlite*"):  # with what was spent of the budgets
+                    old.unlink()
+                store = f"sqlite:///{out.absolute() / f'{name}.sqlite'}"
+                server = stack.enter_context(
+                    serving(
+                        model="mnist", precision="int8", keys_file=keys, store=store, **(ours or {})
+                    )
+                )
+                servers[name] = Target(server.url, server.admin, guests["thief"])
+            watch(servers, out / "targets.json")
+            image = encode(tests["digits"].images[0])[0]
+            visits = {
+                name: visit(server.url, image, guests["visitor"])
+                for name, server in servers.items()
+            }
+        served = measure(servers, settings, tests)
+        lines = list(steal(servers, transfer, out, tests, queries, epochs, seed))
+    seconds = round(time.perf_counter() - start, 1)
+    report = {
+        "command": shlex.join(
+            [
+                "python",
+                "-m",
+                "scumble.evaluation.demo",
+                "--queries",
+                str(queries),
+                "--epochs",
+                str(epochs),
+                "--seed",
+                str(seed),
+            ]
+        ),
+        "servers": {name: asdict(side) for name, side in served.items()},
+        "attacks": [asdict(line) for line in lines],
+        "visits": {name: asdict(found) for name, found in visits.items()},
+        "seconds": seconds,
+    }
+    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(served, lines, out / "demo.png")
+    show(served, lines, visits, out, seconds)
+
+
+def material(out: Path, queries: int, seed: int, data: Path) -> tuple[Path, dict[str, Dataset]]:
+    """The transfer set as a Parquet file, and the test sets."""
+    rest, held_out = digits().split(HELD_OUT, seed)
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(rest), queries)
+    images, _ = as_tensors(rest)
+    bent = DISTORT(images[rows], torch.Generator().manual_seed(seed))
+    pictures = np.rint(bent.numpy().transpose(0, 2, 3, 1) * 255).astype(np.uint8)
+    save(out / "queries.parquet", pictures, rest.labels[rows])
+    save(out / "test.parquet", held_out.images, held_out.labels)
+    tests = {"digits": held_out}
+    if (data / "mnist_test.parquet").is_file():
+        tests["mnist"] = load("mnist", "test", root=data)
+    return out / "queries.parquet", tests
+
+
+def save(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
+    """Grey pictures in the layout that `scumble attack` reads."""
+    files = []
+    for picture in images[..., 0]:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        files.append({"bytes": buffer.getvalue(), "path": None})
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array(files, kind), "label": labels}), path)
+
+
+def watch(servers: dict[str, Target], path: Path) -> None:
+    """Tell a Prometheus with `docker/prometheus/demo.yml` where both servers' metrics are."""
+    jobs = {"victim": servers["undefended"].admin, "defended": servers["defended"].admin}
+    targets = [
+        {"targets": [admin.removeprefix("http://")], "labels": {"job": job}}
+        for job, admin in jobs.items()
+        if admin
+    ]
+    path.write_text(json.dumps(targets))
+
+
+def measure(
+    servers: dict[str, Target],
+    settings: dict[str, dict[str, object] | None],
+    tests: dict[str, Dataset],
+) -> dict[str, Served]:
+    """Accuracy, distortion and latency of both servers."""
+    shape = (1, SIDE, SIDE)
+    images = {test: pool(data, shape).images for test, data in tests.items()}
+    answers = {
+        name: {test: ask(server.url, images[test], server.headers) for test in tests}
+        for name, server in servers.items()
+    }
+    urls = {name: server.url for name, server in servers.items()}
+    latency = latencies(urls, tests["digits"], REQUESTS, headers=servers["defended"].headers)
+    return {
+        name: Served(
+            settings=settings[name],
+            accuracy={
+                test: scores.accuracy(answers[name][test], data.labels)
+                for test, data in tests.items()
+            },
+            l1={
+                test: float(scores.l1(answers[name][test], answers["undefended"][test]).mean())
+                for test in tests
+            },
+            latency_ms=latency[name]["p50"],
+            images=sum(map(len, tests.values())) + REQUESTS + UNTIMED,
+        )
+        for name in servers
+    }
+
+
+def steal(
+    servers: dict[str, Target],
+    transfer: Path,
+    out: Path,
+    tests: dict[str, Dataset],
+    queries: int,
+    epochs: int,
+    seed: int,
+) -> Iterator[Line]:
+    """Every line's attack, over HTTP, as `scumble attack` does it."""
+    for name, server, modifiers, changes in ATTACKS:
+        click.echo(f"{name} ...")
+        folder = out / name.replace(", ", "-").replace(" ", "-")
+        for file in folder.glob("*"):
+            file.unlink()
+        job = Job(
+            servers[server].url,
+            "knockoff",
+            queries,
+            test=str(out / "test.parquet"),
+            queries=str(transfer),
+            adapt=modifiers,
+            changes=(*changes, f"fit.epochs={epochs}", "attack.curve=[]"),
+            admin=servers[server].admin,
+            seed=seed,
+        )
+        command = shlex.join(
+            ["scumble", "attack", "URL", "--attack", "knockoff", "--budget", str(queries),
+             "--queries", str(transfer), "--test", job.test, "--seed", str(seed)]
+            + [word for change in job.changes for word in ("--set", change)]
+            + (["--adapt", ",".join(modifiers)] if modifiers else [])
+        )  # fmt: skip
+        result = run(job, folder, command=command, headers=servers[server].headers, progress=True)
+        yield Line(
+            name=name,
+            server=server,
+            command=command,
+            stolen={test: accuracy(result, folder, data) for test, data in tests.items()},
+            agreement=result.scores.agreement,
+            queries=(result.ledger.spent, result.ledger.server),
+            images=result.ledger.spent + result.ledger.test,
+            seconds=round(result.timing.wall_s, 1),
+        )
+
+
+def accuracy(result: Result, folder: Path, data: Dataset) -> float:
+    """Of a finished run's copy."""
+    shape, labels = result.victim.shape, result.victim.labels
+    copy = students.make("auto", shape, labels, seed=0, weights=folder / result.student.file)
+    test = pool(data, shape)
+    return scores.accuracy(students.predict(copy, test.images), test.labels)
+
+
+def show(
+    served: dict[str, Served],
+    lines: list[Line],
+    visits: dict[str, Visits],
+    out: Path,
+    seconds: float,
+) -> None:
+    """The table."""
+    tests = list(next(iter(served.values())).accuracy)
+    table = Table(title="A digit reader, stolen over HTTP", title_justify="left")
+    table.add_column("attack")
+    for test in tests:
+        table.add_column(f"served\n{test}", justify="right")
+        table.add_column(f"stolen\n{test}", justify="right", style="bold")
+    table.add_column("agreement", justify="right")
+    table.add_column("L1", justify="right")
+    table.add_column("latency", justify="right")
+    for line in lines:
+        side = served[line.server]
+        cells = []
+        for test in tests:
+            cells += [f"{side.accuracy[test]:.1%}", f"{line.stolen[test]:.1%}"]
+        table.add_row(
+            line.name, *cells, f"{line.agreement:.1%}", f"{side.l1[tests[-1]]:.2f}",
+            f"{side.latency_ms:.2f} ms",
+        )  # fmt: skip
+    console = Console(highlight=False)
+    console.print(table)
+    if len(tests) == 1:
+        console.print(
+            "MNIST's test images are not at hand (--data): the copies are measured only on the "
+            "kind of digits that was asked about, where they learn most."
+        )
+    for name, found in visits.items():
+        console.print(
+            f"A visitor whose key allows {found.budget} images got {found.answered} from the "
+            f"{name} server and was refused {found.refused} times."
+        )
+    counted = [line.queries[1] for line in lines]
+    added = served["defended"].latency_ms / served["undefended"].latency_ms - 1
+    console.print(
+        f"{lines[0].queries[0]:,} queries each, counted by the servers as "
+        f"{', '.join('not asked' if n is None else f'{n:,}' for n in counted)}. "
+        f"The defense changes a request's median latency by {added:+.1%}.\n"
+        f"{seconds:.0f} s; written: {out / 'demo.json'}, {out / 'demo.png'}"
+    )
+
+
+def plot(served: dict[str, Served], lines: list[Line], path: Path) -> None:
+    """Stolen accuracy per attack; the served model's as lines."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tests = list(lines[0].stolen)
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    high = 0.8 / len(tests)
+    colours = ["#1f4e79", "#e08e45"]
+    for i, test in enumerate(tests):
+        places = [-j - i * high for j in range(len(lines))]
+        values = [100 * line.stolen[test] for line in lines]
+        axis.barh(places, values, high * 0.92, color=colours[i], label=f"copy, on {test}")
+        for place, value in zip(places, values, strict=True):
+            axis.text(value - 1, place, f"{value:.1f}", va="center", ha="right", color="white")
+        axis.axvline(
+            100 * served["undefended"].accuracy[test],
+            color=colours[i],
+            linestyle=":",
+            linewidth=1.2,
+            label=f"served model, on {test}",
+        )
+    axis.set_yticks(
+        [-j - high * (len(tests) - 1) / 2 for j in range(len(lines))], [line.name for line in lines]
+    )
+    axis.set_xlim(0, 100)
+    axis.set_xlabel(f"accuracy, % ({lines[0].queries[0]:,} queries)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The comparisons that can be asked for by name, each a list of cells.
+
+`ci` is small. The others, several hours on two cores together, make `docs/results.md`.
+A plan's budgets, students and fits are for two cores; `published` gives them the papers'.
+Attackers on the way from naive to adaptive: the paper's loss (soft cross-entropy), the `centred`
+loss, which reads more out of a clean answer, and the modifiers of `scumble.attacker.adapt`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from scumble.evaluation.cells import Cell, Defended
+from scumble.training.auxiliary import TRANSFER
+
+GAMMA = 0.2
+NONE, LABEL = Defended(), Defended("label")
+
+
+def dcp(beta: float) -> Defended:
+    """The paper's defense."""
+    return Defended("dcp", {"beta": beta, "gamma": GAMMA})
+
+
+def sigmoid(beta: float) -> Defended:
+    """Reverse sigmoid."""
+    return Defended("reverse_sigmoid", {"beta": beta, "gamma": GAMMA})
+
+
+def misinformed(tau: float) -> Defended:
+    """Adaptive misinformation."""
+    return Defended("adaptive_misinformation", {"tau": tau})
+
+
+def within(name: str, epsilon: float) -> Defended:
+    """A defense whose parameter is the L1 distance that it may use."""
+    return Defended(name, {"epsilon": epsilon})
+
+
+HEADLINE = (NONE, dcp(1.0), dcp(1.2))
+# One strength of each beside the paper's; the page shows their L1. From an L1 of 1 on, half of the
+# mass moves and a sure answer loses its top class: 0.9 is as strong as users can still bear.
+COMPARED = (
+    *HEADLINE,
+    sigmoid(0.64),
+    misinformed(0.9),
+    within("random", 0.9),
+    within("mad", 0.9),
+    within("grad2", 0.9),
+)
+# further strengths, for the curves of mnist
+CURVES = (
+    *(dcp(beta) for beta in (0.5, 0.9, 1.5)),
+    *(sigmoid(beta) for beta in (0.16, 1.28)),
+    misinformed(0.5),
+    *(within(name, 0.5) for name in ("random", "mad", "grad2")),
+)
+PRECISIONS = ("float32", "int8")
+# attack -> queries as published
+BUDGETS = {
+    "knockoff": 50_000,  # the transfer set of the defenses' papers, the training part of CIFAR
+    "dfme": 20_000_000,  # on CIFAR-10
+    "maze": 5_000_000,  # the default of its authors' code
+}
+COLOUR = ("cifar10", "gtsrb")
+
+
+def knockoff(cell: Cell, loss: str = "soft") -> Cell:
+    """20,000 images of another data set; `soft` is the paper's loss."""
+    changes = ["attack.curve=[]", f"fit.loss={loss}"]
+    if cell.victim in COLOUR:  # half the victim's width: what two cores can train dozens of
+        cell = replace(cell, student="resnet9_half", test_images=5000)
+        changes += ["fit.epochs=6"]
+        changes += ["fit.augment=flips"] if cell.victim == "cifar10" else []
+    else:
+        changes += ["fit.epochs=8"]
+    return replace(cell, queries=TRANSFER[cell.victim], changes=tuple(changes))
+
+
+def dfme(cell: Cell) -> Cell:
+    """Data-free, over `tensor`, where its finite differences are exact."""
+    return replace(cell, attack="dfme", budget=250_000, transport="tensor")
+
+
+def maze(cell: Cell) -> Cell:
+    """Data-free as well, and hungrier."""
+    return replace(cell, attack="maze", budget=900_000, transport="tensor")
+
+
+def published(cell: Cell) -> Cell:
+    """The cell under the profile `paper`: its budget, student and fit in place of the plan's.
+
+    The student is as large as the victim, and measured on the whole test set. Of the changes only
+    those of modifiers stay, so cells that differ in the loss alone become the same.
+    """
+    kept = (change for change in cell.changes if not change.startswith(("attack.", "fit.")))
+    return replace(
+        cell,
+        profile="paper",
+        budget=BUDGETS[cell.attack],
+        student="auto",
+        test_images=0,
+        changes=tuple(kept),
+    )
+
+
+def adapted(cell: Cell, *modifiers: str) -> Iterator[Cell]:
+    """A knockoff cell under those of `modifiers` that make sense against its defense."""
+    for name in modifiers:
+        if name == "invert" and cell.defense.name in ("dcp", "reverse_sigmoid"):
+            known = tuple(f"invert.{key}={value}" for key, value in cell.defense.params.items())
+            own: tuple[str, ...] = (f"invert.defense={cell.defense.name}", *known)
+        elif name == "confidence_filter" and cell.defense.name == "dcp":
+            own = (f"confidence_filter.beta={cell.defense.params['beta']}",)
+        elif name not in ("invert", "confidence_filter"):
+            own = ()
+        else:
+            continue
+        yield replace(cell, adapt=(name,), changes=(*cell.changes, *own))
+
+
+def ci() -> Iterator[Cell]:
+    """A small table that anybody can make again."""
+    small = Cell(
+        "mnist",
+        budget=1300,
+        queries="digits",
+        test="digits:test",
+        precision="int8",
+        changes=("attack.curve=[]", "fit.epochs=8"),
+    )
+    for defense in (NONE, dcp(1.0), dcp(1.5), LABEL):
+        cell = replace(small, defense=defense)
+        yield cell
+        if defense.name == "dcp":
+            yield from adapted(cell, "argmax")
+            yield from adapted(replace(cell, changes=(*cell.changes, "fit.loss=centred")), "invert")
+
+
+def colour() -> Iterator[Cell]:
+    """Knockoff on cifar10 and gtsrb, float and int8; three seeds for the headline in float."""
+    others = (sigmoid(0.64), within("mad", 0.9), within("grad2", 0.9), LABEL)
+    for victim in COLOUR:
+        for precision in PRECISIONS:
+            for defense in (*HEADLINE, *others):
+                yield knockoff(Cell(victim, defense, precision))
+        for defense in (NONE, dcp(1.2)):
+            yield knockoff(Cell(victim, defense), "centred")
+            yield from (knockoff(Cell(victim, defense, seed=seed)) for seed in (1, 2))
+        for defense in (dcp(1.0), dcp(1.2)):
+            yield from adapted(knockoff(Cell(victim, defense)), "argmax")
+            yield from adapted(knockoff(Cell(victim, defense), "centred"), "invert")
+
+
+def matrix() -> Iterator[Cell]:
+    """The paper's matrix on mnist with knockoff; three seeds for the headline."""
+    for precision in PRECISIONS:
+        for defense in (*COMPARED, LABEL):
+            yield knockoff(Cell("mnist", defense, precision))
+            seeds = (1, 2) if defense in (NONE, dcp(1.2)) else ()
+            yield from (knockoff(Cell("mnist", defense, precision, seed=s)) for s in seeds)
+
+
+def datafree() -> Iterator[Cell]:
+    """The paper's matrix on mnist with dfme."""
+    yield from (dfme(Cell("mnist", defense)) for defense in (*COMPARED, LABEL))
+    yield from (dfme(Cell("mnist", defense, "int8")) for defense in (*HEADLINE, LABEL))
+
+
+def hungry() -> Iterator[Cell]:
+    """The paper's matrix on mnist with maze, where it tells something: twenty minutes a cell."""
+    yield from (maze(Cell("mnist", defense)) for defense in (NONE, dcp(1.2), LABEL))
+
+
+def adaptive() -> Iterator[Cell]:
+    """Knockoff on mnist by attackers who know that there is a defense, or which one."""
+    yield from strong("float32", COMPARED)
+    yield from strong("int8", (*HEADLINE, sigmoid(0.64)))
+    for defense in COMPARED[1:]:
+        yield from adapted(knockoff(Cell("mnist", defense)), "argmax")
+    for defense in (dcp(1.2), sigmoid(0.64), misinformed(0.9), within("mad", 0.9)):
+        yield from adapted(knockoff(Cell("mnist", defense), "centred"), "recover")
+    yield from adapted(knockoff(Cell("mnist", dcp(1.2))), "top_k", "average")
+    yield from adapted(knockoff(Cell("mnist", within("random", 0.9))), "average")
+
+
+def frontier() -> Iterator[Cell]:
+    """Further strengths of each defense on mnist, for the curves."""
+    yield from (knockoff(Cell("mnist", d, p)) for p in PRECISIONS for d in CURVES)
+    invertible = [d for d in CURVES if d.name in ("dcp", "reverse_sigmoid")]
+    yield from strong("float32", invertible)
+    yield from strong("int8", (d for d in invertible if d.name == "dcp"))
+
+
+def strong(precision: str, defenses: Iterable[Defended]) -> Iterator[Cell]:
+    """The better loss, and the exact inverse where there is one, on mnist."""
+    for defense in defenses:
+        cell = knockoff(Cell("mnist", defense, precision), "centred")
+        yield cell
+        yield from adapted(cell, "invert")
+
+
+PLANS: dict[str, Callable[[], Iterator[Cell]]] = {
+    "ci": ci,
+    "colour": colour,
+    "matrix": matrix,
+    "datafree": datafree,
+    "hungry": hungry,
+    "adaptive": adaptive,
+    "frontier": frontier,
+}

@@ -1,0 +1,80 @@
+"""What a cell leaves behind: JSON, refused if a seed, hash, transport, ledger or L1 is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from scumble.attacker.result import Count, Result, Sha256, Share
+
+Percentile = Literal["p50", "p99"]
+Distance = Annotated[float, Field(ge=0, le=2.001)]
+
+
+class BadRecord(ValueError):
+    """A file is no record of a cell; the message says what is missing."""
+
+
+class Part(BaseModel):
+    """Frozen, and nothing unknown in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Served(Part):
+    """What honest users get: on the test set, beside the same model undefended.
+
+    `l1_*`, `kl` (nats) and `top1_changed` compare served and clean rows; `calibration_error` is of
+    the served rows, `clean_*` of the undefended ones. Milliseconds are of single requests over
+    `png`, taken by turns from both servers; `added` is the difference of the percentiles.
+    """
+
+    images: Count
+    accuracy: Share
+    clean_accuracy: Share
+    top1_changed: Share
+    l1_mean: Distance
+    l1_max: Distance
+    kl: float
+    calibration_error: Share
+    clean_calibration_error: Share
+    latency_ms: dict[Percentile, float]
+    added_ms: dict[Percentile, float]
+
+
+class Transfer(Part):
+    """What the attacker got: on a sample of its queries."""
+
+    images: Count
+    l1_mean: Distance
+    l1_max: Distance
+    top1_changed: Share
+    agreement: Share
+
+
+class Record(Part):
+    """One cell, done."""
+
+    format: Literal["scumble-cell/1"] = "scumble-cell/1"
+    command: str
+    cell: dict[str, Any]
+    model_sha256: Sha256
+    transport: str
+    seeds: Annotated[dict[str, int], Field(min_length=1)]
+    served: Served
+    transfer: Transfer
+    attack: Result
+
+
+def read(path: Path) -> Record:
+    """Read and check a record.
+
+    Raises:
+        BadRecord: it cannot be read, or is not what `Record` asks for.
+    """
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as exc:
+        raise BadRecord(f"{str(path)!r} is no record of a cell: {exc}") from exc

@@ -1,0 +1,148 @@
+"""Records of cells put together: one line per cell, mean and 95 % interval over its seeds."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.record import Record, read
+from scumble.evaluation.scores import Spread, spread
+
+
+@dataclass(frozen=True)
+class Line:
+    """All seeds of one cell.
+
+    Attributes:
+        victim: name of the bundle.
+        precision: float32 or int8.
+        defense: what defended it.
+        attacker: attack, its loss where that is not the paper's, and modifiers, in a few words.
+        adapt: modifiers.
+        budget: queries.
+        transport: how images travelled.
+        seeds: which were run.
+        files: names of the records.
+        served: accuracy of the service's answers.
+        clean: of the same model undefended.
+        stolen: accuracy of the copies.
+        agreement: of the copies with the service, on the test set.
+        agreement_transfer: the same on the transfer set.
+        l1_test: mean L1 of honest users' answers.
+        l1_max: the largest of them.
+        l1_transfer: mean L1 of the attacker's.
+        top1_changed: share of honest users' answers whose label changed.
+        calibration_error: of honest users' answers.
+        kl: of honest users' answers, nats.
+        added_p50_ms: median latency that the defense adds.
+        added_p99_ms: the same at the 99th percentile.
+    """
+
+    victim: str
+    precision: str
+    defense: Defended
+    attacker: str
+    adapt: tuple[str, ...]
+    budget: int
+    transport: str
+    seeds: tuple[int, ...]
+    files: tuple[str, ...]
+    served: Spread
+    clean: Spread
+    stolen: Spread
+    agreement: Spread
+    agreement_transfer: Spread
+    l1_test: Spread
+    l1_max: Spread
+    l1_transfer: Spread
+    top1_changed: Spread
+    calibration_error: Spread
+    kl: Spread
+    added_p50_ms: Spread
+    added_p99_ms: Spread
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """Victim and precision."""
+        return self.victim, self.precision
+
+    @property
+    def lost(self) -> float:
+        """Accuracy that honest users lose to the defense, as a share."""
+        return self.clean.mean - self.served.mean
+
+
+def load(folder: Path) -> list[Record]:
+    """All records in a folder, in the order of their names.
+
+    Raises:
+        BadRecord: one is broken.
+    """
+    return [read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def summarise(records: Iterable[Record]) -> list[Line]:
+    """One line per cell; the seeds of a cell make its spread."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        same = {key: value for key, value in record.cell.items() if key != "seed"}
+        groups[json.dumps(same, sort_keys=True)].append(record)
+    return [_line(sorted(group, key=lambda r: r.cell["seed"])) for group in groups.values()]
+
+
+def cell_of(record: Record) -> Cell:
+    """The cell that a record is of."""
+    return Cell(**{**record.cell, "defense": Defended(**record.cell["defense"])})
+
+
+def attacker_of(record: Record) -> str:
+    """Attack, loss and modifiers in a few words; the papers' loss is not said."""
+    loss = record.attack.attack.settings.get("fitting", {}).get("loss", "soft")
+    name = record.attack.attack.name if loss == "soft" else f"{record.attack.attack.name} {loss}"
+    return " + ".join([name, *(part.name for part in record.attack.adapt)])
+
+
+def _line(group: list[Record]) -> Line:
+    cell = cell_of(group[0])
+    return Line(
+        victim=Path(cell.victim).name,
+        precision=cell.precision,
+        defense=cell.defense,
+        attacker=attacker_of(group[0]),
+        adapt=tuple(cell.adapt),
+        budget=cell.budget,
+        transport=cell.transport,
+        seeds=tuple(record.cell["seed"] for record in group),
+        files=tuple(f"{cell_of(record).key}.json" for record in group),
+        served=spread([record.served.accuracy for record in group]),
+        clean=spread([record.served.clean_accuracy for record in group]),
+        stolen=spread([record.attack.scores.accuracy for record in group]),
+        agreement=spread([record.attack.scores.agreement for record in group]),
+        agreement_transfer=spread([record.transfer.agreement for record in group]),
+        l1_test=spread([record.served.l1_mean for record in group]),
+        l1_max=spread([record.served.l1_max for record in group]),
+        l1_transfer=spread([record.transfer.l1_mean for record in group]),
+        top1_changed=spread([record.served.top1_changed for record in group]),
+        calibration_error=spread([record.served.calibration_error for record in group]),
+        kl=spread([record.served.kl for record in group]),
+        added_p50_ms=spread([record.served.added_ms["p50"] for record in group]),
+        added_p99_ms=spread([record.served.added_ms["p99"] for record in group]),
+    )
+
+
+def best(lines: Iterable[Line], tried: int = 1) -> list[Line]:
+    """Of all attackers on the same defended model, the one whose copy is the most accurate.
+
+    Args:
+        lines: of any models.
+        tried: how many attackers there must be for one of them to be the best.
+    """
+    groups: dict[tuple[object, ...], list[Line]] = defaultdict(list)
+    for line in lines:
+        groups[*line.model, str(line.defense)].append(line)
+    enough = (group for group in groups.values() if len(group) >= tried)
+    return [max(group, key=lambda line: line.stolen.mean) for group in enough]

@@ -1,0 +1,136 @@
+"""Tables of the results page: Markdown made of lines, so that a reader compares at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from scumble.evaluation.claims import Advice
+from scumble.evaluation.scores import Spread
+from scumble.evaluation.summary import Line, best
+
+VICTIMS = ("mnist", "cifar10", "gtsrb")
+RECORDS = "../docs/results/records/cells"
+
+# of the list of all cells: what the reader sees and how it is said
+COLUMNS: dict[str, Callable[[Line], str]] = {
+    "victim": lambda line: f"`{line.victim}` {line.precision}",
+    "defense": lambda line: str(line.defense),
+    "attack": lambda line: line.attacker,
+    "queries": lambda line: f"{line.budget:,} {line.transport}",
+    "served": lambda line: str(line.served),
+    "stolen": lambda line: str(line.stolen),
+    "agreement, test": lambda line: str(line.agreement),
+    "agreement, queries": lambda line: str(line.agreement_transfer),
+    "L1, users": lambda line: plain(line.l1_test),
+    "largest": lambda line: plain(line.l1_max),
+    "L1, attacker": lambda line: plain(line.l1_transfer),
+    "labels changed": lambda line: str(line.top1_changed),
+    "KL": lambda line: plain(line.kl),
+    "calibration error": lambda line: plain(line.calibration_error),
+    "p50 added, ms": lambda line: plain(line.added_p50_ms),
+    "p99 added, ms": lambda line: plain(line.added_p99_ms),
+}
+
+
+def plain(value: Spread) -> str:
+    """A number that is no share, with its interval if there is one."""
+    return f"{value.mean:.2f}" + ("" if value.half is None else f" ± {value.half:.2f}")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def ordered(lines: Iterable[Line]) -> list[Line]:
+    """By victim, precision, defense and strength, attacker; undefended first and labels last."""
+    place = {"none": 0, "dcp": 1, "label": 3}
+    return sorted(
+        lines,
+        key=lambda line: (
+            VICTIMS.index(line.victim) if line.victim in VICTIMS else len(VICTIMS),
+            line.precision,
+            place.get(line.defense.name, 2),
+            line.defense.name,
+            line.defense.strength,
+            len(line.adapt),
+            line.attacker,
+        ),
+    )
+
+
+def compared(lines: Sequence[Line]) -> str:
+    """One row per defense, one column per attacker: the accuracy of its copy; best in bold."""
+    attackers = sorted({line.attacker for line in lines}, key=lambda name: (name.count("+"), name))
+    strongest = {str(line.defense): line for line in best(lines)}
+    rows = []
+    for defense in dict.fromkeys(str(line.defense) for line in lines):
+        own = {line.attacker: line for line in lines if str(line.defense) == defense}
+        one = next(iter(own.values()))
+        cells = [
+            (f"**{own[a].stolen}**" if own[a] is strongest[defense] else f"{own[a].stolen}")
+            if a in own
+            else "—"
+            for a in attackers
+        ]
+        rows.append([defense, f"{one.served.mean:.1%}", f"{one.l1_test.mean:.2f}", *cells])
+    return markdown(["defense", "served", "L1", *attackers], rows)
+
+
+def everything(lines: Iterable[Line]) -> str:
+    """One row per cell with all its scores and its files."""
+    rows = [
+        [*(cell(line) for cell in COLUMNS.values()), links(line)] for line in lines
+    ]  # fmt: skip
+    return markdown([*COLUMNS, "records by seed"], rows)
+
+
+def links(line: Line) -> str:
+    """Where the figures of a line are."""
+    pairs = zip(line.seeds, line.files, strict=True)
+    return " ".join(f"[{seed}]({RECORDS}/{file})" for seed, file in pairs)
+
+
+def advised(found: Iterable[Advice]) -> str:
+    """Strengths of dcp: what they cost and whom they keep out."""
+    rows = [
+        [
+            f"`{one.victim}`",
+            f"{one.beta:g}",
+            ", ".join(f"{100 * lost:.2f} {name}" for name, lost in one.lost.items()),
+            f"{one.l1:.2f}",
+            "yes" if one.recommended else "no",
+            said(one.held),
+            said(one.broken),
+        ]
+        for one in found
+    ]
+    head = ["victim", "beta", "points lost by users", "L1", "within a point"]
+    return markdown([*head, "copies worse than from labels", "copies as good or better"], rows)
+
+
+def said(copies: dict[str, float]) -> str:
+    """Attackers with their best copy."""
+    return ", ".join(f"{name} {share:.1%}" for name, share in copies.items()) or "—"
+
+
+def latency(bench: dict[str, Any]) -> str:
+    """The latency bench: one row per model, precision and batch; cells are ratios."""
+    cases = bench["cases"]
+    defenses = [d for d in dict.fromkeys(case["defense"] for case in cases) if d != "inference"]
+    by = {(c["model"], c["precision"], c["batch"], c["defense"]): c for c in cases}
+    rows = []
+    for where in dict.fromkeys(key[:3] for key in by):
+        model, precision, batch = where
+        row = [f"`{model}` {precision}", str(batch)]
+        row.append(f"{1000 * by[*where, 'inference']['ms_per_image']:.0f}")
+        for defense in defenses:
+            case = by[*where, defense]
+            row.append(
+                f"{1000 * case['ms_per_image']:.1f} µs, {case['over_inference']:.1%}"
+                if defense in ("dcp", "dcp_in_graph")
+                else f"{case['over_dcp']:.1f} ×"
+            )
+        rows.append(row)
+    return markdown(["model", "batch", "inference, µs", *defenses], rows)

@@ -1,0 +1,51 @@
+"""What the workshop's commands share: options, plain errors, the command line as it was typed."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from app.errors import ScumbleError
+from scumble.data.image_sets import DatasetError
+
+file = click.Path(exists=True, dir_okay=False, path_type=Path)
+models_option = click.option(
+    "--models",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("models"),
+    show_default=True,
+    help="Folder of bundles.",
+)
+version_option = click.option(
+    "--version", "version", default="1", show_default=True, help="Version of the bundle."
+)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """What a person can act on, in one line."""
+    try:
+        yield
+    except (ScumbleError, DatasetError, OSError) as exc:
+        raise click.ClickException(" ".join(str(exc).split())) from exc
+
+
+def typed(ctx: click.Context, program: str = "") -> str:
+    """The command line, rebuilt from the parameters that were given.
+
+    Args:
+        ctx: of the command.
+        program: how it is started, if not as a command of `scumble`.
+    """
+    words = (program or f"scumble {ctx.command.name}").split()
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
+            words += [*option, str(ctx.params[name])]
+    return shlex.join(words)

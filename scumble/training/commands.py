@@ -1,0 +1,161 @@
+"""The workshop's commands: `scumble train` and `scumble quantize`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from app.inference.bundle import Bundle, InputShape, open_bundle
+from scumble.data.image_sets import load
+from scumble.training.cli import models_option, plain_errors, typed, version_option
+from scumble.training.export import export_bundle, finish
+from scumble.training.measure import answers, card_accuracy, fitted, share_right, threads
+from scumble.training.qat import Tuning
+from scumble.training.quantize import METHODS, PRESETS, Candidate, Judge, candidates, ship
+from scumble.training.train import AUGMENTS, RECIPES
+from scumble.training.train import train as fit
+
+data_option = click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with NAME_train.parquet and NAME_test.parquet. Without it the images are "
+    "downloaded by torchvision into ~/.cache/scumble; digits come with scikit-learn.",
+)
+
+# What the sources state; see docs/training.md. Only weights are shipped, never an image.
+DATA_LICENCE = {
+    "mnist": "MNIST: copyright Y. LeCun and C. Cortes, CC BY-SA 3.0 as the Keras documentation "
+    "states; no image is shipped",
+    "cifar10": "CIFAR-10 (Krizhevsky 2009): no licence stated, research data; no image is shipped",
+    "gtsrb": "GTSRB (Stallkamp et al. 2012): no licence stated, research data; no image is shipped",
+    "digits": "Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), CC BY 4.0 as "
+    "the UCI repository states; no image is shipped",
+}
+
+
+@click.command()
+@click.argument("name", type=click.Choice(list(RECIPES)))
+@data_option
+@models_option
+@version_option
+@click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
+@click.option("--seed", type=int, help="Instead of the recipe's.")
+@click.pass_context
+def train(
+    ctx: click.Context,
+    name: str,
+    data: Path | None,
+    models: Path,
+    version: str,
+    epochs: int | None,
+    seed: int | None,
+) -> None:
+    """Train the victim NAME by its recipe and write it as a float bundle."""
+    recipe = RECIPES[name]
+    recipe = replace(
+        recipe,
+        epochs=recipe.epochs if epochs is None else epochs,
+        seed=recipe.seed if seed is None else seed,
+    )
+    with plain_errors():
+        images = load(name, "train", root=data)
+        test = load(name, "test", root=data)
+        rest, held_out = images.split(recipe.holdout, recipe.seed)
+        network = fit(recipe, rest)
+        height, width, channels = images.images.shape[1:]
+        card: dict[str, Any] = {
+            "name": name,
+            "version": version,
+            "labels": list(images.classes),
+            "data_licence": DATA_LICENCE.get(name, ""),
+            "training": {
+                "command": typed(ctx),
+                "recipe": asdict(recipe),
+                "images": len(rest),
+                "held_out": len(held_out),
+                "threads": threads(),
+                "torch": torch.__version__,
+            },
+        }
+        folder = models / name
+        shape = InputShape(height=height, width=width, channels=channels)
+        export_bundle(network, folder, shape, card, threads=threads())
+        card["input"] = shape.model_dump()
+        model = Bundle(folder).onnx("float32")
+        found = card_accuracy(answers(model, test.images, "float32"), test)
+        validation = share_right(answers(model, held_out.images, "float32"), held_out)
+        card["training"]["validation"] = round(validation, 6)
+        finish(folder, {**card, "accuracy": {"float32": found.model_dump()}}, threads=threads())
+    click.echo(
+        f"{folder}: right are {found.value:.2%} of {len(test):,} test images "
+        f"and {validation:.2%} of {len(held_out):,} held-out images"
+    )
+
+
+@click.command()
+@click.argument("name")
+@data_option
+@click.option("--train", "train_source", help="A .parquet file or a folder of class folders.")
+@click.option("--test", "test_source", help="The same, for the reported figures.")
+@click.option("--method", type=click.Choice([*METHODS, "both"]), default="both", show_default=True)
+@click.option("--preset", type=click.Choice([*PRESETS, "both"]), default="both", show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=Tuning.epochs, show_default=True)
+@click.option("--lr", type=float, default=Tuning.lr, show_default=True, help="Of qat.")
+@click.option("--augment", type=click.Choice(list(AUGMENTS)), help="Of qat; default: as trained.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@models_option
+@click.pass_context
+def quantize(
+    ctx: click.Context,
+    name: str,
+    data: Path | None,
+    train_source: str | None,
+    test_source: str | None,
+    method: str,
+    preset: str,
+    epochs: int,
+    lr: float,
+    augment: str | None,
+    seed: int,
+    models: Path,
+) -> None:
+    """Give the bundle NAME an int8 file: the best of the candidates on held-out images."""
+    with plain_errors():
+        bundle = open_bundle(models, name)
+        recipe = bundle.card.training.get("recipe", {})
+        images = load(train_source or name, "train", root=data)
+        test = fitted(load(test_source or name, "test", root=data), bundle.card)
+        rest, held_out = images.split(recipe.get("holdout", 0.05), recipe.get("seed", 0))
+        rest, held_out = fitted(rest, bundle.card), fitted(held_out, bundle.card)
+        augment = augment or recipe.get("augment", "none")
+        tuning = Tuning(epochs=epochs, lr=lr, augment=augment, seed=seed)
+        judge = Judge(bundle.read("float32.onnx"), held_out, test)
+        found = []
+        for candidate in candidates(
+            bundle.read("float32.onnx"),
+            rest,
+            judge,
+            tuning,
+            [m for m in METHODS if method in (m, "both")],
+            [p for p in PRESETS if preset in (p, "both")],
+        ):
+            found.append(candidate)
+            click.echo(_line(candidate))
+        card = ship(bundle, found, judge, tuning, typed(ctx))
+    chosen = card.quantization
+    click.echo(
+        f"{bundle.folder}: {chosen['method']}-{chosen['preset']} shipped, "
+        f"{card.accuracy['int8'].value:.2%} right (float {card.accuracy['float32'].value:.2%}), "
+        f"file {chosen['ratio']:.2f} of the float file"
+    )
+
+
+def _line(candidate: Candidate) -> str:
+    return (
+        f"{candidate.name:11} validation {candidate.validation:.2%}  test {candidate.test:.2%}  "
+        f"L1 to float {candidate.test_l1:.4f}  {len(candidate.file):,} bytes"
+    )

@@ -1,0 +1,237 @@
+"""From a torch module to a bundle: ONNX file, golden outputs, card.
+
+The network is exported alone and gets its ends as ONNX nodes, so that they are the same whatever
+the network is:
+
+    pixels  uint8 (N, H, W, C)  -Transpose, Cast, Div->  tensor  float32 (N, C, H, W) in [0, 1]
+    tensor  -network->  logits (N, K)  -Softmax->  probabilities (N, K)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import orjson
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from pydantic import ValidationError
+from torch import nn
+
+from app.errors import ScumbleError
+from app.inference.bundle import (
+    AUXILIARY_FILES,
+    CODEBOOK_FILE,
+    FORMAT,
+    ONNX_FILE,
+    Card,
+    Golden,
+    InputShape,
+    golden_inputs,
+    write_card,
+)
+from app.inference.engines import EngineName, load, resolve
+from app.inference.graph import TENSOR
+from app.precision import Precision
+
+LOGITS = "logits"
+OPSET = 18
+IR_VERSION = 10  # what ONNX Runtime 1.22, the oldest allowed, reads
+# Golden outputs differ between engines and processors. Bundles allow this many times the largest
+# difference that was seen while the bundle was made, and at least the floor of the precision.
+ROOM = 4.0
+FLOOR: dict[Precision, float] = {"float32": 1e-3, "int8": 0.05, "bf16": 0.05}
+
+
+class ExportError(ScumbleError):
+    """A network cannot become a bundle."""
+
+
+def classes_of(module: nn.Module, shape: InputShape) -> int:
+    """How many classes `module` tells apart.
+
+    Raises:
+        ExportError: it does not take any number of such images, or does not return logits (N, K).
+    """
+    classes = 0
+    for batch in (2, 3):  # an exported program may be fixed to one batch
+        example = torch.rand(batch, shape.channels, shape.height, shape.width)
+        try:
+            with torch.inference_mode():
+                logits = module.eval()(example)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as exc:
+            raise ExportError(f"the network does not take {tuple(example.shape)}: {exc}") from exc
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != batch:
+            found = getattr(logits, "shape", type(logits).__name__)
+            raise ExportError(
+                f"the network returns {found} for {batch} images, not logits ({batch}, K)"
+            )
+        classes = logits.shape[1]
+    return classes
+
+
+def to_onnx(module: nn.Module, shape: InputShape, more: Sequence[str] = ()) -> onnx.ModelProto:
+    """The served graph of `module`.
+
+    Args:
+        module: float32 (N, C, H, W) in [0, 1] -> logits (N, K), normalisation included; a tuple
+            that starts with them if it has more outputs.
+        shape: of the pixels.
+        more: names of the other outputs, each (N, K).
+
+    Raises:
+        ExportError: torch cannot express the module in ONNX with a batch of any size.
+    """
+    example = torch.rand(2, shape.channels, shape.height, shape.width)
+    # Traced with channels last, torch writes a pooling as a gather of every single element.
+    module = module.eval().to(memory_format=torch.contiguous_format)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module,
+                (example,),
+                input_names=[TENSOR],
+                output_names=[LOGITS, *more],
+                opset_version=OPSET,
+                dynamic_shapes=({0: torch.export.Dim("N")},),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as exc:
+        cause = exc.__cause__ or exc
+        raise ExportError(
+            f"torch cannot export the network with a batch of any size: {cause}"
+        ) from exc
+    assert program is not None  # noqa: S101 - it is, unless the export goes to a file
+    return _with_ends(program.model_proto, shape)
+
+
+def _with_ends(network: onnx.ModelProto, shape: InputShape) -> onnx.ModelProto:
+    graph = network.graph
+    classes = graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    before = [
+        helper.make_node("Transpose", ["pixels"], ["planar"], "to_planar", perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planar"], ["levels"], "to_float", to=TensorProto.FLOAT),
+        helper.make_node("Div", ["levels", "white"], [TENSOR], "to_unit"),
+    ]
+    after = helper.make_node("Softmax", [LOGITS], ["probabilities"], "softmax", axis=1)
+    white = numpy_helper.from_array(np.array(255, np.float32), "white")
+    sizes: list[str | int | None] = ["N", shape.height, shape.width, shape.channels]
+    served = helper.make_graph(
+        [*before, *graph.node, after],
+        "classifier",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, sizes)],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", classes])
+            for name in ("probabilities", *(output.name for output in graph.output[1:]))
+        ],
+        [white, *graph.initializer],
+    )
+    # Traces of the exporter (file names, line numbers) have no place in a published file.
+    for node in served.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for tensor in served.initializer:
+        del tensor.metadata_props[:]
+        tensor.doc_string = ""
+    model = helper.make_model(
+        served,
+        opset_imports=list(network.opset_import),
+        ir_version=IR_VERSION,
+        producer_name="scumble",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def export_bundle(
+    module: nn.Module, folder: Path, shape: InputShape, card: dict[str, Any], *, threads: int = 1
+) -> Card:
+    """Write `folder` as a bundle with the one precision float32.
+
+    Args:
+        module: as for `to_onnx`.
+        folder: made if missing; what was made of an earlier network in it (int8 file, auxiliary
+            models) is removed.
+        shape: of the pixels.
+        card: name, version, labels and whatever else is known; input and files are filled in.
+        threads: of the engines that make the golden outputs.
+
+    Raises:
+        ExportError: the network cannot be exported, or has not one class per label.
+    """
+    count, labels = classes_of(module, shape), card["labels"]
+    if count != len(labels):
+        raise ExportError(f"the network has {count} classes, but there are {len(labels)} labels")
+    card = {**card, "input": shape.model_dump()}
+    try:  # before a folder is made of a name that no card may have
+        Card.model_validate_json(orjson.dumps({**card, "format": FORMAT, "files": {}}))
+    except ValidationError as exc:
+        raise ExportError(f"no card can be made of this: {exc}") from exc
+    folder.mkdir(parents=True, exist_ok=True)
+    for derived in (ONNX_FILE["int8"], *AUXILIARY_FILES, *CODEBOOK_FILE.values()):
+        (folder / derived).unlink(missing_ok=True)
+    (folder / "float32.onnx").write_bytes(to_onnx(module, shape).SerializeToString())
+    return finish(folder, card, threads=threads)
+
+
+def finish(folder: Path, card: dict[str, Any], *, threads: int = 1) -> Card:
+    """Make `golden.json` for the ONNX files that are in `folder`, then the card."""
+    golden = make_golden(folder, InputShape.model_validate(card["input"]), threads=threads)
+    (folder / "golden.json").write_bytes(orjson.dumps(golden.model_dump(mode="json")) + b"\n")
+    return write_card(folder, card)
+
+
+def make_golden(folder: Path, shape: InputShape, *, threads: int = 1) -> Golden:
+    """What the engines answer to `golden_inputs`, and how far apart they are."""
+    inputs = golden_inputs(shape)
+    probabilities: dict[str, list[list[float]]] = {}
+    tolerance: dict[str, float] = {}
+    precisions: tuple[Precision, ...] = ("float32", "int8")
+    for precision in precisions:
+        if not (folder / ONNX_FILE[precision]).exists():
+            continue
+        model = (folder / ONNX_FILE[precision]).read_bytes()
+        answers = {
+            engine: load(engine, model, threads=threads, precision=precision)(inputs)
+            for engine in engines()
+        }
+        expected = answers["onnxruntime"]
+        apart = max(float(np.abs(a - expected).max()) for a in answers.values())
+        probabilities[precision] = expected.astype(float).round(7).tolist()
+        tolerance[precision] = _room(precision, apart)
+        if precision == "float32" and "openvino" in answers:
+            rough = load("openvino", model, threads=threads, precision="bf16")(inputs)
+            probabilities["bf16"] = probabilities["float32"]
+            tolerance["bf16"] = _room("bf16", float(np.abs(rough - expected).max()))
+    return Golden(probabilities=probabilities, tolerance=tolerance)
+
+
+def engines() -> list[EngineName]:
+    """The engines that bundles are measured on: all that the base install brings here."""
+    return ["onnxruntime", "openvino"] if resolve("auto", "int8") == "openvino" else ["onnxruntime"]
+
+
+def _room(precision: Precision, apart: float) -> float:
+    return float(f"{max(FLOOR[precision], ROOM * apart):.2g}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns of its own plans; errors still come through."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+    log.setLevel(level)

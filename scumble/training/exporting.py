@@ -1,0 +1,230 @@
+"""`scumble export`: a network as a bundle, or a bundle's network with its defense inside.
+
+The second needs no torch, so torch is imported where the first begins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from app.errors import ConfigError
+from app.inference.bundle import ONNX_FILE, open_bundle
+from app.inference.graph import defended
+from app.precision import Precision
+from scumble import defenses
+from scumble.training.cli import file, models_option, plain_errors, typed, version_option
+
+
+@click.command()
+@click.argument("name")
+@click.option("--torchvision", help="A model of torchvision.models, such as mobilenet_v2.")
+@click.option("--module", help="FILE.py:FUNCTION that returns a torch module. The file is run.")
+@click.option(
+    "--pt2",
+    type=file,
+    help="A torch.export file with a dynamic batch. Only your own: it may run code.",
+)
+@click.option(
+    "--weights",
+    type=file,
+    help="State dict, read with weights_only=True; without it weights stay as the source has them.",
+)
+@click.option("--classes", type=click.IntRange(2), help="How many, where no labels are given.")
+@click.option(
+    "--labels", type=file, help="Text file, one label a line; without it classes are numbered."
+)
+@click.option("--size", type=click.IntRange(1), default=224, show_default=True, help="In pixels.")
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True)
+@click.option("--mean", help="Per channel, as 0.485,0.456,0.406 (the default for torchvision).")
+@click.option("--std", help="Per channel, as 0.229,0.224,0.225 (the default for torchvision).")
+@click.option(
+    "--fit",
+    "fit_to",
+    type=click.Choice(["stretch", "crop"]),
+    help="How pictures of another size are brought to size; crop for torchvision, else stretch.",
+)
+@click.option(
+    "--ratio",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Central share that crop keeps; 0.875 for torchvision, else 1.",
+)
+@click.option("--licence", default="", help="Of the training data, for the card.")
+@version_option
+@models_option
+@click.option("--defense", help="Write the bundle NAME as one ONNX file with this defense inside.")
+@click.option(
+    "--param",
+    "params",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Parameter of the defense, its value in JSON; repeatable.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice([p for p in get_args(Precision) if p in ONNX_FILE and p != "bf16"]),
+    default="float32",
+    show_default=True,
+    help="With --defense: which network of the bundle.",
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="With --defense: the file.  [default: NAME-PRECISION-DEFENSE.onnx]",
+)
+@click.pass_context
+def export(
+    ctx: click.Context,
+    /,
+    name: str,
+    torchvision: str | None,
+    module: str | None,
+    pt2: Path | None,
+    defense: str | None,
+    params: tuple[str, ...],
+    precision: Precision,
+    out: Path | None,
+    models: Path,
+    **network: Any,
+) -> None:
+    """Write a network of your own as the float bundle NAME, or the bundle NAME defended.
+
+    A network takes float32 (N, C, H, W) and returns logits (N, K); softmax is added. With --defense
+    the bundle NAME becomes one ONNX file whose answers are already defended, for devices that run
+    the file without this server.
+    """
+    if sum(source is not None for source in (torchvision, module, pt2, defense)) != 1:
+        raise click.UsageError("give one of --torchvision, --module, --pt2 and --defense")
+    with plain_errors():
+        if defense:
+            out = out or Path(f"{name}-{precision}-{defense}.onnx")
+            click.echo(write_defended(models, name, defense, params, precision, out))
+        else:
+            command = typed(ctx)
+            sources: dict[str, Any] = {"torchvision": torchvision, "module": module, "pt2": pt2}
+            click.echo(write_bundle(models, name, command=command, **sources, **network))
+
+
+def write_defended(
+    models: Path, name: str, defense: str, params: tuple[str, ...], precision: Precision, out: Path
+) -> str:
+    """Write `out`; gives a line about it.
+
+    Raises:
+        ConfigError: no such bundle or defense, a parameter that is not allowed, or a defense that
+            no graph can hold.
+    """
+    bundle = open_bundle(models, name)
+    model = bundle.onnx(precision)
+    holds = [
+        key for key, kind in defenses.TABLE.items() if kind.nodes is not defenses.Defense.nodes
+    ]
+    refusal = ConfigError(
+        f"{defense} needs more than the probabilities of one image, or more than float32; "
+        f"it cannot be part of the graph. Allowed: {', '.join(holds)} (chain: of the others)"
+    )
+    if defense in defenses.TABLE and defense not in holds:
+        raise refusal
+    try:
+        chosen = defenses.configure(defense, dict(map(parameter, params)))
+    except defenses.DefenseError as exc:
+        raise ConfigError(f"defense {defense!r}: {exc}") from exc
+    described = {
+        "scumble.model": f"{bundle.card.name} {bundle.card.version} {precision}",
+        "scumble.source_sha256": hashlib.sha256(model).hexdigest(),
+        "scumble.defense": repr(chosen),
+    }
+    content = defended(model, chosen, described)
+    if content is None:
+        raise refusal
+    out.write_bytes(content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return f"{out}: {name} {precision} with {chosen!r}, {len(content):,} bytes, sha256 {sha256}"
+
+
+def parameter(text: str) -> tuple[str, Any]:
+    """Key and value of `KEY=VALUE`; a value that is not JSON is a word.
+
+    Raises:
+        ConfigError: there is no `=`.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is no parameter; needed: KEY=VALUE such as beta=1.2")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def write_bundle(
+    models: Path,
+    name: str,
+    *,
+    command: str,
+    torchvision: str | None,
+    module: str | None,
+    pt2: Path | None,
+    weights: Path | None,
+    classes: int | None,
+    labels: Path | None,
+    size: int,
+    channels: str,
+    mean: str | None,
+    std: str | None,
+    fit_to: str | None,
+    ratio: float | None,
+    licence: str,
+    version: str,
+) -> str:
+    """Write a network as the bundle `models`/`name`; gives a line about it.
+
+    Raises:
+        ExportError: no such network, or one that is no image classifier.
+    """
+    import torch
+
+    from app.inference.bundle import InputShape
+    from scumble.training.export import classes_of, export_bundle
+    from scumble.training.measure import threads
+    from scumble.training.sources import (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        load_weights,
+        normalized,
+        numbers,
+        own_module,
+        pt2_module,
+        torchvision_model,
+    )
+
+    names = labels.read_text().splitlines() if labels else []
+    if torchvision:
+        network = torchvision_model(torchvision, classes or len(names) or 1000)
+        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
+        fit_to, ratio = fit_to or "crop", ratio or 0.875
+    elif module:
+        network = own_module(module)
+    else:
+        network = pt2_module(Path(pt2 or ""))
+    if weights:
+        load_weights(network, weights)
+    if mean or std:
+        network = normalized(network, numbers(mean or "0"), numbers(std or "1"))
+    shape = InputShape(height=size, width=size, channels=3 if channels == "3" else 1)
+    count = classes_of(network, shape)
+    names = names or [str(k) for k in range(classes or count)]
+    card = {
+        "name": name,
+        "version": version,
+        "labels": names,
+        "preprocessing": {"fit": fit_to or "stretch", "ratio": ratio or 1.0},
+        "training": {"command": command, "torch": torch.__version__},
+        "data_licence": licence,
+    }
+    export_bundle(network, models / name, shape, card, threads=threads())
+    return f"{models / name}: {count} classes, {size}x{size} pixels, {channels} channels"

@@ -1,0 +1,341 @@
+"""One contract for all stores of budgets: never more than the limit, whoever asks at once."""
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from app.access.quotas import client_buckets
+from app.access.stores import Bucket, StoreError, open_store
+from app.access.stores.memory import MemoryStore
+from app.access.stores.sqlite import SqliteStore
+from app.errors import ConfigError
+from tests.redis_server import RedisServer, needs_redis
+
+pytestmark = pytest.mark.anyio
+
+WINDOW = Bucket("client:a:window", 10, 60)
+TOTAL = Bucket("client:a:total", 25)
+EVERYBODY = Bucket("all:total", 100)
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory):
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+STORES = [
+    "memory",
+    "sqlite",
+    pytest.param("redis", marks=needs_redis),
+]
+
+
+@pytest.fixture(params=STORES)
+async def opened(request, tmp_path):
+    """`opened(n)` -> n stores that share what they count, as workers do; memory has one."""
+    stores = []
+
+    def url() -> str:
+        if request.param == "redis":
+            server = request.getfixturevalue("redis")
+            server.ask("FLUSHALL")
+            return server.url
+        return {"memory": "memory://", "sqlite": f"sqlite://{tmp_path}/b.db"}[request.param]
+
+    def make(n: int) -> list:
+        where = url()
+        stores.extend(open_store(where) for _ in range(1 if request.param == "memory" else n))
+        return stores if len(stores) == n else stores * n
+
+    yield make
+    for store in stores:
+        await store.close()
+
+
+async def test_charges_add_up_to_the_limit_and_not_beyond(opened):
+    (store,) = opened(1)
+    for used in (4, 8):
+        charge = await store.charge([WINDOW], 4)
+        assert charge.granted
+        assert charge.levels[0].used == used
+        assert 0 < charge.levels[0].reset_s <= 60
+    refused = await store.charge([WINDOW], 3)
+    assert not refused.granted
+    assert refused.levels[0].used == 8
+    assert (await store.charge([WINDOW], 2)).granted
+    assert not (await store.charge([WINDOW], 1)).granted
+
+
+async def test_all_buckets_are_charged_or_none(opened):
+    (store,) = opened(1)
+    buckets = [WINDOW, TOTAL, EVERYBODY]
+    charge = await store.charge(buckets, 10)
+    assert charge.granted
+    assert [level.used for level in charge.levels] == [10, 10, 10]
+    assert charge.levels[1].reset_s == 0
+    refused = await store.charge(buckets, 1)
+    assert not refused.granted
+    assert [level.used for level in refused.levels] == [10, 10, 10]
+    assert (await store.charge([EVERYBODY], 90)).granted
+    assert not (await store.charge([TOTAL, EVERYBODY], 1)).granted
+    assert (await store.charge([TOTAL], 15)).granted
+
+
+async def test_buckets_do_not_mix(opened):
+    (store,) = opened(1)
+    other = Bucket("client:b:window", 10, 60)
+    assert (await store.charge([WINDOW], 10)).granted
+    assert (await store.charge([other], 10)).granted
+    assert not (await store.charge([other], 1)).granted
+
+
+async def test_windows_of_different_lengths_are_counted_apart(opened):
+    """The shorter window of another key neither ends the longer one nor fills it."""
+    (store,) = opened(1)
+    hour, moment = Bucket("client:a:window", 5, 3600), Bucket("client:a:window", 1000, 1)
+    charged = await store.charge([hour, TOTAL], 5)
+    assert charged.granted
+    for _ in range(3):
+        end = (await store.charge([moment], 9)).levels[0].reset_s
+        assert not (await store.charge([hour], 1)).granted
+    await asyncio.sleep(end + 0.05)
+    assert (await store.charge([moment], 9)).levels[0].used == 9, "a new moment"
+    assert not (await store.charge([hour], 1)).granted
+    await store.refund([hour, TOTAL], 5, charged)
+    assert (await store.charge([hour], 5)).granted
+
+
+async def test_a_total_of_an_older_file_goes_on(tmp_path):
+    """Its name has no length, as before windows had one in theirs."""
+    with sqlite3.connect(tmp_path / "b.db") as old:
+        old.execute("CREATE TABLE buckets (name TEXT PRIMARY KEY, used INTEGER, start REAL)")
+        old.execute("INSERT INTO buckets VALUES ('client:a:total', 20, 1.0)")
+    old.close()
+    store = SqliteStore(f"{tmp_path}/b.db")
+    assert (await store.charge(client_buckets("a", None, 60, 25), 5)).granted
+    assert not (await store.charge(client_buckets("a", None, 60, 25), 1)).granted
+    await store.close()
+
+
+async def test_a_refund_gives_back_what_was_charged(opened):
+    (store,) = opened(1)
+    buckets = [WINDOW, TOTAL]
+    charge = await store.charge(buckets, 10)
+    await store.refund(buckets, 10, charge)
+    again = await store.charge(buckets, 10)
+    assert again.granted
+    assert [level.used for level in again.levels] == [10, 10]
+
+
+async def test_a_window_starts_anew_and_an_old_refund_does_not_touch_it(opened):
+    (store,) = opened(1)
+    short = Bucket("client:a:window", 10, 1)
+    buckets = [short, TOTAL]
+    old = await store.charge(buckets, 10)
+    assert not (await store.charge(buckets, 1)).granted
+    await asyncio.sleep(old.levels[0].reset_s + 0.05)
+    new = await store.charge(buckets, 10)
+    assert new.granted
+    assert [level.used for level in new.levels] == [10, 20]
+    await store.refund(buckets, 10, old)
+    assert not (await store.charge([short], 1)).granted
+    assert (await store.charge([TOTAL], 15)).levels[0].used == 25
+
+
+async def test_a_limit_that_was_lowered_refuses_and_one_that_was_raised_grants(opened):
+    (store,) = opened(1)
+    assert (await store.charge([TOTAL], 20)).granted
+    assert not (await store.charge([Bucket(TOTAL.name, 10)], 1)).granted
+    assert (await store.charge([Bucket(TOTAL.name, 30)], 10)).granted
+
+
+async def test_nothing_is_granted_where_the_limit_is_zero(opened):
+    (store,) = opened(1)
+    assert not (await store.charge([Bucket("x", 0)], 1)).granted
+
+
+@pytest.mark.parametrize("images", [1, 7])
+async def test_at_once_never_more_than_the_limit(opened, images):
+    stores = opened(2)
+    bucket = Bucket("client:many:total", 100)
+
+    async def greedy(store) -> int:
+        served = 0
+        for _ in range(25):
+            served += images * (await store.charge([bucket], images)).granted
+        return served
+
+    served = await asyncio.gather(*(greedy(store) for store in stores * 4))
+    assert sum(served) == 100 // images * images
+
+
+async def test_a_thousand_at_once_are_all_answered(opened):
+    (store,) = opened(1)
+    bucket = Bucket("client:many:total", 700)
+    charges = await asyncio.gather(*(store.charge([bucket], 1) for _ in range(1000)))
+    assert sum(charge.granted for charge in charges) == 700
+    assert sorted(c.levels[0].used for c in charges if c.granted) == list(range(1, 701))
+
+
+async def test_a_request_that_is_cancelled_disturbs_no_other(opened):
+    (store,) = opened(1)
+    tasks = [asyncio.create_task(store.charge([Bucket("x", 100)], 1)) for _ in range(40)]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(charge.granted for charge in done[1::2])
+    await store.ping()
+    assert 20 < (await store.charge([Bucket("x", 100)], 1)).levels[0].used <= 41
+
+
+async def test_ping_counts_nothing(opened):
+    (store,) = opened(1)
+    await store.ping()
+    assert (await store.charge([TOTAL], 25)).granted
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_a_clock_set_back_opens_no_new_window(kind, tmp_path):
+    now = [1000.0]
+
+    def clock() -> float:
+        return now[0]
+
+    store = MemoryStore(clock) if kind == "memory" else SqliteStore(f"{tmp_path}/b.db", clock)
+    assert (await store.charge([WINDOW], 10)).granted
+    now[0] = 900
+    assert not (await store.charge([WINDOW], 1)).granted
+    now[0] = 1060
+    assert (await store.charge([WINDOW], 10)).granted
+    await store.close()
+
+
+CHARGE_AND_DIE = """
+import asyncio, os, sys
+from app.access.stores import Bucket, open_store
+
+async def main():
+    print((await open_store(sys.argv[1]).charge([Bucket("x", 10)], 7)).granted, flush=True)
+    os.kill(os.getpid(), 9)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis)])
+def charged_and_killed(request, tmp_path):
+    """The URL of a store where a process counted 7 images and was killed; Redis too."""
+    server = RedisServer(tmp_path) if request.param == "redis" else None
+    url = server.url if server else f"sqlite://{tmp_path}/b.db"
+    command = [sys.executable, "-c", CHARGE_AND_DIE, url]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "True\n"
+    if server:
+        server.stop(9)
+        server.start()
+    yield url
+    if server:
+        server.stop()
+
+
+async def test_what_was_counted_outlasts_the_process(charged_and_killed):
+    store = open_store(charged_and_killed)
+    assert not (await store.charge([Bucket("x", 10)], 4)).granted
+    assert (await store.charge([Bucket("x", 10)], 3)).granted
+    await store.close()
+
+
+@needs_redis
+async def test_a_redis_that_is_away_is_an_error_and_its_return_is_enough(tmp_path):
+    server = RedisServer(tmp_path)
+    store = open_store(server.url)
+    charge = await store.charge([TOTAL], 5)
+    server.stop(9)
+    for action in (
+        store.charge([TOTAL], 1),
+        store.refund([TOTAL], 5, charge),
+        store.ping(),
+    ):
+        with pytest.raises(StoreError, match="redis: ConnectionError"):
+            await action
+    server.start()
+    assert (await store.charge([TOTAL], 1)).levels[0].used == 6
+    await store.close()
+    server.stop()
+
+
+@needs_redis
+async def test_redis_does_a_charge_in_one_command_and_lets_windows_expire(redis):
+    redis.ask("FLUSHALL")
+    store = open_store(redis.url)
+    buckets = [WINDOW, TOTAL, EVERYBODY]
+    await store.charge(buckets, 1)
+    redis.ask("CONFIG", "RESETSTAT")
+    for _ in range(5):
+        await store.charge(buckets, 1)
+    client = store._client
+    counted = await client.info("commandstats")
+    assert counted["cmdstat_evalsha"]["calls"] == 5
+    assert "cmdstat_eval" not in counted
+    assert 0 < await client.pttl("{scumble}:client:a:window:60") <= 60_000
+    assert await client.pttl("{scumble}:client:a:total") == -1
+    await store.close()
+
+
+async def test_a_locked_file_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("app.access.stores.sqlite.BUSY_S", 0.05)
+    store, other = (SqliteStore(f"{tmp_path}/b.db") for _ in range(2))
+    other._db.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreError, match="locked"):
+        await store.charge([TOTAL], 1)
+    with pytest.raises(StoreError, match="locked"):
+        await store.ping()
+    other._db.execute("ROLLBACK")
+    assert (await store.charge([TOTAL], 1)).granted
+    await store.close()
+    await other.close()
+
+
+def test_workers_that_open_a_new_file_at_once_all_can(tmp_path):
+    for number in range(20):
+        together = threading.Barrier(4)
+
+        def opened(together=together, path=str(tmp_path / f"{number}.sqlite")):
+            together.wait()
+            return SqliteStore(path)
+
+        with ThreadPoolExecutor(4) as pool:
+            stores = [one.result() for one in [pool.submit(opened) for _ in range(4)]]
+        for store in stores:
+            asyncio.run(store.close())
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgres://x", "allowed: memory://, sqlite:///PATH, redis://"),
+        ("nonsense", "allowed: memory://"),
+        ("sqlite://b.db", "allowed: sqlite:///PATH"),
+        ("sqlite:///", "allowed: sqlite:///PATH"),
+        ("sqlite:////proc/none/b.db", "cannot be used"),
+        ("redis://:hunter2@localhost/zero/x?db=y", "SCUMBLE_STORE is 'redis://localhost"),
+        ("sqlite://me:hunter2@host/b.db", "SCUMBLE_STORE is 'sqlite://host/b.db'"),
+        ("postgres://me:hunter2@host/b?password=hunter2", "SCUMBLE_STORE is 'postgres://host/b'"),
+    ],
+)
+async def test_a_wrong_url_is_named_without_its_password(url, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        open_store(url)
+    assert "hunter2" not in str(raised.value)

@@ -1,0 +1,311 @@
+"""The page in a real browser, against a real server: pointer, keyboard, phone, dark mode.
+
+Every test also fails on a console error, a script error, or a request to another origin.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from scumble.evaluation.local_server import start
+from tests.pictures import PNG, encoded, picture
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the dev extra")
+expect = playwright.expect
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the path"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(models):
+    policy = {"defense": "reverse_sigmoid", "defense_params": {"beta": 0.4}}
+    found = start({"model_dir": models, "model": "tiny", "workers": 1, **policy})
+    found.wait_ready()
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def open_page(browser, server) -> Iterator:
+    """`open_page(**options)` -> the console in a window of its own."""
+    contexts, complaints = [], []
+
+    def open_it(**options):
+        context = browser.new_context(**options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else 0)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: complaints.extend(foreign(request.url)))
+        page.goto(server.admin)
+        expect(page.locator("#defense")).to_have_value("reverse_sigmoid")
+        return page
+
+    def foreign(url: str) -> list[str]:
+        return [] if url.startswith((server.admin, "data:")) else [url]
+
+    yield open_it
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    file = tmp_path / "noise.png"
+    file.write_bytes(encoded(picture(seed=5)))
+    return file
+
+
+def l1(page) -> float:
+    return float(page.locator("#l1").text_content())
+
+
+def shown(page) -> None:
+    """Wait for the first preview, which loads the model."""
+    expect(page.locator("#l1")).not_to_have_text("–", timeout=30_000)
+
+
+def widths(page, side: str) -> list[str]:
+    return page.locator(f".bar.{side}").evaluate_all("bars => bars.map((bar) => bar.style.width)")
+
+
+def drop(page, content: bytes) -> None:
+    """Drop a file on the page, as a file manager does."""
+    transfer = page.evaluate_handle(
+        """(bytes) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(bytes)], "a.png", { type: "image/png" }));
+            return transfer;
+        }""",
+        list(content),
+    )
+    page.dispatch_event("#drop", "dragover", {"dataTransfer": transfer})
+    expect(page.locator("#drop")).to_have_class("drop over")
+    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
+
+
+def test_a_dropped_image_and_a_moved_slider_change_the_bars(open_page):
+    page = open_page()
+    drop(page, PNG)
+    shown(page)
+    expect(page.locator("#bars li")).to_have_count(4)
+    expect(page.locator("#seen")).to_be_visible()
+    expect(page.locator("#is-active")).to_have_text("This is the active policy.")
+    weak, clean, defended = l1(page), widths(page, "clean"), widths(page, "defended")
+    mean = page.locator("#mean-l1").text_content()
+    page.locator("#strength").fill("2")
+    expect(page.locator("#mean-l1")).not_to_have_text(mean)
+    assert l1(page) > weak
+    assert widths(page, "clean") == clean
+    assert widths(page, "defended") != defended
+    expect(page.locator("#is-active")).to_contain_text("Active: reverse_sigmoid, beta 0.4")
+    page.locator("#defense").select_option("none")
+    expect(page.locator("#l1")).to_have_text("0.000")
+    expect(page.locator("#knob")).to_be_hidden()
+    page.locator("#reset").click()
+    expect(page.locator("#l1")).to_have_text(f"{weak:.3f}")
+
+
+def test_an_image_that_was_chosen_before_the_page_was_ready_is_shown(browser, server, image):
+    page = browser.new_page()
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page.route("**/console/about", hold)
+    page.goto(server.admin)
+    page.set_input_files("#file", image)
+    held[0].continue_()
+    shown(page)
+    page.close()
+
+
+def test_a_pasted_image_is_shown(open_page):
+    page = open_page()
+    page.evaluate(
+        """(bytes) => {
+            const clipboardData = new DataTransfer();
+            const file = new File([new Uint8Array(bytes)], "p.png", { type: "image/png" });
+            clipboardData.items.add(file);
+            document.dispatchEvent(new ClipboardEvent("paste", { clipboardData }));
+        }""",
+        list(PNG),
+    )
+    shown(page)
+    expect(page.locator("#picture-name")).to_have_text("p.png")
+
+
+def test_the_last_of_many_moves_is_what_is_shown(open_page, image, server):
+    page = open_page()
+    page.set_input_files("#file", image)
+    shown(page)
+    slider = page.locator("#strength")
+    for beta in range(30):
+        slider.fill(str(beta / 10))
+    answer = httpx2.post(
+        f"{server.admin}/console/preview",
+        params={"defense": "reverse_sigmoid", "params": '{"beta": 2.9}'},
+        content=image.read_bytes(),
+        headers={"X-Scumble-Console": "1", "Content-Type": "image/png"},
+    )
+    expect(page.locator("#l1")).to_have_text(f"{answer.json()['l1']:.3f}")
+
+
+def test_all_of_it_by_keyboard(open_page):
+    page = open_page()
+    focused = page.locator(":focus")
+    page.keyboard.press("Tab")
+    expect(focused).to_have_id("file")
+    page.keyboard.press("Tab")
+    expect(focused).to_have_attribute("aria-label", "Golden input 1")
+    page.keyboard.press("Enter")
+    shown(page)
+    expect(focused).to_have_attribute("aria-pressed", "true")
+    for _ in range(6):
+        page.keyboard.press("Tab")
+    expect(focused).to_have_id("defense")
+    page.keyboard.press("Tab")
+    expect(focused).to_have_id("strength")
+    weak = l1(page)
+    page.keyboard.press("End")
+    expect(page.locator("#strength-value")).to_have_text("3")
+    expect(page.locator("#l1")).not_to_have_text(f"{weak:.3f}")
+    assert l1(page) > weak
+    page.keyboard.press("Tab")
+    expect(focused).to_have_id("reset")
+    page.keyboard.press("Enter")
+    expect(page.locator("#l1")).to_have_text(f"{weak:.3f}")
+    expect(focused).to_have_id("defense")
+    names = page.locator("input, select, button, [role=region]").evaluate_all(
+        "all => all.map((one) => one.labels?.[0]?.textContent || one.ariaLabel || one.textContent)"
+    )
+    assert all(name.strip() for name in names)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scroll(open_page, image, scheme):
+    page = open_page(
+        viewport={"width": 390, "height": 844}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    page.set_input_files("#file", image)
+    shown(page)
+    page.locator("summary").click()
+    expect(page.locator("#settings tr").first).to_be_visible()
+    expect(page.locator("#workers tr")).to_have_count(1)
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+    moves = page.locator(".bar").first.evaluate("bar => getComputedStyle(bar).transitionDuration")
+    assert moves in ("0s", "0s, 0s")
+
+
+# Relative luminance and contrast as WCAG 2.2 defines them, for all text on the page.
+CONTRASTS = """() => {
+    const channel = (c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) =>
+        0.2126 * channel(r / 255) + 0.7152 * channel(g / 255) + 0.0722 * channel(b / 255);
+    const behind = (element) => {
+        for (let e = element; e; e = e.parentElement) {
+            const colour = getComputedStyle(e).backgroundColor;
+            if (colour !== "rgba(0, 0, 0, 0)") return colour;
+        }
+        return "rgb(255, 255, 255)";
+    };
+    const found = [];
+    for (const element of document.querySelectorAll("body *")) {
+        const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+        if (!own || !element.checkVisibility() || element.disabled) continue;
+        const pair = [getComputedStyle(element).color, behind(element)].map((c) => light(rgb(c)));
+        const ratio = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+        if (ratio < 4.5) found.push(`${element.outerHTML.slice(0, 90)}: ${ratio.toFixed(2)}`);
+    }
+    return found;
+}"""
+
+
+def test_dark_and_light_differ_and_both_can_be_read(open_page, image):
+    backs = []
+    for scheme in ("light", "dark"):
+        page = open_page(color_scheme=scheme)
+        page.locator("#golden button").first.click()
+        shown(page)
+        page.locator("#defense").select_option("label")
+        page.locator("summary").click()
+        assert page.evaluate(CONTRASTS) == []
+        backs.append(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
+    assert backs[0] != backs[1]
+
+
+def test_the_charts_follow_what_the_public_port_answers(open_page, server):
+    page = open_page()
+    requests = page.locator(".chart", has_text="Requests per second").locator(".now")
+    expect(page.locator(".chart")).to_have_count(6)
+    with httpx2.Client(headers={"Content-Type": "image/png"}) as client:
+        for _ in range(28):
+            for content in (PNG, b"x"):
+                client.post(f"{server.url}/v1/predict", content=content)
+            page.wait_for_timeout(250)
+    expect(requests).to_contain_text("4xx")
+    expect(page.locator("#stages tr")).to_have_count(6)
+    expect(page.locator("#stages tr").nth(3)).to_contain_text("s")
+    assert page.locator(".chart path[d*=L]").count() >= 4
+    expect(page.locator("#status")).to_have_text("ready")
+    expect(page.locator("#clients")).to_contain_text("API keys are off")
+
+
+def test_rates_and_quantiles_are_right(open_page):
+    page = open_page()
+    found = page.evaluate(
+        """async () => {
+            const { mean, quantile, rate, share } = await import("/console/static/rates.js");
+            const bounds = [1, 2, 4];
+            const zero = { count: 0, sum: 0, bounds, below: [0, 0, 0] };
+            const some = { count: 10, sum: 15, bounds, below: [5, 9, 9] };
+            const still = { count: 30, sum: 45, bounds, below: [15, 29, 29] };
+            const more = { count: 20, sum: 45, bounds, below: [5, 19, 19] };
+            return [
+                rate(10, 30, 2), rate(30, 10, 2), rate(1, 2, 0),
+                mean(zero, some), mean(some, some), mean(some, more),
+                quantile(0.5, zero, some), quantile(0.7, zero, some), quantile(0.99, zero, some),
+                quantile(0.5, some, some), quantile(0.5, some, more), quantile(0.9, more, still),
+                share(1, 4), share(0, 0), share(5, 4),
+            ];
+        }"""
+    )
+    assert found == [10, None, None, 1.5, None, 3, 1, 1.5, 4, None, 1.5, 0, 0.25, None, 1]
+
+
+def test_a_refused_picture_is_said_in_words(browser, server, tmp_path):
+    """Not with `open_page`: the browser itself logs every 4xx as an error."""
+    file = tmp_path / "no.png"
+    file.write_bytes(b"no picture")
+    page = browser.new_page()
+    page.goto(server.admin)
+    expect(page.locator("#defense")).to_have_value("reverse_sigmoid")
+    page.set_input_files("#file", file)
+    expect(page.locator("#refusal")).to_contain_text("are no image", timeout=30_000)
+    file.write_bytes(bytes(6 * 2**20))
+    page.set_input_files("#file", file)
+    expect(page.locator("#refusal")).to_contain_text("allowed: 5242880")
+    page.locator("#golden button").first.click()
+    shown(page)
+    expect(page.locator("#refusal")).to_be_hidden()
+    page.close()

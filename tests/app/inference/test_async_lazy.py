@@ -1,0 +1,63 @@
+"""What is made when somebody first asks for it."""
+
+import asyncio
+import threading
+
+import pytest
+
+from app.errors import ConfigError
+from app.inference.async_lazy import Late
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+async def test_it_is_made_once_off_the_loop_and_nobody_waits_for_nothing():
+    go, made = threading.Event(), []
+
+    def make():
+        go.wait(10)
+        made.append(threading.get_ident())
+        return made
+
+    late = Late(make)
+    assert late.made is None
+    waiting = [asyncio.create_task(late()) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    assert late.made is None
+    waiting[0].cancel()  # whoever goes takes nothing from the others
+    go.set()
+    assert await waiting[1] is await waiting[2] is await late() is late.made is made
+    assert len(made) == 1
+    assert made[0] != threading.get_ident()
+    assert waiting[0].cancelled()
+
+
+@pytest.mark.parametrize("failure", [ConfigError("no such tensor"), MemoryError("no memory")])
+async def test_what_it_raises_everybody_gets_for_a_while_and_then_it_is_tried_again(
+    failure, caplog
+):
+    now, calls, failures = [0.0], [], [failure, failure]
+
+    def make():
+        calls.append(1)
+        if failures:
+            raise failures.pop()
+        return "made"
+
+    late = Late(make, retry_s=10, clock=lambda: now[0])
+    for now[0], made in ((0, 1), (9.9, 1), (10, 2), (19, 2)):
+        with pytest.raises(type(failure), match=str(failure)):
+            await late()
+        assert len(calls) == made
+        assert late.made is None
+    assert caplog.text.count(str(failure)) == 2
+    now[0] = 20.0
+    assert await late() == late.made == "made"
+    now[0] = 100.0
+    assert await late() == "made"
+    assert len(calls) == 3

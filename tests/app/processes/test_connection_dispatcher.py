@@ -1,0 +1,433 @@
+"""Connections are dealt evenly, none is lost, and who leaves gets no more."""
+
+import asyncio
+import contextlib
+import inspect
+import resource
+import socket
+import time
+from pathlib import Path
+from typing import get_args
+
+import httpx2
+import pytest
+
+from app.processes.connection_dispatcher import PAUSE_S, Dealer, Refusal
+from app.system.descriptors import connections_within
+from tests.app.test_faults import connect
+from tests.pictures import PNG
+
+
+class Count:
+    value = 0
+
+    def inc(self):
+        self.value += 1
+
+
+class Table:
+    """A dealer on a free port, and workers that are nothing but their sockets."""
+
+    def __init__(self, workers, **options):
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.address = self.listener.getsockname()
+        self.refusals = {reason: Count() for reason in get_args(Refusal)}
+        self.dealer = Dealer(self.listener, workers, refusals=self.refusals, **options)
+        self.hands, self.taken, self.clients = {}, {}, []
+        for number in range(workers):
+            self.join(number)
+
+    def join(self, number):
+        if number in self.hands:
+            self.rise(number)
+            self.dealer.gone(number)
+        self.hands[number] = self.dealer.hand(number)
+        self.hands[number].channel.setblocking(False)
+        self.taken[number] = []
+        self.dealer.seat(number)
+
+    def rise(self, number):
+        self.hands[number].channel.close()
+        for connection in filter(None, self.taken[number]):
+            connection.close()
+
+    def connect(self, count):
+        for _ in range(count):
+            client = socket.create_connection(self.address)
+            self.clients.append(client)
+
+    def take(self, number):
+        """What has arrived; None in the end if no more will come."""
+        with contextlib.suppress(BlockingIOError):
+            while (arrived := self.hands[number].take()) is not None:
+                self.taken[number] += arrived
+            self.taken[number].append(None)
+        return self.taken[number]
+
+    def hang_up(self, number, count):
+        for _ in range(count):
+            self.taken[number].pop().close()
+            self.hands[number].count_closed()
+
+    def close(self):
+        self.dealer.close()
+        for number in self.hands:
+            self.rise(number)
+            self.dealer.gone(number)
+        for client in self.clients:
+            client.close()
+
+
+def with_table(workers, **options):
+    """The test is a coroutine that takes a table for so many workers."""
+
+    def decorate(test):
+        async def on_a_loop(**fixtures):
+            with contextlib.closing(Table(workers, **options)) as table:
+                await test(table, **fixtures)
+
+        def run(**fixtures):
+            asyncio.run(on_a_loop(**fixtures))
+
+        run.__name__ = test.__name__
+        parameters = list(inspect.signature(test).parameters.values())[1:]
+        run.__signature__ = inspect.Signature(parameters)  # what pytest gives
+        return run
+
+    return decorate
+
+
+def sorted_by_peer(table, connections):
+    """For each client its connection, None for those that have none."""
+    by_peer = {connection.getpeername(): connection for connection in connections}
+    return [by_peer.get(client.getsockname()) for client in table.clients]
+
+
+async def settled():
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+
+
+@with_table(3)
+async def test_connections_are_dealt_evenly(table):
+    table.connect(8)
+    await settled()
+    assert sorted(len(table.take(number)) for number in range(3)) == [2, 3, 3]
+    assert sum(table.dealer.open_connections().values()) == 8
+
+
+@with_table(2)
+async def test_who_has_fewest_gets_the_next(table):
+    table.connect(10)
+    await settled()
+    assert len(table.take(0)) == len(table.take(1)) == 5
+    table.hang_up(1, 4)
+    table.connect(4)
+    await settled()
+    assert (len(table.take(0)), len(table.take(1))) == (5, 5)
+    assert table.dealer.open_connections() == {0: 5, 1: 5}
+
+
+@with_table(1)
+async def test_a_dealt_connection_works(table):
+    table.connect(1)
+    await settled()
+    (connection,) = table.take(0)
+    table.clients[0].sendall(b"hello")
+    connection.setblocking(True)
+    assert connection.recv(5) == b"hello"
+    assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@with_table(2)
+async def test_who_left_gets_no_more_and_who_comes_starts_at_nothing(table):
+    table.connect(4)
+    await settled()
+    table.take(0)
+    table.dealer.leave(0)
+    assert table.take(0)[-1] is None
+    table.connect(2)
+    await settled()
+    assert len(table.take(1)) == 4
+    table.join(0)
+    assert table.dealer.open_connections() == {0: 0, 1: 4}
+    table.connect(4)
+    await settled()
+    assert len(table.take(0)) == 4
+
+
+@with_table(1)
+async def test_connections_wait_for_somebody_to_come(table):
+    table.dealer.leave(0)
+    table.connect(2)
+    await settled()
+    table.join(0)
+    await settled()
+    assert len(table.take(0)) == 2
+
+
+@with_table(2)
+async def test_closing_deals_what_the_kernel_has_and_refuses_the_rest(table):
+    table.connect(6)
+    table.dealer.close()  # the loop has not turned since
+    taken = [*table.take(0), *table.take(1)]
+    assert taken.count(None) == 2
+    assert len(taken) == 8
+    with pytest.raises(ConnectionRefusedError):
+        table.connect(1)
+
+
+@with_table(2)
+async def test_a_worker_that_died_unheard_is_passed_over(table):
+    table.hands[0].channel.close()
+    table.connect(4)
+    await settled()
+    assert len(table.take(1)) == 4
+
+
+@with_table(2)
+async def test_what_was_on_its_way_to_a_worker_that_died_is_dealt_to_another(table):
+    table.connect(6)
+    await settled()
+    table.hands[0].take()[0].close()  # this one it had: it is lost with the worker
+    table.hands[0].channel.close()
+    table.dealer.gone(0)
+    assert len(table.take(1)) == 5
+    assert table.dealer.open_connections() == {1: 5}
+    for client, connection in zip(
+        table.clients, sorted_by_peer(table, table.taken[1]), strict=True
+    ):
+        if connection is not None:
+            connection.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+
+
+@with_table(1)
+async def test_what_nobody_can_take_waits_for_who_comes(table):
+    table.connect(2)
+    await settled()
+    table.hands[0].channel.close()
+    table.dealer.gone(0)
+    table.join(0)
+    assert len(table.take(0)) == 2
+
+
+@with_table(1)
+async def test_a_connection_that_a_worker_ends_has_ended(table):
+    table.connect(1)
+    await settled()
+    table.take(0)
+    table.hang_up(0, 1)
+    await settled()  # the confirmation arrives: no copy holds it open
+    assert table.clients[0].recv(1) == b""
+
+
+@with_table(2)
+async def test_who_leaves_still_takes_what_is_on_its_way(table):
+    table.connect(4)
+    await settled()
+    table.dealer.leave(0)
+    assert len(table.take(0)) == 3  # two connections, and the end
+    table.rise(0)
+    table.dealer.gone(0)
+    assert len(table.take(1)) == 2
+
+
+REFUSED = b"HTTP/1.1 503 Service Unavailable\r\n\r\n"
+
+
+async def read(client):
+    """What a client gets until the connection ends."""
+    client.setblocking(False)
+    found, loop = b"", asyncio.get_running_loop()
+    while piece := await loop.sock_recv(client, 1000):
+        found += piece
+    return found
+
+
+def refused(table):
+    return {reason: count.value for reason, count in table.refusals.items() if count.value}
+
+
+@with_table(2, max_connections=3, answer=REFUSED)
+async def test_more_than_workers_may_have_are_answered_counted_and_forgotten(table):
+    table.connect(10)
+    for _ in range(20):  # as workers that are not busy
+        await settled()
+        table.take(0), table.take(1)
+    assert table.dealer.open_connections() == {0: 3, 1: 3}
+    assert refused(table) == {"limit": 4}
+    for client in table.clients[6:]:
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")  # must not turn the answer into a reset
+        assert await read(client) == REFUSED
+    # After the flood, the spread is even again.
+    table.hang_up(0, 3), table.hang_up(1, 3)
+    table.connect(4)
+    await settled()
+    assert len(table.take(0)) == len(table.take(1)) == 2
+    assert refused(table) == {"limit": 4}
+
+
+@with_table(2, max_connections=3)
+async def test_a_worker_with_room_gets_what_another_has_no_room_for(table):
+    table.connect(6)
+    await settled()
+    table.take(0), table.take(1)
+    table.hang_up(1, 2)
+    await settled()
+    table.connect(2)
+    await settled()
+    assert len(table.take(0)) == len(table.take(1)) == 3
+    assert refused(table) == {}
+
+
+@with_table(1, max_held=3)
+async def test_connections_that_a_busy_worker_has_not_taken_wait_in_the_kernel(table):
+    table.connect(8)
+    await settled()
+    assert refused(table) == {}
+    assert table.dealer.open_connections() == {0: 3}
+
+
+@with_table(2, answer=REFUSED)
+async def test_a_worker_out_of_descriptors_says_so_and_its_connections_do_not_count(table):
+    table.connect(10)
+    await settled()
+    table.take(1)
+    with out_of_descriptors():
+        assert table.take(0) == []
+    await settled()
+    assert table.dealer.open_connections() == {0: 0, 1: 5}
+    assert refused(table) == {"descriptors": 5}
+    answers = [client for client in table.clients if not sorted_by_peer(table, table.taken[1])]
+    assert all([await read(client) == REFUSED for client in answers])
+    table.connect(6)
+    await settled()
+    assert (len(table.take(0)), len(table.take(1))) == (6, 5)
+
+
+@with_table(1)
+async def test_connections_wait_while_no_descriptor_is_free_to_accept_them(table):
+    table.connect(3)
+    with out_of_descriptors():
+        await settled()
+    assert refused(table).keys() == {"descriptors"}
+    await asyncio.sleep(2 * PAUSE_S)
+    assert len(table.take(0)) == 3
+
+
+@with_table(1, max_connections=1)
+async def test_refusals_are_one_line_in_the_log(table, caplog):
+    table.connect(5)
+    for _ in range(5):
+        await settled()
+        table.take(0)
+    assert refused(table) == {"limit": 4}
+    assert [record.message for record in caplog.records] == ["connections are refused"]
+
+
+@contextlib.contextmanager
+def out_of_descriptors():
+    """No new file can be opened in this process meanwhile."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as lowest:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize(
+    ("descriptors", "connections"),
+    [(60, 30), (128, 64), (300, 236), (1024, 960), (20_000, 4096), (resource.RLIM_INFINITY, 4096)],
+)
+def test_connections_follow_from_the_limit_of_descriptors(descriptors, connections):
+    assert connections_within(descriptors) == connections
+
+
+@pytest.mark.server
+def test_a_flood_of_connections_is_refused_and_the_spread_is_even_afterwards(serve):
+    server = serve(workers=2, http__max_connections=10, http__header_timeout_s=1)
+    name = 'scumble_connections_refused_total{reason="limit"}'
+    with contextlib.ExitStack() as stack:
+        flood = [stack.enter_context(connect(server)) for _ in range(60)]
+        answers = []
+        for connection in flood:
+            connection.settimeout(20)
+            answers.append(connection.recv(1000)[:12])
+    assert answers.count(b"HTTP/1.1 503") == server.metrics()[name] > 0
+    assert answers.count(b"HTTP/1.1 408") == 60 - answers.count(b"HTTP/1.1 503") >= 20
+    deadline = time.monotonic() + 10
+    while sum(opened(server)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            client = stack.enter_context(httpx2.Client(headers={"Content-Type": "image/png"}))
+            assert client.post(f"{server.url}/v1/predict", content=PNG).status_code == 200
+        assert opened(server) == [10, 10]
+
+
+@pytest.mark.server
+def test_a_worker_without_descriptors_loses_nobody_who_is_served_already(serve):
+    server = serve(workers=2, http__header_timeout_s=1)
+    with contextlib.ExitStack() as stack:  # what each imports with its first image needs files, too
+        for _ in range(2):
+            client = stack.enter_context(httpx2.Client(headers={"Content-Type": "image/png"}))
+            assert client.post(f"{server.url}/v1/predict", content=PNG).status_code == 200
+    (victim, _) = server.workers()
+    soft, hard = resource.prlimit(victim, resource.RLIMIT_NOFILE)
+    assert soft == hard
+    used = len(list(Path(f"/proc/{victim}/fd").iterdir()))
+    resource.prlimit(victim, resource.RLIMIT_NOFILE, (used + 2, hard))
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(httpx2.Client(headers={"Content-Type": "image/png"}))
+            for _ in range(20)
+        ]
+        codes = [
+            client.post(f"{server.url}/v1/predict", content=PNG).status_code
+            for client in clients * 2
+        ]
+    assert set(codes) == {200, 503}
+    refused = server.metrics()['scumble_connections_refused_total{reason="descriptors"}']
+    assert codes.count(503) == refused > 0
+    assert any(entry["event"] == "connections are refused" for entry in server.log)
+    resource.prlimit(victim, resource.RLIMIT_NOFILE, (soft, hard))
+    deadline = time.monotonic() + 10
+    while sum(opened(server)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            client = stack.enter_context(httpx2.Client(headers={"Content-Type": "image/png"}))
+            assert client.post(f"{server.url}/v1/predict", content=PNG).status_code == 200
+        assert opened(server) == [5, 5]
+
+
+def opened(server):
+    """Connections of each worker, as the console shows them."""
+    found = httpx2.get(f"{server.admin}/console/metrics").json()
+    return [worker["connections"] for worker in found["workers"]]
+
+
+@pytest.mark.server
+def test_kept_alive_connections_of_a_real_server_are_spread_evenly(serve):
+    server = serve(workers=2)
+    headers = {"Content-Type": "image/png"}
+    before = cpu(server)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(httpx2.Client()) for _ in range(4)]
+        for _ in range(100):
+            for client in clients:
+                answer = client.post(f"{server.url}/v1/predict", content=PNG, headers=headers)
+                assert answer.status_code == 200
+        after = cpu(server)
+    used = [after[key] - before[key] for key in before]
+    assert len(used) == 2
+    assert min(used) > 0.25 * max(used)
+
+
+def cpu(server):
+    name = "scumble_worker_cpu_seconds_total"
+    return {key: value for key, value in server.metrics().items() if key.startswith(name)}

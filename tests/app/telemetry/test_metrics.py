@@ -1,0 +1,38 @@
+"""What gathers before it is handed over loses nothing."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Gauge, Histogram
+
+from app.telemetry.metrics import BATCH, Gathered, Level
+
+FAMILY = "h"
+
+
+@given(st.lists(st.lists(st.floats(0, 5000) | st.sampled_from(BATCH), max_size=30), max_size=5))
+def test_gathered_observations_are_what_the_library_would_have_seen(rounds):
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    gathered = Gathered(Histogram(FAMILY, "x", buckets=BATCH, registry=ours))
+    direct = Histogram(FAMILY, "x", buckets=BATCH, registry=theirs)
+    for values in rounds:
+        for value in values:
+            gathered.observe(value)
+            direct.observe(value)
+        gathered.flush()
+    for one, other in zip(ours.collect(), theirs.collect(), strict=True):
+        for a, b in zip(one.samples, other.samples, strict=True):
+            assert (a.name, a.labels) == (b.name, b.labels)
+            if not a.name.endswith("_created"):
+                np.testing.assert_allclose(a.value, b.value, rtol=1e-12)
+
+
+@given(st.lists(st.lists(st.integers(-50, 50), max_size=10), max_size=5))
+def test_a_level_ends_where_the_library_would(rounds):
+    registry = CollectorRegistry()
+    level = Level(Gauge("g", "x", registry=registry))
+    for amounts in rounds:
+        for amount in amounts:
+            level.add(amount)
+        level.flush()
+    assert registry.get_sample_value("g") == sum(map(sum, rounds))

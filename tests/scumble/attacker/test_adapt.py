@@ -1,0 +1,411 @@
+"""Adaptive attackers: what holds for all of them, and that each undoes what it should."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from scumble import defenses
+from scumble.attacker.adapt import MODIFIERS, apply, make
+from scumble.attacker.adapt.maps import Known
+from scumble.attacker.adapt.posteriors import draw
+from scumble.attacker.errors import AttackError, BudgetExhausted
+
+# Every modifier at least once, small enough for a test.
+ROWS = [
+    ("argmax", {}),
+    ("top_k", {"k": 2}),
+    ("confidence_filter", {"beta": 0.5}),
+    ("average", {"repeats": 3}),
+    ("average", {"repeats": 2, "augment": False}),
+    ("invert", {"beta": 0.9, "pairs": 2000}),
+    ("invert", {"beta": 0.9, "prior": "student"}),
+    ("invert", {"defense": "reverse_sigmoid", "beta": 3, "odds": "lee2018", "pairs": 2000}),
+    ("recover", {"pairs": 600, "epochs": 1, "hidden": [16]}),
+]
+every_modifier = pytest.mark.parametrize(
+    ("name", "params"), ROWS, ids=[f"{name} {params}" for name, params in ROWS]
+)
+
+
+class Service:
+    """A plain function for a service: the rows, or those of the images; NaN where bit is set."""
+
+    shape = (1, 4, 4)
+
+    def __init__(self, labels=10, *, rows=None, defense=None, budget=1000, step=0.0, thrown=()):
+        self.labels = labels if rows is None else rows.shape[1]
+        self.step = step
+        self.asked = []
+        self._rows = rows
+        self._defense = defense
+        self._budget = budget
+        self._thrown = thrown
+        self._weights = np.random.default_rng(5).standard_normal((16, self.labels)) * 4
+
+    @property
+    def remaining(self):
+        return self._budget - sum(map(len, self.asked))
+
+    def __call__(self, images):
+        if len(images) > self.remaining:
+            raise BudgetExhausted("too many")
+        self.asked.append(images)
+        rows = softmax(images.reshape(len(images), 16) @ self._weights)
+        if self._rows is not None:
+            rows = self._rows[: len(images)]
+        if self._defense:
+            rows = self._defense(rows)
+        answers = rows.astype(np.float32)
+        answers[[i for i in self._thrown if i < len(images)]] = np.nan
+        return answers
+
+
+class Opinion(nn.Module):
+    """A student that says the given logits, in order."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self._left = torch.from_numpy(logits)
+
+    def forward(self, images):
+        now, self._left = self._left.tensor_split([len(images)])
+        return now
+
+
+def softmax(logits):
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+
+def images(n, seed=0):
+    return np.random.default_rng(seed).random((n, 1, 4, 4)).astype(np.float32)
+
+
+def network(labels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, labels), nn.BatchNorm1d(labels))
+
+
+def l1(a, b):
+    return np.abs(a - b).sum(axis=1)
+
+
+def logits(classes, n=300, seed=3):
+    return 4 * np.random.default_rng(seed).standard_normal((n, classes))
+
+
+def invert(clean, known, student, *, decimals=7, **params):
+    """What `invert` makes of the answers to clean rows, and the answers."""
+    service = Service(rows=known(clean).round(decimals))
+    made = make("invert", defense=known.defense, beta=known.beta, odds=known.odds, **params)
+    return made(service, student)(images(len(clean))), service(images(len(clean)))
+
+
+def test_every_modifier_has_a_row():
+    assert {name for name, _ in ROWS} == set(MODIFIERS)
+
+
+@every_modifier
+@pytest.mark.parametrize("labels", [3, 10, 43])
+def test_answers_are_probabilities_or_nan(labels, name, params):
+    service = Service(labels, thrown=[0, 7])
+    oracle = make(name, **params)(service, network(labels))
+    answers = oracle(images(20))
+    assert (answers.shape, answers.dtype) == ((20, labels), np.float32)
+    thrown = np.isnan(answers)
+    assert (thrown.all(axis=1) == thrown.any(axis=1)).all()
+    if name != "average":  # there one repeat may be thrown away and another not
+        assert thrown[[0, 7]].all()
+    kept = answers[~thrown.any(axis=1)]
+    assert len(kept) > 3
+    assert (kept >= 0).all()
+    np.testing.assert_allclose(kept.sum(axis=1), 1, atol=1e-5)
+
+
+@every_modifier
+def test_an_answer_of_nothing_but_nan_stays_so(name, params):
+    service = Service(thrown=range(60))
+    answers = make(name, **params)(service, network(10))(images(9))
+    assert np.isnan(answers).all()
+    assert answers.shape == (9, 10)
+
+
+@every_modifier
+def test_no_images_no_answers(name, params):
+    oracle = make(name, **params)(Service(), network(10))
+    assert oracle(images(0)).shape == (0, 10)
+
+
+@every_modifier
+def test_the_oracle_is_described_and_the_budget_kept(name, params):
+    service = Service(budget=20, step=1 / 255)
+    oracle = make(name, **params)(service, network(10))
+    assert (oracle.labels, oracle.shape, oracle.step) == (10, (1, 4, 4), 1 / 255)
+    cost = params.get("repeats", 1)
+    assert oracle.remaining == 20 // cost
+    oracle(images(4))
+    assert service.remaining == 20 - 4 * cost
+    assert oracle.remaining == (20 - 4 * cost) // cost
+    before = len(service.asked)
+    with pytest.raises(BudgetExhausted):
+        oracle(images(oracle.remaining + 1))
+    assert len(service.asked) == before
+    oracle(images(oracle.remaining))
+
+
+@every_modifier
+def test_the_same_seed_gives_the_same_answers_and_leaves_no_trace(name, params):
+    student = network(10)
+    student[2].eval()
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first = make(name, **params)(Service(), student)(images(30))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert (student.training, student[2].training) == (True, False)
+    torch.manual_seed(2)
+    again = make(name, **params)(Service(), student)(images(30))
+    np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("armax", {}, "unknown modifier 'armax'; allowed: argmax, top_k, confidence_filter, "),
+        ("argmax", {"k": 1}, "argmax has no parameter 'k'; allowed: none"),
+        ("average", {"n": 1}, "average has no parameter 'n'; allowed: repeats, augment, seed"),
+        ("top_k", {"k": 0}, "TopK: k must be an integer from 1 to 1000000, got 0"),
+        ("top_k", {"k": True}, "TopK: k must be an integer from 1 to 1000000, got True"),
+        ("average", {"augment": 2}, "Average: augment must be one of False, True, got 2"),
+        ("invert", {"gamma": 1}, "Invert: gamma must be a number from 0.001 to 0.999, got 1"),
+        ("invert", {"beta": float("nan")}, "Invert: beta must be a number from 0 to 10, got nan"),
+        ("invert", {"odds": "lee"}, "Invert: odds must be one of 'clamped', 'lee2018', got 'lee'"),
+        ("invert", {"scales": 4}, "Invert: scales must be one or more numbers above 0, got 4"),
+        ("recover", {"hidden": [8, 0.5]}, "Recover: hidden must hold integers above 0"),
+    ],
+)
+def test_bad_parameters_are_refused(name, params, message):
+    with pytest.raises(AttackError) as caught:
+        make(name, **params)
+    assert message in str(caught.value)
+
+
+def test_the_first_modifier_is_nearest_to_the_service():
+    row = np.array([[0.5, 0.3, 0.2]])
+    filtered = apply([make("confidence_filter", beta=0.7), "argmax"], Service(rows=row), network(3))
+    assert np.isnan(filtered(images(1))).all()
+    labels = apply(["argmax", make("confidence_filter", beta=0.7)], Service(rows=row), network(3))
+    assert labels(images(1)).tolist() == [[1, 0, 0]]
+    service = Service(rows=row)
+    assert apply([], service, network(3)) is service
+
+
+def test_argmax_and_top_k_keep_the_first_of_equals():
+    service = Service(rows=np.array([[0.2, 0.4, 0.4, 0.0], [0.25, 0.25, 0.25, 0.25]]))
+    assert make("argmax")(service, network(4))(images(2)).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    kept = make("top_k", k=2)(service, network(4))(images(2))
+    np.testing.assert_allclose(kept, [[0, 0.5, 0.5, 0], [0.5, 0.5, 0, 0]])
+
+
+def test_top_k_of_more_than_all_is_refused():
+    with pytest.raises(AttackError, match="k must be an integer from 1 to 3, got 5"):
+        make("top_k", k=5)(Service(3), network(3))
+
+
+def test_the_filter_keeps_just_what_dcp_left_alone():
+    clean = softmax(logits(10))
+    service = Service(rows=clean, defense=lambda p: defenses.make("dcp", beta=0.7)(p, None))
+    answers = make("confidence_filter", beta=0.7)(service, network(10))(images(300))
+    kept = ~np.isnan(answers).any(axis=1)
+    np.testing.assert_array_equal(kept, clean.max(axis=1) > 0.73)
+    np.testing.assert_allclose(answers[kept], clean[kept], atol=1e-6)
+    assert np.isnan(make("confidence_filter")(service, network(10))(images(300))).all()
+
+
+def test_repeats_are_asked_in_one_call_and_differ_by_what_the_service_sees():
+    service = Service(step=1 / 255)
+    make("average", repeats=5)(service, network(10))(images(7))
+    (asked,) = service.asked
+    assert asked.shape == (35, 1, 4, 4)
+    assert asked.dtype == np.float32
+    assert (asked >= 0).all()
+    assert (asked <= 1).all()
+    np.testing.assert_array_equal(asked[:7], images(7))
+    inner = asked[7:14, :, 1:3, 1:3]
+    moves = [
+        np.abs(inner - images(7)[:, :, 1 + down : 3 + down, 1 + right : 3 + right])
+        for down in (-1, 0, 1)
+        for right in (-1, 0, 1)
+    ]
+    nearest = np.min([move.max(axis=(1, 2, 3)) for move in moves], axis=0)
+    assert (nearest < 1.01 / 255).all()
+    assert len(np.unique(asked.reshape(35, -1), axis=0)) == 35
+
+
+def test_averaging_undoes_noise_keyed_to_the_image():
+    keyed = defenses.make("random", epsilon=0.8, secret=b"key")
+    clean = np.array([[0.9, 0.05, 0.05, 0, 0, 0]] * 50)
+    picture = images(50)
+
+    class Keyed(Service):
+        def __call__(self, asked):
+            self.asked.append(asked)
+            return keyed(np.tile(clean[:1], (len(asked), 1)), asked).astype(np.float32)
+
+    answers = make("average", repeats=20)(Keyed(6), network(6))(picture)
+    same = make("average", repeats=20, augment=False)(Keyed(6), network(6))(picture)
+    assert (same > 0.35).sum() == 100  # the top class, and all of the noise on another
+    assert (answers > 0.35).sum() == 50
+
+
+@pytest.mark.parametrize("classes", [3, 10, 43])
+@pytest.mark.parametrize("odds", ["clamped", "lee2018"])
+@pytest.mark.parametrize("beta", [0, 0.3, 0.7, 1, 1.5, 4])
+def test_own_maps_are_those_of_the_service(beta, odds, classes):
+    rng = np.random.default_rng(0)
+    top = np.linspace(1 / classes, 1, 50)[:, None]
+    edges = np.concatenate([top, np.tile((1 - top) / (classes - 1), classes - 1)], axis=1)
+    half = np.zeros((1, classes))
+    half[0, :2] = 0.5
+    at_beta = np.full((1, classes), (1 - min(beta, 1)) / (classes - 1))
+    at_beta[0, 0] = min(beta, 1)
+    rows = np.concatenate(
+        [draw(500, classes, (1, 8, 30), rng), np.eye(classes), edges, half, at_beta]
+    )
+    mode = "reference" if odds == "clamped" else odds
+    for gamma in (0.1, 0.2, 0.9):
+        for own, theirs in (
+            (
+                Known("dcp", beta, gamma, 1000, odds),
+                defenses.make("dcp", beta=beta, gamma=gamma, mode=mode),
+            ),
+            (
+                Known("reverse_sigmoid", beta, gamma, 1000, odds),
+                defenses.make("reverse_sigmoid", beta=beta, gamma=gamma, odds=odds),
+            ),
+        ):
+            np.testing.assert_allclose(own(rows), theirs(rows, None), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("beta", "gamma", "fold", "least"),
+    [(0.7, 0.2, 0.0323, 0.1469), (1.0, 0.2, 0.0480, 0.1931), (1.5, 0.1, 0.0379, 0.1581)],
+)
+def test_the_fold_is_where_the_least_is_added_to(beta, gamma, fold, least):
+    known = Known("reverse_sigmoid", beta, gamma, 1000, "clamped")
+    found = known.fold(np.array([beta]))
+    assert found[0] == pytest.approx(fold, abs=2e-4)
+    assert known.raised(found, np.array([beta]))[0] == pytest.approx(least, abs=1e-4)
+    near = np.linspace(0.001, 0.499, 1000)
+    assert (known.raised(near, np.array([beta])) >= known.raised(found, np.array([beta]))).all()
+
+
+@pytest.mark.parametrize("odds", ["clamped", "lee2018"])
+@pytest.mark.parametrize("defense", ["dcp", "reverse_sigmoid"])
+def test_slopes_are_those_of_the_maps(defense, odds):
+    known = Known(defense, 0.8, 0.2, 1000, odds)
+    p = np.array([1e-6, 0.01, 0.3, 0.499, 0.501, 0.9])
+    m = np.array([0.5, 0.795, 0.8, 0.802, 0.9, 0.99])
+    c = np.array(0.8)
+    step = p * 1e-6
+    numeric = (known.raised(p + step, c) - known.raised(p - step, c)) / (2 * step)
+    np.testing.assert_allclose(known.raised_slope(p, c), numeric, rtol=1e-5)
+    numeric = (known.strength(m + 1e-7) - known.strength(m - 1e-7)) / 2e-7
+    np.testing.assert_allclose(known.strength_slope(m), numeric, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [3, 10, 43])
+@pytest.mark.parametrize("odds", ["clamped", "lee2018"])
+@pytest.mark.parametrize(
+    ("defense", "beta"),
+    [("dcp", 0.7), ("dcp", 1), ("dcp", 1.2), ("reverse_sigmoid", 0.64)],
+)
+def test_with_a_good_prior_inversion_is_exact(defense, beta, odds, classes):
+    known = Known(defense, beta, 0.2, 1000, odds)
+    z = logits(classes, 200)
+    noise = 0.05 * np.random.default_rng(0).standard_normal(z.shape)
+    clean = softmax(z)
+    found, answers = invert(clean, known, Opinion(_moved(z + noise, known, clean)), prior="student")
+    moved = answers.max(axis=1) <= known.open_above
+    assert np.median(l1(found, clean)[moved]) < 1e-3
+    assert l1(found, clean)[moved].mean() < 0.1 * l1(answers, clean)[moved].mean()
+    np.testing.assert_array_equal(found[~moved], answers[~moved])
+
+
+def _moved(prior, known, clean):
+    """The logits of rows that the defense moves: of the others the student is not asked."""
+    answers = known(clean).round(7).astype(np.float32)
+    return prior[answers.max(axis=1) <= known.open_above]
+
+
+def test_rows_in_the_gate_and_with_empty_tails_are_found():
+    known = Known("dcp", 1.0, 0.2, 1000, "clamped")
+    top = np.array([0.6, 0.97, 0.99, 0.995, 0.999, 0.9999])
+    clean = np.zeros((6, 5))
+    clean[:, 1], clean[:, 3] = top, 1 - top
+    prior = np.log(clean + 1e-9)
+    prior[:, 3] -= 0.3
+    found, answers = invert(clean, known, Opinion(prior), prior="student")
+    assert (l1(answers, clean) > 0.9).all()
+    np.testing.assert_allclose(found, clean, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "beta", "prior", "mean", "median"),
+    [
+        (10, 0.9, "student", 0.25, 0.1),
+        (10, 1.0, "student", 0.2, 0.005),
+        (10, 1.5, "student", 0.25, 0.001),
+        (43, 1.0, "student", 0.3, 0.1),
+        (10, 0.9, "table", 0.55, 0.55),
+        (10, 1.0, "table", 0.45, 0.4),
+        (43, 1.0, "table", 0.85, 0.75),
+    ],
+)
+def test_inversion_with_six_decimals(classes, beta, prior, mean, median):
+    known = Known("dcp", beta, 0.2, 1000, "clamped")
+    z = logits(classes)
+    z = z[softmax(z).max(axis=1) < beta]
+    clean = softmax(z)
+    half_trained = Opinion(z + np.random.default_rng(1).standard_normal(z.shape))
+    found, answers = invert(clean, known, half_trained, prior=prior, pairs=20_000, decimals=6)
+    assert l1(answers, clean).mean() > 1
+    assert l1(found, clean).mean() < mean
+    assert np.median(l1(found, clean)) < median
+
+
+def test_an_answer_with_no_clean_row_keeps_the_prior():
+    impossible = np.array([[0.34, 0.33, 0.33] + [0.0] * 7], np.float32)
+    prior = np.random.default_rng(0).standard_normal((1, 10))
+    oracle = make("invert", prior="student")(Service(rows=impossible), Opinion(prior))
+    np.testing.assert_allclose(oracle(images(1)), softmax(prior), rtol=1e-6)
+
+
+def test_recovery_helps_against_defenses_that_it_is_not_told():
+    clean = softmax(logits(10, 1000))
+    service = Service(rows=clean)
+    oracle = make("recover", pairs=10_000, epochs=8)(service, network(10))
+    assert l1(oracle(images(1000)), clean).mean() < 0.15
+    for name, params in (
+        ("dcp", {"beta": 0.9}),
+        ("dcp", {"beta": 1.0}),
+        ("reverse_sigmoid", {"beta": 0.64}),
+        ("reverse_sigmoid", {"beta": 0.64, "odds": "lee2018"}),
+    ):
+        defended = defenses.make(name, **params)(clean, None)
+        service._rows = defended
+        service.asked.clear()
+        recovered = oracle(images(1000))
+        assert l1(recovered, clean).mean() < 0.65 * l1(defended, clean).mean(), (name, params)
+
+
+def test_classes_are_treated_alike():
+    clean = softmax(logits(10, 40))
+    swapped = np.random.default_rng(0).permutation(10)
+    known = Known("dcp", 1.0, 0.2, 1000, "clamped")
+    for modifier in (
+        make("invert", pairs=2000),
+        make("recover", pairs=600, epochs=1, hidden=[16]),
+    ):
+        one = modifier(Service(rows=known(clean)), network(10))(images(40))
+        other = modifier(Service(rows=known(clean[:, swapped])), network(10))(images(40))
+        np.testing.assert_allclose(one[:, swapped], other, atol=1e-3)

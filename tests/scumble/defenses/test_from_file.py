@@ -1,0 +1,66 @@
+"""A defense of one's own: `FILE.py:Class`."""
+
+import numpy as np
+import pytest
+
+from scumble.attacker.oracle import HttpOracle
+from scumble.defenses import DefenseError, make
+
+QUARTER = """
+from dataclasses import dataclass
+
+from scumble.defenses.base import Defense
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quarter(Defense):
+    share: float = 0.25
+
+    def __post_init__(self):
+        self._check_number("share", 0, 1)
+
+    def __call__(self, probs, inputs):
+        return (1 - self.share) * probs + self.share / probs.shape[1]
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "quarter.py"
+    path.write_text(QUARTER)
+    return path
+
+
+def test_it_is_made_and_checked_like_any_other(file):
+    defense = make(f"{file}:Quarter", share=0.5)
+    np.testing.assert_allclose(defense(np.array([[1.0, 0.0]]), None), [[0.75, 0.25]])
+    assert repr(defense) == "Quarter(share=0.5)"
+    assert type(make(f"{file}:Quarter")) is type(defense)
+    guarded = make(f"{file}:Quarter", keep_top1=True)
+    np.testing.assert_allclose(guarded(np.array([[1.0, 0.0]]), None).argmax(1), [0])
+    with pytest.raises(DefenseError, match="has no parameter 'shares'; allowed: share, keep_top1"):
+        make(f"{file}:Quarter", shares=1)
+    with pytest.raises(DefenseError, match="share must be a number from 0 to 1, got 2"):
+        make(f"{file}:Quarter", share=2)
+
+
+def test_what_is_no_defense_is_refused(file, tmp_path):
+    with pytest.raises(DefenseError, match="has no defense 'Half'"):
+        make(f"{file}:Half")
+    with pytest.raises(DefenseError, match="has no defense 'dataclass'"):
+        make(f"{file}:dataclass")
+    with pytest.raises(DefenseError, match="cannot be loaded: FileNotFoundError"):
+        make(f"{tmp_path}/none.py:X")
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(DefenseError, match="cannot be loaded: ZeroDivisionError"):
+        make(f"{tmp_path}/broken.py:X")
+    with pytest.raises(DefenseError, match=r"unknown defense .*or FILE\.py:Class"):
+        make("dcb")
+
+
+@pytest.mark.server
+def test_every_worker_serves_it(file, serve):
+    server = serve(workers=2, defense=f"{file}:Quarter", defense_params={"share": 1.0})
+    with HttpOracle(server.url, budget=40, batch=1, transport="pixels") as oracle:
+        answers = oracle(np.random.default_rng(0).random((40, 3, 8, 8), np.float32))
+    np.testing.assert_allclose(answers, 0.25, atol=1e-6)

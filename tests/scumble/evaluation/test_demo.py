@@ -1,0 +1,103 @@
+"""The demo and the figures' cells, small, against real servers."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from scumble.attacker.result import read
+from scumble.data.image_sets import load
+from scumble.evaluation import demo, steal
+from scumble.evaluation.local_server import serving
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.server
+def test_the_demo_steals_from_both_servers(tmp_path):
+    words = ["--out", str(tmp_path), "--queries", "300", "--epochs", "2", "--data", "nowhere"]
+    done = CliRunner().invoke(demo.main, words)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert [line["name"] for line in report["attacks"]] == [name for name, *_ in demo.ATTACKS]
+    for line in report["attacks"]:
+        assert line["queries"] == [300, 300]
+        assert 0 <= line["stolen"]["digits"] <= 1
+        assert line["name"] in done.output
+    undefended, defended = report["servers"]["undefended"], report["servers"]["defended"]
+    assert undefended["accuracy"]["digits"] > 0.9
+    assert undefended["l1"]["digits"] == 0
+    assert defended["l1"]["digits"] > 0.5
+    assert min(undefended["latency_ms"], defended["latency_ms"]) > 0
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.size[0] > 600
+    # Nobody's digit is in both sets.
+    asked, test = (load(str(tmp_path / f"{name}.parquet")) for name in ("queries", "test"))
+    assert len(asked) == 300
+    assert not {p.tobytes() for p in asked.images} & {p.tobytes() for p in test.images}
+    # A second run in the same folder begins anew.
+    again = CliRunner().invoke(demo.main, words)
+    assert again.exit_code == 0, again.output
+    second = json.loads((tmp_path / "demo.json").read_text())
+    stolen = [line["stolen"] for line in report["attacks"]]
+    assert stolen == [line["stolen"] for line in second["attacks"]]
+    refused = {"budget": 20, "answered": 20, "refused": 10}
+    assert report["visits"] == second["visits"] == {"undefended": refused, "defended": refused}
+
+
+@pytest.mark.server
+def test_the_demo_steals_from_servers_that_run_and_says_what_it_sent(tmp_path):
+    with (
+        serving(model="mnist", precision="int8", workers=1) as undefended,
+        serving(model="mnist", precision="int8", workers=1, **demo.DCP) as defended,
+    ):
+        servers = {"undefended": undefended, "defended": defended}
+        words = ["--out", str(tmp_path), "--queries", "100", "--epochs", "1", "--data", "nowhere"]
+        words += [f"--{name}={server.url}" for name, server in servers.items()]
+        done = CliRunner().invoke(demo.main, words)
+        assert done.exit_code == 0, done.output
+        report = json.loads((tmp_path / "demo.json").read_text())
+        assert [line["queries"] for line in report["attacks"]] == 6 * [[100, None]]
+        for name, server in servers.items():
+            sent = report["servers"][name]["images"] + sum(
+                line["images"] for line in report["attacks"] if line["server"] == name
+            )
+            counted = server.metrics()
+            assert sent == sum(v for k, v in counted.items() if k.startswith("scumble_images_tot"))
+            assert report["servers"][name]["settings"] is None
+    assert "not asked" in done.output
+
+
+def test_the_demo_asks_no_stranger_without_consent(tmp_path):
+    words = ["--out", str(tmp_path), "--undefended=http://victim:8000"]
+    done = CliRunner().invoke(demo.main, [*words, "--defended=http://defended:8000"])
+    assert done.exit_code == 1
+    assert "--i-have-the-owners-consent" in done.output
+    assert not list(tmp_path.iterdir())
+    done = CliRunner().invoke(demo.main, words)
+    assert done.exit_code == 2
+    assert "belong together" in done.output
+
+
+@pytest.mark.server
+@pytest.mark.data
+def test_a_cell_leaves_a_checked_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(steal, "RESULTS", tmp_path)
+    monkeypatch.setattr(steal, "RUNS", tmp_path / "runs")
+    changes = ("attack.batch=8", "attack.width=8", "attack.views=2")
+    monkeypatch.setitem(steal.CELLS, "small", steal.Cell("mnist", "dfme", 200, changes=changes))
+    done = CliRunner().invoke(steal.main, ["small", "--data", str(ROOT.parent / "shared" / "data")])
+    assert done.exit_code == 0, done.output
+    result = read(tmp_path / "small.json")
+    assert result.command == "python -m scumble.evaluation.steal small"
+    assert (result.ledger.spent, result.ledger.difference) == (168, 0)
+    assert len(result.curve) == 2
+    assert CliRunner().invoke(steal.main, ["small"]).output == ""  # nothing is left to do
+
+
+def test_cells_name_what_is_there():
+    for cell in steal.CELLS.values():
+        assert (ROOT / "models" / cell.victim / "card.json").is_file()
+        assert cell.budget <= 2_000_000

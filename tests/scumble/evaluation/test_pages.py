@@ -1,0 +1,177 @@
+"""Verdicts by rules worked by hand, tables, and the committed page against its records."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from docs.generators import results
+from scumble.evaluation.cells import Defended
+from scumble.evaluation.claims import CLAIMS, advice
+from scumble.evaluation.plans import dcp
+from scumble.evaluation.scores import Spread
+from scumble.evaluation.summary import Line, load
+from scumble.evaluation.tables import advised, compared, everything, latency, ordered
+
+ROOT = Path(__file__).parents[3]
+NONE, LABEL = Defended(), Defended("label")
+
+
+def line(
+    defense, attacker, stolen, *, victim="mnist", precision="float32", served=0.99, clean=0.99
+) -> Line:
+    one = lambda value: Spread(value, None)  # noqa: E731  # a short name for a table of numbers
+    return Line(
+        victim=victim,
+        precision=precision,
+        defense=defense,
+        attacker=attacker,
+        adapt=tuple(attacker.split(" + ")[1:]),
+        budget=1000,
+        transport="pixels",
+        seeds=(0,),
+        files=(f"{victim}-{precision}-{defense.name}-{attacker}.json".replace(" ", "_"),),
+        served=one(served),
+        clean=one(clean),
+        stolen=one(stolen),
+        agreement=one(stolen),
+        agreement_transfer=one(stolen),
+        l1_test=one(0.5),
+        l1_max=one(1.5),
+        l1_transfer=one(0.6),
+        top1_changed=one(0.01),
+        calibration_error=one(0.1),
+        kl=one(0.2),
+        added_p50_ms=one(0.01),
+        added_p99_ms=one(-0.02),
+    )
+
+
+LINES = [
+    line(NONE, "knockoff", 0.80),
+    line(NONE, "knockoff centred", 0.95),
+    line(dcp(1.0), "knockoff", 0.75),
+    line(dcp(1.2), "knockoff", 0.40, served=0.97),
+    line(dcp(1.2), "knockoff centred + invert", 0.94, served=0.97),
+    line(LABEL, "knockoff", 0.70),
+    line(NONE, "knockoff", 0.80, precision="int8"),
+    line(dcp(1.2), "knockoff", 0.46, precision="int8", served=0.985),
+    line(LABEL, "knockoff", 0.71, precision="int8"),
+    line(NONE, "dfme", 0.9),
+    line(dcp(1.2), "dfme", 0.3, served=0.97),
+]
+
+
+def case(defense, batch, over_dcp, over_inference):
+    return {
+        "model": "mnist",
+        "precision": "int8",
+        "batch": batch,
+        "defense": defense,
+        "ms_per_image": over_inference / 10,
+        "over_dcp": over_dcp,
+        "over_inference": over_inference,
+    }
+
+
+BENCH = {
+    "command": "scumble bench defenses",
+    "cases": [
+        case("inference", 1, 5, 1.0),
+        case("dcp", 1, 1, 0.2),
+        case("mad", 1, 11, 2.2),
+        case("grad2", 1, 40, 8.0),
+        case("dcp_in_graph", 1, 0.2, 0.04),
+        case("mad_reference", 1, 50, 10.0),
+        case("grad2_reference", 1, 36, 7.0),
+    ],
+}
+VERDICTS = {
+    "It defends against KnockoffNets.": "held in part",  # 1.0: 5 points; 1.2: 40 and 34
+    "It defends against the data-free attack DFME.": "held",
+    "It defends against the data-free attack MAZE.": "not measured",
+    "It works for quantized CNNs as for float ones.": "did not hold",  # 40 and 46
+    "Its impact on accuracy is low.": "held in part",  # 1.2 in float32: 2 points
+    "It is 37 times as fast as the state of the art.": "held in part",  # 50 and 36
+    "It is 37 times as fast as the same defenses written for speed.": "held in part",  # 11 and 40
+    "It costs next to nothing beside inference.": "held",
+    "It protects more than labels alone would, against attackers who adapt.": "did not hold",
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.words)
+def test_verdicts(claim):
+    verdict, figures = claim(LINES, BENCH)
+    assert verdict == VERDICTS[claim.words]
+    assert bool(figures) == (verdict != "not measured")
+    assert {figure.split(": ")[0] for figure in figures} <= {"yes", "no"}
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.words)
+def test_what_was_not_measured_is_not_judged(claim):
+    assert claim([], {}) == ("not measured", [])
+
+
+def test_advice_says_whom_a_strength_keeps_out():
+    weak, strong = advice(LINES)
+    assert (weak.beta, weak.recommended, weak.held) == (1.0, True, {})
+    assert weak.broken == {"knockoff": 0.75}
+    assert (strong.beta, strong.recommended) == (1.2, False)  # 2 points in float32
+    assert strong.held == {"knockoff": 0.46, "dfme": 0.3}
+    assert strong.broken == {"knockoff centred + invert": 0.94}
+    table = advised([weak, strong])
+    assert "| `mnist` | 1.2 | 2.00 float32, 0.50 int8 | 0.50 | no |" in table
+
+
+def test_the_best_attacker_is_bold():
+    table = compared([o for o in ordered(LINES) if o.model == ("mnist", "float32")])
+    rows = table.splitlines()
+    assert rows[0].count("|") == rows[2].count("|")
+    (row,) = [row for row in rows if row.startswith("| dcp (beta 1.2")]
+    assert "**94.0%**" in row
+    assert row.count("**") == 2
+
+
+def test_every_line_leads_to_its_records():
+    table = everything(LINES)
+    for one in LINES:
+        assert f"[0](../docs/results/records/cells/{one.files[0]})" in table
+
+
+def test_seeds_show_as_intervals():
+    many = replace(LINES[3], l1_test=Spread(0.5, 0.04), stolen=Spread(0.4, 0.021))
+    assert "| 40.0% ± 2.1 |" in everything([many])
+    assert "| 0.50 ± 0.04 |" in everything([many])
+
+
+def test_latency_is_a_row_per_model_and_batch():
+    rows = latency(BENCH).splitlines()
+    assert len(rows) == 3
+    assert "20.0 µs, 20.0%" in rows[2]
+    assert "50.0 ×" in rows[2]
+
+
+def test_the_committed_page_is_what_the_records_say():
+    records, bench = load(results.CELLS), results.read_bench()
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert results.results(records, bench) == page, "run: python -m docs.generators.results"
+    for target in re.findall(r"\]\(([^)#]+)\)", page):
+        if "://" not in target:
+            assert (ROOT / "docs" / target).exists(), target
+
+
+def test_the_committed_report_has_the_verdicts_of_the_records():
+    report = (ROOT / "docs" / "results" / "report.html").read_text()
+    lines, bench = ordered(results.summarise(load(results.CELLS))), results.read_bench()
+    for claim in CLAIMS:
+        assert results.card(claim, *claim(lines, bench)) in report, (
+            "run: python -m docs.generators.results"
+        )
+    assert "src=" not in report
+
+
+def test_the_bench_is_of_this_form():
+    bench = json.loads(results.BENCH.read_text())
+    assert {"command", "cores", "processor", "packages", "cases"} <= set(bench)

@@ -1,0 +1,253 @@
+"""One whole cell over HTTP, the records it leaves, and the pages made of them."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from tests.app.test_access import row
+
+from app.access.keys import KeyFile, write_keys
+from docs.generators import results
+from scumble.attacker import attacks
+from scumble.attacker.errors import AttackError
+from scumble.attacker.run import configure
+from scumble.cli import main
+from scumble.evaluation import commands
+from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.plans import PLANS, published
+from scumble.evaluation.record import BadRecord, read
+from scumble.evaluation.referee import Recorder, job, judge
+from scumble.evaluation.summary import best, load, summarise
+
+SMALL = ("fit.epochs=1", "attack.curve=[]")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """60 noisy pictures in four class folders."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for kind in ("red", "green", "blue", "grey"):
+        (root / kind).mkdir()
+        for i in range(15):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(
+                root / kind / f"{i}.png"
+            )
+    return root
+
+
+@pytest.fixture
+def cell(models, folder):
+    return Cell(
+        str(models / "tiny"),
+        Defended("dcp", {"beta": 1.2, "gamma": 0.2}),
+        budget=50,
+        queries=str(folder),
+        test=str(folder),
+        student="small_cnn",
+        changes=SMALL,
+    )
+
+
+@pytest.mark.server
+def test_a_cell_from_servers_to_pages(cell, tmp_path):
+    cells = [cell, replace(cell, seed=1), replace(cell, adapt=("argmax",))]
+    cells.append(replace(cell, defense=Defended()))
+    (tmp_path / "cells").mkdir()
+    for one in cells:
+        record = judge(one, tmp_path / one.key, root=None, command=f"test {one.seed}")
+        (tmp_path / "cells" / f"{one.key}.json").write_text(record.model_dump_json())
+    record = read(tmp_path / cell.key / "record.json")
+    assert record.cell == json.loads(json.dumps(asdict(cell)))
+    assert record.attack.ledger.difference == 0
+    assert record.attack.ledger.spent == 50
+    assert record.transfer.images == 50
+    assert record.served.images == 60
+    assert record.served.l1_mean > 0.3
+    assert record.served.l1_max <= 2
+    assert 0 < record.served.latency_ms["p50"] <= record.served.latency_ms["p99"]
+    assert record.model_sha256 == record.attack.victim.sha256
+    bare = read(tmp_path / cells[3].key / "record.json")
+    assert bare.served.l1_max == pytest.approx(0, abs=1e-5)
+    assert bare.served.accuracy == bare.served.clean_accuracy
+    # The clean side is the same model, whatever defends it.
+    assert bare.served.clean_accuracy == record.served.clean_accuracy
+
+    lines = summarise(load(tmp_path / "cells"))
+    assert sorted(line.seeds for line in lines) == [(0,), (0,), (0, 1)]
+    both = next(line for line in lines if line.seeds == (0, 1))
+    assert both.stolen.half is not None
+    assert {line.attacker for line in lines} == {"knockoff centred", "knockoff centred + argmax"}
+    assert len(best(lines)) == 2
+
+    done = CliRunner().invoke(
+        results.main, ["--cells", str(tmp_path / "cells"), "--out", str(tmp_path / "docs")]
+    )
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "docs" / "results.md").read_text()
+    assert "dcp (beta 1.2, gamma 0.2)" in page
+    assert f"| {both.stolen} |" in page
+    assert "`test 0`" in page
+    report = (tmp_path / "docs" / "results" / "report.html").read_text()
+    assert "src=" not in report  # nothing is loaded from elsewhere
+    assert str(both.stolen) in report
+
+
+@pytest.mark.server
+def test_evaluate_runs_cells_once(cell, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "RUNS", tmp_path / "runs")
+    words = ["evaluate", "--victim", cell.victim, "--defense", "dcp", "--params", '{"beta": 1.2}']
+    words += ["--budget", "20", "--queries", str(folder), "--test", str(folder), "--seeds", "2"]
+    words += ["--out", str(tmp_path / "out"), "--jobs", "2"]
+    for change in SMALL:
+        words += ["--set", change]
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(main, words)
+    assert done.exit_code == 0, done.output
+    files = sorted((tmp_path / "out").glob("*.json"))
+    assert {read(file).cell["seed"] for file in files} == {0, 1}
+    assert "dcp (beta 1.2)" in done.output
+    times = [file.stat().st_mtime_ns for file in files]
+    again = CliRunner().invoke(main, words)
+    assert again.exit_code == 0, again.output
+    assert [file.stat().st_mtime_ns for file in files] == times
+
+
+@pytest.mark.server
+def test_a_service_at_a_url_is_judged_too(cell, serve, tmp_path):
+    theirs = serve(defense="round", defense_params={"decimals": 1})
+    one = replace(cell, defense=Defended("theirs", url=theirs.url))
+    record = judge(one, tmp_path / "url", root=None, command="test")
+    assert record.served.l1_mean > 0
+    assert record.attack.ledger.server is None
+
+
+@pytest.mark.server
+def test_so_is_one_that_asks_for_a_key(cell, serve, tmp_path):
+    keys = tmp_path / "keys.json"
+    write_keys(keys, KeyFile(keys=(row("owner"),)))
+    theirs = serve(defense="round", defense_params={"decimals": 1}, keys_file=keys)
+    one = replace(cell, defense=Defended("theirs", url=theirs.url))
+    headers = {"Authorization": "Bearer owner"}
+    record = judge(one, tmp_path / "url", root=None, command="test", headers=headers)
+    assert record.served.l1_mean > 0
+    with pytest.raises(AttackError, match="401"):
+        judge(one, tmp_path / "keyless", root=None, command="test")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--params", "[1]"], "needed: a JSON object"),
+        (["--params", "{"], "Expecting property name"),
+        (["--url", "http://example.com"], "example.com is not this machine"),
+    ],
+)
+def test_what_cannot_be_judged_is_said(words, message):
+    done = CliRunner().invoke(main, ["evaluate", *words])
+    assert done.exit_code == 1
+    assert message in done.output
+
+
+@pytest.mark.server
+def test_a_cell_that_fails_does_not_stop_the_others(cell, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "RUNS", tmp_path / "runs")
+    bad = replace(cell, defense=Defended("dcp", {"beta": "x"}))
+    monkeypatch.setitem(commands.PLANS, "ci", lambda: iter([bad, cell]))
+    done = CliRunner().invoke(
+        main, ["evaluate", "--plan", "ci", "--out", str(tmp_path / "out"), "--jobs", "1"]
+    )
+    assert done.exit_code == 1
+    assert "1 of 2 cells failed" in done.output
+    assert "beta" in done.output
+    assert len(list((tmp_path / "out").glob("*.json"))) == 1
+
+
+@pytest.mark.server
+def test_records_without_what_makes_them_worth_something_are_refused(cell, tmp_path):
+    judge(cell, tmp_path / "run", root=None, command="test")
+    path = tmp_path / "run" / "record.json"
+    whole = json.loads(path.read_text())
+    for member, place in (
+        ("seeds", whole),
+        ("model_sha256", whole),
+        ("transport", whole),
+        ("ledger", whole["attack"]),
+        ("l1_mean", whole["served"]),
+        ("l1_mean", whole["transfer"]),
+    ):
+        value = place.pop(member)
+        path.write_text(json.dumps(whole))
+        with pytest.raises(BadRecord, match=member):
+            read(path)
+        place[member] = value
+    path.write_text(json.dumps(whole | {"seeds": {}}))
+    with pytest.raises(BadRecord, match="seeds"):
+        read(path)
+
+
+def test_the_recorder_keeps_a_uniform_sample():
+    class Counting:
+        labels, shape, step, remaining = 2, (1, 1, 1), 0.0, 10**6
+
+        def __call__(self, images):
+            return np.repeat(images[:, :, 0, 0], 2, axis=1)
+
+    recorder = Recorder(Counting(), 200, seed=0)
+    for i in range(0, 2000, 50):
+        recorder(np.arange(i, i + 50, dtype=np.float32).reshape(-1, 1, 1, 1))
+    images, answers = recorder.sample()
+    values = images.ravel()
+    np.testing.assert_array_equal(answers[:, 0], values)
+    assert len(set(values)) == 200
+    assert 850 < values.mean() < 1150
+    small = Recorder(Counting(), 200, seed=0)
+    small(np.zeros((3, 1, 1, 1), np.float32))
+    assert len(small.sample()[0]) == 3
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_published_cells_have_the_papers_attack_and_nothing_of_the_plans(plan):
+    same = "victim", "precision", "defense", "attack", "queries", "adapt", "transport", "seed"
+    for cell in PLANS[plan]():
+        paper = published(cell)
+        assert all(getattr(paper, name) == getattr(cell, name) for name in same)
+        assert paper.budget > cell.budget
+        assert (paper.student, paper.test_images) == ("auto", 0)
+        attack, modifiers = configure(job(paper, "http://localhost", None, None, 1))
+        assert attack == attacks.make(cell.attack, "paper", seed=cell.seed)
+        assert modifiers == configure(job(cell, "http://localhost", None, None, 1))[1]
+
+
+def test_the_profile_of_a_plan_counts(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(commands, "seeded", lambda cells, _: seen.extend(cells) or [])
+    words = ["evaluate", "--plan", "matrix", "--out", str(tmp_path)]
+    for profile in ("cpu", "paper"):
+        done = CliRunner().invoke(main, [*words, "--profile", profile])
+        assert done.exit_code == 0, done.output
+    ours = list(PLANS["matrix"]())
+    assert seen == [*ours, *map(published, ours)]
+    assert {cell.budget for cell in seen[len(ours) :]} == {50_000}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--defense", "dcp"], "--defense"),
+        (["--set", "fit.epochs=1", "--profile", "paper"], "--set"),
+        (["--budget", "20000", "--transport", "png"], "--budget, --transport"),
+    ],
+)
+def test_options_that_a_plan_would_ignore_are_refused(words, named, tmp_path):
+    done = CliRunner().invoke(main, ["evaluate", "--plan", "ci", *words, "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert f"--plan has cells of its own: leave out {named}\n" in done.output
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans_have_no_cell_twice(plan):
+    keys = [cell.key for cell in PLANS[plan]()]
+    assert len(set(keys)) == len(keys) > 2

@@ -1,0 +1,175 @@
+"""The workshop's commands: what they write, and one line for every mistake."""
+
+import io
+import shlex
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from app.inference.bundle import Bundle, golden_inputs
+from app.inference.engines import load
+from scumble.training.commands import quantize, train
+from scumble.training.exporting import export
+
+OWN = """
+import torch
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(4, 3))
+"""
+
+
+def write_parquet(path, images, labels):
+    def encoded(image):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    rows = [{"bytes": encoded(im), "path": f"{i}.png"} for i, im in enumerate(images)]
+    pq.write_table(pa.table({"image": rows, "label": [int(k) for k in labels]}), path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Real digits of 8 x 8 pixels under the name of a set that has a recipe."""
+    folder = tmp_path_factory.mktemp("data")
+    found = load_digits()
+    images = (found.images * 15.9375).astype(np.uint8)
+    write_parquet(folder / "mnist_train.parquet", images[:600], found.target[:600])
+    write_parquet(folder / "mnist_test.parquet", images[600:900], found.target[600:900])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(data, tmp_path_factory):
+    """A model folder after `scumble train mnist`."""
+    folder = tmp_path_factory.mktemp("models")
+    words = ["mnist", "--data", str(data), "--models", str(folder), "--epochs", "30"]
+    done = CliRunner().invoke(train, words, prog_name="train")
+    assert done.exit_code == 0, done.output
+    assert "of 300 test images" in done.output
+    return folder
+
+
+def test_train(models, data):
+    card = Bundle(models / "mnist").card
+    assert shlex.split(card.training["command"]) == shlex.split(
+        f"scumble train mnist --data {data} --models {models} --epochs 30"
+    )
+    assert card.training["recipe"]["epochs"] == 30
+    assert card.training["images"] + card.training["held_out"] == 600
+    assert card.labels == [str(k) for k in range(10)]
+    assert card.accuracy["float32"].images == 300
+    assert card.accuracy["float32"].data.startswith("mnist_test (sha256")
+    assert card.accuracy["float32"].value > 0.6
+    assert "CC BY-SA" in card.data_licence
+
+
+def test_quantize(models, data):
+    words = ["mnist", "--data", str(data), "--models", str(models), "--epochs", "1"]
+    done = CliRunner().invoke(quantize, words, prog_name="quantize")
+    assert done.exit_code == 0, done.output
+    for name in ("ptq-server", "qat-server", "ptq-mobile", "qat-mobile"):
+        assert f"{name} " in done.output
+    card = Bundle(models / "mnist").card
+    assert len(card.quantization["candidates"]) == 4
+    assert card.quantization["qat"]["augment"] == "digits"
+    assert card.training["recipe"]["epochs"] == 30  # kept
+    assert abs(card.accuracy["int8"].value - card.accuracy["float32"].value) < 0.05
+
+    words += ["--method", "ptq", "--preset", "mobile"]
+    done = CliRunner().invoke(quantize, words, prog_name="quantize")
+    assert done.exit_code == 0, done.output
+    assert list(Bundle(models / "mnist").card.quantization["candidates"]) == ["ptq-mobile"]
+
+
+def test_export_own_module_with_labels_and_weights(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "labels.txt").write_text("cat\ndog\nbird\n")
+    namespace: dict = {}
+    exec(OWN, namespace)  # noqa: S102 - the text above
+    net = namespace["net"]().eval()
+    with torch.no_grad():
+        net[4].bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    command = (
+        f"own --module {tmp_path}/own.py:net --weights {tmp_path}/weights.pt --size 12 "
+        f"--channels 1 --labels {tmp_path}/labels.txt --mean 0.5 --std 0.25 --fit crop --ratio 0.9 "
+        f"--models {tmp_path}/models"
+    )
+    done = CliRunner().invoke(export, command.split(), prog_name="export")
+    assert done.exit_code == 0, done.output
+    bundle = Bundle(tmp_path / "models" / "own")
+    assert bundle.card.labels == ["cat", "dog", "bird"]
+    assert bundle.card.preprocessing.model_dump() == {"fit": "crop", "ratio": 0.9}
+    x = golden_inputs(bundle.card.input)
+    planar = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).float() / 255
+    with torch.inference_mode():
+        expected = net((planar - 0.5) / 0.25).softmax(1).numpy()
+    found = load("onnxruntime", bundle.onnx("float32"), threads=1, precision="float32")(x)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_export_torchvision_has_imagenet_defaults(tmp_path):
+    words = ["sq", "--torchvision", "squeezenet1_1", "--classes", "5", "--size", "64"]
+    done = CliRunner().invoke(export, [*words, "--models", str(tmp_path)], prog_name="export")
+    assert done.exit_code == 0, done.output
+    bundle = Bundle(tmp_path / "sq")
+    assert bundle.card.preprocessing.model_dump() == {"fit": "crop", "ratio": 0.875}
+    assert bundle.card.labels == ["0", "1", "2", "3", "4"]
+    assert len(bundle.golden().probabilities["float32"][0]) == 5
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "message"),
+    [
+        (train, "imagenet", "'imagenet' is not one of"),
+        (train, "mnist --data {folder}/none", "does not exist"),
+        (quantize, "none --data {data} --models {folder}", "no model 'none'"),
+        (export, "x", "give one of --torchvision, --module, --pt2 and --defense"),
+        (export, "x --torchvision resnet1", "no torchvision classifier 'resnet1'"),
+        (export, "x --module none.py:net", "FILE.py:FUNCTION"),
+        (export, "x --module {folder}/own.py:net --size 12", "does not take (2, 3, 12, 12)"),
+        (
+            export,
+            "x --module {folder}/own.py:net --size 12 --channels 1 --classes 9",
+            "the network has 3 classes, but there are 9 labels",
+        ),
+        (export, "x --module {folder}/own.py:net --mean 1,b", "'1,b' is not a list of numbers"),
+        (export, "x --pt2 {folder}/own.py", "is not a torch.export file"),
+        (export, "../x --module {folder}/own.py:net --channels 1", "no card can be made"),
+    ],
+)
+def test_one_line_for_a_mistake(command, words, message, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "models").mkdir()
+    typed = words.format(data=data, folder=tmp_path).split()
+    done = CliRunner().invoke(command, typed, prog_name=command.name)
+    assert done.exit_code in (1, 2)
+    assert isinstance(done.exception, SystemExit)
+    assert message in done.output
+    assert len(done.output.strip().splitlines()[-1]) < 1200
+    assert not list(tmp_path.rglob("*.onnx"))
+    assert not (tmp_path.parent / "x").exists()
+
+
+def test_other_data_than_the_bundle_takes(models, data, tmp_path):
+    colour = np.zeros((8, 6, 6, 3), np.uint8)
+    colour[..., 0] = 200
+    write_parquet(tmp_path / "colour.parquet", colour, np.arange(8) % 10)
+    write_parquet(tmp_path / "few.parquet", colour[..., 0], np.arange(8) % 3)
+    for file, message in (("few", "3 classes, the bundle 10"), ("none", "no file")):
+        words = ["mnist", "--models", str(models), "--data", str(data)]
+        words += ["--test", str(tmp_path / f"{file}.parquet")]
+        done = CliRunner().invoke(quantize, words, prog_name="quantize")
+        assert done.exit_code == 1
+        assert message in done.output
