@@ -24,7 +24,7 @@ from app.errors import ConfigError
 from app.http.application import build
 from app.http.prediction import Batchers, Service
 from app.inference import engines
-from app.inference.async_lazy import Late
+from app.inference.async_lazy import AsyncLazy
 from app.inference.auxiliary import Auxiliaries
 from app.inference.batching import Batcher
 from app.inference.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
@@ -74,7 +74,7 @@ def create_app(
     )
     pictures = golden_inputs(bundle.card.input)
     pixels = compose(bundle.onnx(settings.precision), pictures, settings.batch.max_size)
-    self_test(bundle, pixels.plain.engine, settings.precision)
+    self_test(bundle, pixels.unfused.engine, settings.precision)
     inline = settings.batch.execution == "inline" or (
         settings.batch.execution == "auto" and pixels.seconds < INLINE_S
     )
@@ -82,7 +82,7 @@ def create_app(
     batchers = partial(make_batchers, settings, metrics, inline)
     tracing = make_tracing(settings, os.environ)
     policies = make_policies(settings, bundle, defense, pixels.max_size)
-    policies.serve(pictures, pixels.plain.engine(pictures))
+    policies.serve(pictures, pixels.unfused.engine(pictures))
     files = FileWatcher(
         failures=metrics.reload_failures,
         failing_s=metrics.reload_failing_s,
@@ -95,7 +95,7 @@ def create_app(
         limits=settings.limits,
         pixels=batchers(pixels),
         # Most clients never send any, and it needs a copy of the network.
-        tensors=Late(partial(for_tensors, compose, settings, bundle, policies, batchers))
+        tensors=AsyncLazy(partial(for_tensors, compose, settings, bundle, policies, batchers))
         if settings.tensor_input
         else None,
         metrics=metrics,
@@ -114,7 +114,7 @@ def create_app(
             "precision": settings.precision,
             "engine": engine,
             "defense": repr(defense),
-            "defends": "graph" if isinstance(pixels.whole, Fused) else "numpy",
+            "defends": "graph" if isinstance(pixels.fused, Fused) else "numpy",
             "execution": "inline" if inline else "thread",
             "max_batch": pixels.max_size,
             "full_batch_ms": round(pixels.seconds * 1000, 3),
@@ -156,7 +156,7 @@ def for_tensors(
     planar = pictures.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
     composed = compose(opened, planar, settings.batch.max_size)
     say_limited(settings, composed)
-    policies.serve(planar, composed.plain.engine(planar))
+    policies.serve(planar, composed.unfused.engine(planar))
     made = batchers(composed)
     made.prepare()
     return made
@@ -175,10 +175,10 @@ def make_batchers(
         target_s=settings.batch.target_p99_ms / 1e3,
         inline=inline,
     )
-    own = batcher(composed.whole)
-    if settings.keys_file is None or composed.whole is composed.plain:
+    own = batcher(composed.fused)
+    if settings.keys_file is None or composed.fused is composed.unfused:
         return Batchers(own, own)
-    return Batchers(own, batcher(composed.plain))
+    return Batchers(own, batcher(composed.unfused))
 
 
 def make_metrics(settings: Settings, bundle: Bundle, engine: str) -> Metrics:

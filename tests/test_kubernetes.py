@@ -18,7 +18,6 @@ import pytest
 import redis
 import yaml
 from starlette.routing import Route
-from tests.app.test_access import IMAGE, row
 
 from app.access.keys import KeyFile, write_keys
 from app.admin.application import create_admin
@@ -27,6 +26,7 @@ from app.settings import Settings, load_settings
 from app.telemetry.incidents import Incidents
 from loadtest.scaling import USE
 from scumble.evaluation.local_server import Server, serving
+from tests.app.access.test_admission import IMAGE, row
 from tests.docker.test_prometheus import PROMTOOL, promtool
 from tests.exported import NoWorkers, metric_names
 from tests.redis_server import BINARY, RedisServer, needs_redis

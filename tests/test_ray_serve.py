@@ -17,12 +17,12 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
-from tests.app.test_access import BAD, IMAGE, row
-from tests.app.test_budgets import Thief, spend, wait_for
 
 from app.access.keys import KeyFile, write_keys
 from loadtest.peers.processes import running
 from scumble.evaluation.local_server import variables
+from tests.app.access.test_admission import BAD, IMAGE, row
+from tests.app.access.test_budgets import Thief, spend, wait_for
 from tests.redis_server import RedisServer, needs_redis
 
 ROOT = Path(__file__).parent.parent

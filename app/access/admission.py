@@ -2,10 +2,10 @@
 
     header -> SHA-256 -> grant -> route -> [endpoint: charge -> engine -> defense] -> headers
 
-The keys are read anew when their file changes (`app.system.file_watcher`). A file that is broken changes
-nothing: the old keys go on, and the log says why; with `closed` only for a limited time. A request
-is charged when the headers of its images are known and before any of them is decoded; if it then
-fails or is refused, it is refunded.
+Keys are read again when their file changes (`app.system.file_watcher`). A broken file changes
+nothing: the current keys stay in use, and the log says why; with `closed` only for a limited time.
+A request is charged when the headers of its images are known and before any of them is decoded; if
+it then fails or is refused, it is refunded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger("scumble")
 
 
 @dataclass
-class Visit:
+class Admission:
     """One admitted request and what it was charged."""
 
     grant: Grant
@@ -150,24 +150,24 @@ class Access:
             return endpoint
 
         async def guarded(request: Request) -> Response:
-            visit = Visit(self.known(request.scope), self)
-            request.scope["state"]["visit"] = visit
-            visit.grant.check(request.scope["path"])
+            admission = Admission(self.known(request.scope), self)
+            request.scope["state"]["admission"] = admission
+            admission.grant.check(request.scope["path"])
             try:
                 response = await endpoint(request)
             except OverBudget as exc:
-                exc.headers.update(visit.headers)
-                if visit.grant.client:
-                    self.clients.refused(visit.grant.client)
+                exc.headers.update(admission.headers)
+                if admission.grant.client:
+                    self.clients.refused(admission.grant.client)
                 raise
             except Exception:
-                await visit.refund()
+                await admission.refund()
                 raise
-            if visit.headers:
-                response.headers.update(visit.headers)
+            if admission.headers:
+                response.headers.update(admission.headers)
             images = request.scope["state"].get("images", 0)
-            if images and visit.grant.client:
-                self.clients.answered(visit.grant.client, images)
+            if images and admission.grant.client:
+                self.clients.answered(admission.grant.client, images)
             return response
 
         return guarded

@@ -24,7 +24,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from app.access import quotas
-from app.access.admission import Visit
+from app.access.admission import Admission
 from app.endpoint import Endpoint
 from app.errors import Internal, RequestError, Unavailable
 from app.system.timestamps import timestamp
@@ -105,9 +105,9 @@ class Audit:
                 await self._note(request.scope, route, error.status, error.reason)
                 raise
             if not await self._note(request.scope, route, response.status_code):
-                visit: Visit | None = request.scope["state"].get("visit")
-                if visit is not None:
-                    await visit.refund()
+                admission: Admission | None = request.scope["state"].get("admission")
+                if admission is not None:
+                    await admission.refund()
                 raise Unavailable(FAILS)
             return response
 
@@ -187,7 +187,7 @@ class Audit:
 
     def _entry(self, scope: Scope, route: str, status: int, refusal: str | None) -> dict[str, Any]:
         state = scope["state"]
-        visit: Visit | None = state.get("visit")
+        admission: Admission | None = state.get("admission")
         entry = {
             "kind": "prediction",
             "time": self._now(),
@@ -199,10 +199,10 @@ class Audit:
             "client": None,
             "policy": self._policy,
         }
-        if visit is not None:
-            entry |= {"client": visit.grant.client or None, "policy": visit.grant.policy}
-            if visit.asked is not None:
-                entry["left"] = quotas.left(visit.grant.buckets, visit.asked)
+        if admission is not None:
+            entry |= {"client": admission.grant.client or None, "policy": admission.grant.policy}
+            if admission.asked is not None:
+                entry["left"] = quotas.left(admission.grant.buckets, admission.asked)
         if refusal is not None:
             entry["refusal"] = refusal
         if state["traceparent"] is not None:

@@ -118,7 +118,7 @@ def check(**arguments: Any) -> None:
     click.echo(f"accuracy  {accuracy or 'not measured'}")
     click.echo(f"engine    {engine}, {settings.precision}, {settings.worker_count} worker(s)")
     click.echo(f"defense   {defense!r}")
-    most = app.state.service.pixels.own.max_size
+    most = app.state.service.pixels.default.max_size
     click.echo(f"batches   up to {most} images")
     if most < settings.batch.max_size:
         click.echo(

@@ -23,14 +23,14 @@ from app.errors import (
     UnsupportedType,
 )
 from app.http.forms import read_form
-from app.inference.deadline import Patience
+from app.inference.deadline import Deadline
 from app.inference.executor import BoundedExecutor
 from app.inference.formats import FORMATS, SIGNATURE
 
 # A request's headers, names in small letters, as `dict` makes it of ASGI's pairs: to look a few up
 # in Starlette's own takes longer than to decode a small image.
-Fields = Mapping[bytes, bytes]
-Reader = Callable[[Fields, bytes, int], list[bytes]]
+Headers = Mapping[bytes, bytes]
+Reader = Callable[[Headers, bytes, int], list[bytes]]
 
 # What clients send that were not told what they send; the last is what curl says of any body.
 UNSPECIFIC = frozenset(
@@ -57,23 +57,23 @@ _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 40
 
 
 async def read_images(
-    fields: Fields,
+    headers: Headers,
     receive: Receive,
     *,
     max_bytes: int,
     max_images: int,
     executor: BoundedExecutor,
-    patience: Patience,
+    deadline: Deadline,
 ) -> list[bytes]:
     """The encoded images of a request, at least one.
 
     Args:
-        fields: the headers.
+        headers: of the request.
         receive: gives the body.
         max_bytes: of the body.
         max_images: in it.
         executor: parses what would hold the event loop.
-        patience: how long that is worth it.
+        deadline: how long that is worth it.
 
     Raises:
         UnsupportedType: a content type that is not read, or a compressed body.
@@ -82,22 +82,22 @@ async def read_images(
         Unprocessable: it holds no image.
         Unavailable, TooLate, ClientGone: as `executor` raises them.
     """
-    declared = fields.get(b"content-type", b"").decode("latin-1")
+    declared = headers.get(b"content-type", b"").decode("latin-1")
     content_type = declared.partition(";")[0].strip().lower()
     reader = READERS.get(content_type)
     if reader is None and content_type not in UNSPECIFIC and not content_type.startswith("image/"):
         raise _unsupported(content_type)
-    refuse_encoding(fields)
-    body = await read_body(fields, receive, max_bytes)
+    refuse_encoding(headers)
+    body = await read_body(headers, receive, max_bytes)
     if reader is None:
         reader = _recognised(body)
         if reader is None:
             raise _unsupported(content_type, f" and a body that starts with {body[:8]!r}")
     if len(body) <= INLINE_BYTES or reader is raw:
-        images = reader(fields, body, max_images)
+        images = reader(headers, body, max_images)
     else:
-        task = partial(reader, fields, body, max_images)
-        (images,) = await executor([task], len(body), patience)
+        task = partial(reader, headers, body, max_images)
+        (images,) = await executor([task], len(body), deadline)
     if len(images) > max_images:
         raise TooLarge(f"request has {len(images)} images; allowed: {max_images}")
     if not all(images):
@@ -110,26 +110,26 @@ def small_number(text: str) -> int | None:
     return int(text) if len(text) <= 15 and text.isascii() and text.isdecimal() else None
 
 
-def refuse_encoding(fields: Fields) -> None:
+def refuse_encoding(headers: Headers) -> None:
     """Compressed bodies could unpack to anything.
 
     Raises:
         UnsupportedType: the body is compressed.
     """
-    encoding = fields.get(b"content-encoding", b"identity").strip().lower()
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding not in (b"identity", b""):
         name = encoding[:40].decode("latin-1")
         raise UnsupportedType(f"unsupported Content-Encoding {name!r}; allowed: identity")
 
 
-async def read_body(fields: Fields, receive: Receive, max_bytes: int) -> bytes:
+async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
     """The whole body, never holding more than `max_bytes` of it.
 
     Raises:
         TooLarge: more than `max_bytes`, declared or sent.
         ClientGone: the client went away in the middle.
     """
-    _declared(fields, max_bytes)
+    _declared(headers, max_bytes)
     body, more = _piece(await receive(), 0, max_bytes)
     if not more:  # nearly always
         return body
@@ -140,7 +140,7 @@ async def read_body(fields: Fields, receive: Receive, max_bytes: int) -> bytes:
     return bytes(whole)
 
 
-async def read_buffer(fields: Fields, receive: Receive, max_bytes: int) -> bytes | bytearray:
+async def read_buffer(headers: Headers, receive: Receive, max_bytes: int) -> bytes | bytearray:
     """The same in one writable buffer, which grows as the body arrives, if its length is declared.
 
     An array over that buffer can be lent to an engine without another copy.
@@ -149,9 +149,9 @@ async def read_buffer(fields: Fields, receive: Receive, max_bytes: int) -> bytes
         TooLarge, ClientGone: as in `read_body`.
         BadFraming: the length is not the declared one.
     """
-    declared = _declared(fields, max_bytes)
+    declared = _declared(headers, max_bytes)
     if not declared:
-        return await read_body(fields, receive, max_bytes)
+        return await read_body(headers, receive, max_bytes)
     body, more = bytearray(), True
     while more:
         chunk, more = _piece(await receive(), len(body), declared)
@@ -161,9 +161,9 @@ async def read_buffer(fields: Fields, receive: Receive, max_bytes: int) -> bytes
     return body
 
 
-def _declared(fields: Fields, max_bytes: int) -> int:
+def _declared(headers: Headers, max_bytes: int) -> int:
     """Bytes of the body by its headers, 0 if they do not say."""
-    declared = small_number(fields.get(b"content-length", b"0").decode("latin-1")) or 0
+    declared = small_number(headers.get(b"content-length", b"0").decode("latin-1")) or 0
     if declared > max_bytes:
         raise TooLarge(f"body has {declared} bytes; allowed: {max_bytes}")
     return declared
@@ -216,20 +216,20 @@ def _check_values(body: bytes) -> None:
         raise TooLarge(f"JSON has {strings} strings; allowed: {MOST_STRINGS}")
 
 
-def raw(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
+def raw(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
     """The body is one image."""
-    del fields, max_images
+    del headers, max_images
     return [body]
 
 
-def multipart(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
+def multipart(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
     """Every `image` part of `multipart/form-data` is an image."""
-    return read_form(fields[b"content-type"].decode("latin-1"), body, max_images)
+    return read_form(headers[b"content-type"].decode("latin-1"), body, max_images)
 
 
-def instances(fields: Fields, body: bytes, max_images: int) -> list[bytes]:
+def instances(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
     """`{"instances": [{"b64": "..."}, ...]}`: each instance is an image in base64."""
-    del fields
+    del headers
     document = load_json(body)
     rows = document.get("instances") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows:

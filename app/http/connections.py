@@ -33,7 +33,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from uvicorn.server import ServerState
 
 from app.errors import MEDIA_TYPE, BadFraming, HeadersTooLarge, RequestError, TooSlow, Unavailable
-from app.inference.deadline import Line
+from app.inference.deadline import ClientConnection
 from app.settings import HttpSettings
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class Connection(HttpToolsProtocol):
         self._memory = common.memory
         self._state = common.state
         self._rejections = common.rejections
-        self._line = Line()
+        self._client = ClientConnection()
         self._since: float | None = self.loop.time()  # when what is awaited from the client began
         self._heading = True  # what comes next is a part of headers
         self._lines_only = True  # the piece at hand had no byte of a body
@@ -325,7 +325,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self.scope["state"]["line"] = self._line
+        self.scope["state"]["client"] = self._client
         self._since = self.loop.time()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -516,11 +516,11 @@ class Connection(HttpToolsProtocol):
 
     def eof_received(self) -> None:
         """The client has hung up; the loop says that the connection is lost a turn later."""
-        self._line.gone = True
+        self._client.gone = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended."""
-        self._line.gone = True
+        self._client.gone = True
         super().connection_lost(exc)
         self._forget()
         if self._answered is not None and self._answered.held:  # the application goes on with it

@@ -19,12 +19,12 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.access.admission import Access, Visit
+from app.access.admission import Access, Admission
 from app.audit.log import Audit
 from app.errors import ClientGone, NotFound, TooLarge, TooLate, Unavailable, Unprocessable
 from app.http.bodies import (
     INLINE_BYTES,
-    Fields,
+    Headers,
     read_buffer,
     read_images,
     refuse_encoding,
@@ -33,17 +33,17 @@ from app.http.bodies import (
 from app.http.responses import Answer, health, json_response
 from app.http.schemas import LimitsInfo
 from app.http.v2 import json_length, read_infer, write_infer
-from app.inference.async_lazy import RETRY_S, Late
+from app.inference.async_lazy import RETRY_S, AsyncLazy
 from app.inference.batching import Batcher, Served
 from app.inference.bundle import Card, InputShape, Preprocessing
-from app.inference.deadline import LATE, STAYS, Patience
+from app.inference.deadline import ALWAYS_CONNECTED, LATE, Deadline
 from app.inference.decode import Header, Pixels, decode, inspect
 from app.inference.engines import Batch, Probs
 from app.inference.executor import BoundedExecutor
 from app.inference.formats import FORMATS
 from app.settings import LimitSettings
 from app.system.file_watcher import FileWatcher
-from app.system.heap import give_back
+from app.system.heap import trim_heap
 from app.telemetry.metrics import Metrics
 from app.telemetry.stages import Stages
 from scumble.defenses import Defense
@@ -67,12 +67,12 @@ class Batchers(NamedTuple):
     """Who answers images of one kind.
 
     Attributes:
-        own: under the server's defense.
-        apart: clients whose defense is another.
+        default: under the server's defense.
+        per_client: clients whose defense is another.
     """
 
-    own: Batcher
-    apart: Batcher
+    default: Batcher
+    per_client: Batcher
 
     def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Let the engines compile for the batches to come, until told to stop."""
@@ -132,7 +132,7 @@ class Service:
     card: Card
     limits: LimitSettings
     pixels: Batchers
-    tensors: Late[Batchers] | None
+    tensors: AsyncLazy[Batchers] | None
     metrics: Metrics
     count_images: Callable[[int], None]
     executor: BoundedExecutor
@@ -152,18 +152,18 @@ class Service:
         """
         start = self.clock()
         top_k = self._top_k(request)
-        fields = dict(request.scope["headers"])
-        patience = self._patience(request, fields, start)
+        headers = dict(request.scope["headers"])
+        deadline = self._deadline(request, headers, start)
         images = await read_images(
-            fields,
+            headers,
             request.receive,
             max_bytes=self.limits.max_body_bytes,
             max_images=self.limits.max_images,
             executor=self.executor,
-            patience=patience,
+            deadline=deadline,
         )
         read = self.clock()
-        answered = await self._answer(request, images, patience, read)
+        answered = await self._answer(request, images, deadline, read)
         back = self.clock()
         probabilities = answered.served.probabilities
         body = self._encode(request.scope["state"]["id"], probabilities, top_k)
@@ -178,24 +178,24 @@ class Service:
         """
         self.check_path(request)
         start = self.clock()
-        fields = dict(request.scope["headers"])
-        patience = self._patience(request, fields, start)
-        refuse_encoding(fields)
-        body = await read_buffer(fields, request.receive, self.limits.max_body_bytes)
-        if json_length(fields, body) <= INLINE_BYTES:
-            asked = read_infer(fields, body, self.card, self.limits)
+        headers = dict(request.scope["headers"])
+        deadline = self._deadline(request, headers, start)
+        refuse_encoding(headers)
+        body = await read_buffer(headers, request.receive, self.limits.max_body_bytes)
+        if json_length(headers, body) <= INLINE_BYTES:
+            asked = read_infer(headers, body, self.card, self.limits)
         else:
-            task = partial(read_infer, fields, body, self.card, self.limits)
-            (asked,) = await self.executor([task], len(body), patience)
+            task = partial(read_infer, headers, body, self.card, self.limits)
+            (asked,) = await self.executor([task], len(body), deadline)
         read = self.clock()
-        answered = await self._answer(request, asked.images, patience, read)
+        answered = await self._answer(request, asked.images, deadline, read)
         back = self.clock()
         probabilities = answered.served.probabilities
         if probabilities.size <= INLINE_VALUES:
             answer, headers = write_infer(self.card, asked, probabilities)
         else:
             write = partial(write_infer, self.card, asked, probabilities)
-            finish = patience._replace(deadline=math.inf)  # what has begun is answered
+            finish = deadline._replace(at=math.inf)  # what has begun is answered
             ((answer, headers),) = await self.executor([write], 0, finish)
         self._count(request, answered, start, read, back)
         return Response(answer, headers=headers)
@@ -221,7 +221,7 @@ class Service:
             self.pixels.prepare(stop)
         except Exception:  # the service answers without; nobody waits for what this returns
             log.exception("not all batch sizes could be prepared")
-        give_back()
+        trim_heap()
 
     def close(self) -> None:
         """Let running batches finish, end the engines' threads, hand the last metrics over."""
@@ -258,11 +258,11 @@ class Service:
     async def ready(self, request: Request) -> Response:
         """`GET /readyz`: loaded, tested, warm, not draining, budgets and the audit log work."""
         del request
-        obstacle = await self.obstacle()
+        not_ready_reason = await self.not_ready_reason()
         stale = [] if self.files is None else self.files.stale()
-        return health(obstacle or "ready", stale)
+        return health(not_ready_reason or "ready", stale)
 
-    async def obstacle(self) -> str | None:
+    async def not_ready_reason(self) -> str | None:
         """Why no requests should come at the moment."""
         if self.state.draining:
             return "draining"
@@ -306,7 +306,7 @@ class Service:
             for image, header in zip(images, headers, strict=True)
         ]
 
-    async def _for_tensors(self, patience: Patience) -> Batchers:
+    async def _for_tensors(self, deadline: Deadline) -> Batchers:
         """Who answers float tensors. The first requests wait until their deadline for it.
 
         Raises:
@@ -316,7 +316,7 @@ class Service:
             raise Unprocessable("datatype is 'FP32'; this server takes UINT8 only")
         if (made := self.tensors.made) is not None:
             return made
-        left = patience.deadline - self.clock()
+        left = deadline.at - self.clock()
         try:
             async with asyncio.timeout(None if left == math.inf else left):
                 return await self.tensors()
@@ -327,17 +327,17 @@ class Service:
                 "float tensors cannot be answered at the moment; UINT8 can", round(RETRY_S)
             ) from exc
 
-    def _patience(self, request: Request, fields: Fields, start: float) -> Patience:
+    def _deadline(self, request: Request, headers: Headers, start: float) -> Deadline:
         """How long the request may wait: as the settings say, or less if the client says so."""
         allowed_ms = self.limits.deadline_ms or math.inf
-        asked = fields.get(DEADLINE_HEADER)
+        asked = headers.get(DEADLINE_HEADER)
         if asked is not None:
             allowed_ms = min(allowed_ms, _milliseconds(asked))
-        line = request.scope["state"].get("line", STAYS)
-        return Patience(start + allowed_ms / 1000, line)
+        client = request.scope["state"].get("client", ALWAYS_CONNECTED)
+        return Deadline(start + allowed_ms / 1000, client)
 
     async def _answer(
-        self, request: Request, images: Batch | list[bytes], patience: Patience, read: float
+        self, request: Request, images: Batch | list[bytes], deadline: Deadline, read: float
     ) -> Answered:
         """What the client gets, if it is still there to get it: what it cannot see is free.
 
@@ -347,50 +347,50 @@ class Service:
         Args:
             request: whose state has who is charged.
             images: files to decode, or their pixels.
-            patience: looked at before the charge, while the request waits, and at the end.
+            deadline: looked at before the charge, while the request waits, and at the end.
             read: the time at which `images` were there.
         """
         headers = self._inspect(images) if isinstance(images, list) else []
-        ended = patience.ended(read)
+        ended = deadline.ended(read)
         if ended is not None:
             raise ended
         state = request.scope["state"]
         state["images"] = len(images)
-        visit: Visit | None = state.get("visit")
+        admission: Admission | None = state.get("admission")
         defense = None
         decode_start = read
-        if visit is not None:
+        if admission is not None:
             before = self.clock()
-            await visit.charge(len(images))
+            await admission.charge(len(images))
             decode_start += self.clock() - before
-            defense = visit.grant.defense
+            defense = admission.grant.defense
         if isinstance(images, list):
             tasks = self._decoders(images, headers)
             if sum(map(_work, images, headers)) <= INLINE_WORK:
                 rows = [task() for task in tasks]
             else:
-                rows = await self.executor(tasks, sum(map(len, images)), patience)
+                rows = await self.executor(tasks, sum(map(len, images)), deadline)
             images = rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
-        batchers = self.pixels if images.dtype == np.uint8 else await self._for_tensors(patience)
+        batchers = self.pixels if images.dtype == np.uint8 else await self._for_tensors(deadline)
         decoded = self.clock()
-        batcher = batchers.own if defense is None else batchers.apart
+        batcher = batchers.default if defense is None else batchers.per_client
         if len(images) <= batcher.max_size:
-            served = await batcher(images, defense, patience)
+            served = await batcher(images, defense, deadline)
         else:
-            served = await self._in_parts(batcher, images, defense, patience)
-        if patience.line.gone:
+            served = await self._in_parts(batcher, images, defense, deadline)
+        if deadline.client.gone:
             raise ClientGone("the client closed the connection before the answer")
         return Answered(served, decode_start, decoded)
 
     async def _in_parts(
-        self, batcher: Batcher, batch: Batch, defense: Defense | None, patience: Patience
+        self, batcher: Batcher, batch: Batch, defense: Defense | None, deadline: Deadline
     ) -> Served:
         """Many images let others in between their parts."""
         if len(batch) > self.limits.max_queue:
             raise Unprocessable(f"{len(batch)} images never fit the queue of this server")
         size = batcher.max_size
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-        served = await batcher.all(parts, defense, patience)
+        served = await batcher.all(parts, defense, deadline)
         return Served(
             np.concatenate([part.probabilities for part in served]),
             max(part.queue_s for part in served),

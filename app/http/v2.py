@@ -3,9 +3,9 @@
     body = JSON header [+ the input's bytes, row-major, little-endian]
     Inference-Header-Content-Length = bytes of the JSON, where bytes follow; 0: the body is one file
 
-One input, see `app.http.v2_tensors`. One output, `probabilities`: FP32 (N, K), or, where the request says
-`classification: k`, BYTES (N, k) of `probability:index:label`, the most probable first. Either goes
-out as bytes where the request says `binary_data`.
+One input, see `app.http.v2_tensors`. One output, `probabilities`: FP32 (N, K), or, where the
+request says `classification: k`, BYTES (N, k) of `probability:index:label`, the most probable
+first. Either goes out as bytes where the request says `binary_data`.
 
 Source: the protocol's REST specification, and Triton's extensions for binary tensors and for
 classification.
@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 
 from app.errors import BadFraming, Unprocessable
-from app.http.bodies import Fields, brief, load_json, small_number
+from app.http.bodies import Headers, brief, load_json, small_number
 from app.http.v2_tensors import FILES, PIXELS, PREFIX, read_tensor, shapes
 from app.inference.bundle import Card
 from app.inference.engines import Batch, Probs
@@ -65,13 +65,13 @@ def metadata(card: Card, *, floats: bool) -> dict[str, Any]:
     }
 
 
-def json_length(fields: Fields, body: bytes | bytearray) -> int:
+def json_length(headers: Headers, body: bytes | bytearray) -> int:
     """Bytes of the body that are JSON; others follow.
 
     Raises:
         BadFraming: the header that says so is no number, or larger than the body.
     """
-    found = fields.get(LENGTH.encode())
+    found = headers.get(LENGTH.encode())
     if found is None:
         return len(body)
     text = found.decode("latin-1")
@@ -82,7 +82,7 @@ def json_length(fields: Fields, body: bytes | bytearray) -> int:
 
 
 def read_infer(
-    fields: Fields, body: bytes | bytearray, card: Card, limits: LimitSettings
+    headers: Headers, body: bytes | bytearray, card: Card, limits: LimitSettings
 ) -> InferRequest:
     """Parse and check an infer request.
 
@@ -91,8 +91,8 @@ def read_infer(
         Unprocessable: another input, datatype or shape than the model's, or values out of range.
         TooLarge: too many images.
     """
-    length = json_length(fields, body)
-    if length == 0 and LENGTH.encode() in fields:
+    length = json_length(headers, body)
+    if length == 0 and LENGTH.encode() in headers:
         return InferRequest([bytes(body)], binary=True)
     document, tail = _split(body, length)
     tensor = _the_input(document)

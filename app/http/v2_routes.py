@@ -43,7 +43,7 @@ class Inquiry:
     async def live(self, request: Request) -> Response:
         """`GET /v2/health/live`."""
         del request
-        return json_response({"live": True, "ready": await self.service.obstacle() is None})
+        return json_response({"live": True, "ready": await self.service.not_ready_reason() is None})
 
     async def ready(self, request: Request) -> Response:
         """`GET /v2/health/ready`.
@@ -75,9 +75,9 @@ class Inquiry:
         return json_response({"name": self.service.card.name, "ready": True})
 
     async def _refuse_unless_ready(self) -> None:
-        obstacle = await self.service.obstacle()
-        if obstacle:
-            raise Unavailable(f"{obstacle}: ask another replica")
+        not_ready_reason = await self.service.not_ready_reason()
+        if not_ready_reason:
+            raise Unavailable(f"{not_ready_reason}: ask another replica")
 
 
 def routes(service: Service) -> list[Route]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 FORGET = 0.98  # what an earlier batch still counts when another has run
 
 
-class Pace:
+class AdaptiveBatchLimit:
     """The largest batch of which two fit into the target.
 
     An image that arrives just after a batch began waits for that one and for its own. A batch of n

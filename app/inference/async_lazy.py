@@ -14,7 +14,7 @@ log = logging.getLogger("scumble")
 T = TypeVar("T")
 
 
-class Late(Generic[T]):
+class AsyncLazy(Generic[T]):
     """Makes its value at the first call; whoever calls meanwhile waits for the same one.
 
     Args:

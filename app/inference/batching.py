@@ -2,8 +2,8 @@
 
 Nobody waits for company while the engine is idle: the first request starts a batch at the end of
 the event loop's current turn, together with whatever else arrived in that turn. While a batch runs,
-the next one gathers. With a target for the time of answers, `app.inference.adaptive_batch_limit` says how large it may get.
-Whoever is not waited for any more when his turn comes (`app.inference.deadline`) is left out of the batch.
+the next one fills up. With a target latency, `app.inference.adaptive_batch_limit` limits its size.
+Cancelled and expired requests (`app.inference.deadline`) are skipped.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from app.errors import TooLate, Unavailable
-from app.inference.adaptive_batch_limit import Pace
-from app.inference.deadline import FOREVER, LATE, Patience
+from app.inference.adaptive_batch_limit import AdaptiveBatchLimit
+from app.inference.deadline import LATE, NO_DEADLINE, Deadline
 from app.inference.engines import FAST, Batch, Probs, size_within
 from app.inference.pipeline import Answers, Compute, Pipeline
 from app.telemetry.metrics import Metrics
@@ -46,7 +46,7 @@ class _Job:
     future: asyncio.Future[Served]
     submitted: float
     defense: Defense | None
-    patience: Patience
+    deadline: Deadline
 
 
 class Batcher:
@@ -79,7 +79,7 @@ class Batcher:
         self._max_size = max_size
         self._max_queue = max_queue
         self._max_wait_s = max_wait_s
-        self._pace = Pace(target_s, max_size)
+        self._batch_limit = AdaptiveBatchLimit(target_s, max_size)
         self._clock = clock
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
@@ -90,35 +90,35 @@ class Batcher:
         self._thread = None if inline else ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     async def __call__(
-        self, batch: Batch, defense: Defense | None = None, patience: Patience = FOREVER
+        self, batch: Batch, defense: Defense | None = None, deadline: Deadline = NO_DEADLINE
     ) -> Served:
         """Probabilities for (n, ...) images, in order.
 
         Args:
             batch: the images.
             defense: in place of the pipeline's own; a `Pipeline` is needed for that.
-            patience: until when they are worth an inference, on the clock of this batcher.
+            deadline: until when they are worth an inference, on the clock of this batcher.
 
         Raises:
             Unavailable: the queue has no room for them.
-            TooLate, ClientGone: patience ended before their turn.
+            TooLate, ClientGone: the deadline passed, or the client left, before their turn.
         """
-        (future,) = self._queue([batch], defense, patience)
+        (future,) = self._queue([batch], defense, deadline)
         return await future
 
     async def all(
         self,
         batches: Sequence[Batch],
         defense: Defense | None = None,
-        patience: Patience = FOREVER,
+        deadline: Deadline = NO_DEADLINE,
     ) -> list[Served]:
         """The same for several at once: either all of them are queued, or none.
 
         Raises:
             Unavailable: the queue has no room for them.
-            TooLate, ClientGone: patience ended before the turn of one of them.
+            TooLate, ClientGone: the deadline passed, or the client left, before all had run.
         """
-        return await asyncio.gather(*self._queue(batches, defense, patience))
+        return await asyncio.gather(*self._queue(batches, defense, deadline))
 
     @property
     def max_size(self) -> int:
@@ -141,7 +141,7 @@ class Batcher:
             self._thread.shutdown()
 
     def _queue(
-        self, batches: Sequence[Batch], defense: Defense | None, patience: Patience
+        self, batches: Sequence[Batch], defense: Defense | None, deadline: Deadline
     ) -> list[asyncio.Future[Served]]:
         images = sum(map(len, batches))
         if self._waiting + images > self._max_queue:
@@ -152,18 +152,18 @@ class Batcher:
             )
         loop = asyncio.get_running_loop()
         now = self._clock()
-        jobs = [_Job(batch, loop.create_future(), now, defense, patience) for batch in batches]
+        jobs = [_Job(batch, loop.create_future(), now, defense, deadline) for batch in batches]
         self._jobs.extend(jobs)
         self._count(images)
         if not self._busy:
             self._busy = True
             loop.call_soon(self._start)
-        elif self._filling is not None and self._waiting >= self._pace():
+        elif self._filling is not None and self._waiting >= self._batch_limit():
             self._filling.cancel()
             self._filling = None
             loop.call_soon(self._start)
-        if patience.deadline < math.inf:  # a batch may run for longer
-            timer = loop.call_later(patience.deadline - now, self._withdraw, jobs)
+        if deadline.at < math.inf:  # a batch may run for longer
+            timer = loop.call_later(deadline.at - now, self._withdraw, jobs)
             jobs[-1].future.add_done_callback(lambda _: timer.cancel())
         return [job.future for job in jobs]
 
@@ -182,7 +182,7 @@ class Batcher:
         self._swept = now
         waiting: deque[_Job] = deque()
         for job in self._jobs:
-            ended = job.patience.ended(now)
+            ended = job.deadline.ended(now)
             if ended is not None:
                 _refuse(job, ended)
             if job.future.done():
@@ -221,10 +221,10 @@ class Batcher:
         size, dropped = 0, 0
         # No more than fill a size that engines are fast at: the others are the first of the next
         # batch, together with whatever has arrived by then.
-        allowed = size_within(min(self._pace(), self._waiting))
+        allowed = size_within(min(self._batch_limit(), self._waiting))
         while self._jobs and (not jobs or size + len(self._jobs[0].batch) <= allowed):
             job = self._jobs.popleft()
-            ended = job.patience.ended(now)
+            ended = job.deadline.ended(now)
             if ended is not None:
                 _refuse(job, ended)
             if job.future.done():  # by this, or its task was cancelled
@@ -242,7 +242,7 @@ class Batcher:
         whole = jobs[0].batch if len(jobs) == 1 else np.concatenate([job.batch for job in jobs])
         if isinstance(self._pipeline, Pipeline) and any(job.defense is not None for job in jobs):
             parts = [(len(job.batch), job.defense) for job in jobs]
-            return self._pipeline.apart(whole, parts)
+            return self._pipeline.by_client(whole, parts)
         return self._pipeline(whole)
 
     def _finish(self, jobs: list[_Job], started: float, outcome: Answers | BaseException) -> None:
@@ -258,13 +258,13 @@ class Batcher:
         loop = asyncio.get_running_loop()
         if not self._jobs:
             self._busy = False
-        elif self._max_wait_s and self._waiting < self._pace():
+        elif self._max_wait_s and self._waiting < self._batch_limit():
             self._filling = loop.call_later(self._max_wait_s, self._start)
         else:
             loop.call_soon(self._start)
 
     def _deliver(self, jobs: list[_Job], started: float, answers: Answers) -> None:
-        self._pace.note(len(answers.l1), self._clock() - started)
+        self._batch_limit.note(len(answers.l1), self._clock() - started)
         self._metrics.defended_rows.inc(int((answers.l1 > 1e-6).sum()))
         for distance in answers.l1.tolist():
             self._metrics.response_l1.observe(distance)

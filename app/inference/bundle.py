@@ -4,7 +4,7 @@
     float32.onnx    uint8 pixels (N, H, W, C) -> probabilities float32 (N, K)
     int8.onnx       the same, quantized in QDQ form
     golden.json     outputs for a few made-up inputs, checked at every load
-    surrogate.onnx, misinformation.onnx    optional, for some defenses; see `app.inference.auxiliary`
+    surrogate.onnx, misinformation.onnx    optional, for some defenses (`app.inference.auxiliary`)
     codebook.float32.json, codebook.int8.json    optional, what the defense `codebook` serves
 
 Each file is read once, hashed, and handed on as bytes, so that what was checked is what runs. The
@@ -36,7 +36,7 @@ ONNX_FILE: dict[Precision, str] = {
     "bf16": "float32.onnx",
     "int8": "int8.onnx",
 }
-# Optional files that `python -m scumble.training.auxiliary` makes, with the same input as the others.
+# Optional files that `python -m scumble.training.auxiliary` writes, with the same input.
 AUXILIARY_FILES = ("surrogate.onnx", "misinformation.onnx")
 # Optional files that `scumble calibrate` makes, for the answers of each ONNX file.
 CODEBOOK_FILE: dict[Precision, str] = {

@@ -12,7 +12,7 @@ LATE = "the deadline passed before it was the request's turn"
 
 
 @dataclass(slots=True)
-class Line:
+class ClientConnection:
     """A client's connection, as far as its requests care.
 
     Attributes:
@@ -22,26 +22,26 @@ class Line:
     gone: bool = False
 
 
-class Patience(NamedTuple):
+class Deadline(NamedTuple):
     """Of one request.
 
     Attributes:
-        deadline: on the clock of whoever asks; infinite for none.
-        line: what the answer would be sent over.
+        at: on the clock of whoever asks; infinite for none.
+        client: what the answer would be sent over.
     """
 
-    deadline: float
-    line: Line
+    at: float
+    client: ClientConnection
 
     def ended(self, now: float) -> RequestError | None:
         """Why the request is not worth an inference any more."""
-        if self.line.gone:
+        if self.client.gone:
             return ClientGone("the client closed the connection before it was its turn")
-        if now >= self.deadline:
+        if now >= self.at:
             return TooLate(LATE)
         return None
 
 
 # Servers other than ours do not say when a client goes.
-STAYS = Line()
-FOREVER = Patience(math.inf, STAYS)
+ALWAYS_CONNECTED = ClientConnection()
+NO_DEADLINE = Deadline(math.inf, ALWAYS_CONNECTED)

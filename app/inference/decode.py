@@ -1,7 +1,7 @@
 """Image bytes -> uint8 (H, W, C) of the network's input size.
 
-A strict reader (`app/inference/image_header.py`) walks the file first: format, number of pixels and structure
-are checked before any pixel is decoded, and decoders get the file without its metadata. Pixels are
+A strict reader (`image_header.py`) walks the file first: format, number of pixels and structure are
+checked before any pixel is decoded, and decoders get the file without its metadata. Pixels are
 not normalised here; that is inside the graph.
 
 Plain files, 8 bits a channel and as many channels as the network takes, are decoded by imagecodecs,

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from app.errors import TooLate, Unavailable
-from app.inference.deadline import LATE, Patience
+from app.inference.deadline import LATE, Deadline
 
 T = TypeVar("T")
 
@@ -41,19 +41,19 @@ class BoundedExecutor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     async def __call__(
-        self, tasks: Collection[Callable[[], T]], size: int, patience: Patience
+        self, tasks: Collection[Callable[[], T]], size: int, deadline: Deadline
     ) -> list[T]:
         """The results of the tasks, which run in order.
 
         Args:
             tasks: of one request.
             size: bytes of their input.
-            patience: looked at before each task; a deadline is answered at once, also while the
+            deadline: looked at before each task; a deadline is answered at once, also while the
                 task that runs is not done.
 
         Raises:
             Unavailable: too much is waiting.
-            TooLate, ClientGone: patience ended before the last task began, or the deadline passed
+            TooLate, ClientGone: the client left before the last task began, or the deadline passed
                 before it was done.
         """
         if self._tasks and self._tasks + len(tasks) > self._max_tasks:
@@ -67,7 +67,7 @@ class BoundedExecutor:
         self._tasks += len(tasks)
         self._bytes += size
         try:
-            return [await self._one(task, patience) for task in tasks]
+            return [await self._one(task, deadline) for task in tasks]
         finally:
             self._tasks -= len(tasks)
             self._bytes -= size
@@ -82,19 +82,19 @@ class BoundedExecutor:
         """Let the running task finish and end the thread; those that wait are cancelled."""
         self._thread.shutdown(cancel_futures=True)
 
-    async def _one(self, task: Callable[[], T], patience: Patience) -> T:
-        running = asyncio.wrap_future(self._thread.submit(self._run, task, patience))
-        if patience.deadline == math.inf:
+    async def _one(self, task: Callable[[], T], deadline: Deadline) -> T:
+        running = asyncio.wrap_future(self._thread.submit(self._run, task, deadline))
+        if deadline.at == math.inf:
             return await running
         try:
-            return await asyncio.wait_for(running, max(0.0, patience.deadline - self._clock()))
+            return await asyncio.wait_for(running, max(0.0, deadline.at - self._clock()))
         except TimeoutError:  # it does not run if it has not begun; nobody waits for it if it has
             raise TooLate(LATE) from None
 
-    def _run(self, task: Callable[[], T], patience: Patience) -> T:
+    def _run(self, task: Callable[[], T], deadline: Deadline) -> T:
         """On the thread."""
         started = self._clock()
-        ended = patience.ended(started)
+        ended = deadline.ended(started)
         if ended is not None:
             raise ended
         self._started = started

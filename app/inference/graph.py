@@ -1,8 +1,8 @@
 """ONNX files taken apart and put together: cut open at `tensor`, down to one output, defended.
 
 A bundle's graph starts with uint8 pixels; the float32 (N, C, H, W) in [0, 1] that it makes of them
-is named `tensor` (see `scumble/training/export.py`). With that as the input, for clients that send float
-tensors instead of pixels, the nodes before it go.
+is named `tensor` (see `scumble/training/export.py`). With that as the input, for clients that send
+float tensors instead of pixels, the nodes before it go.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 TENSOR = "tensor"
-ANSWERS = "answers"  # output of `measured`: defended rows, and their distance as the last column
+ANSWERS = (
+    "answers"  # output of `with_l1_output`: defended rows, and their distance as the last column
+)
 CLEAN = "clean"  # what was the output before a defense was put behind it
 OPSET = 18  # of the operators that defenses use
 
@@ -192,7 +194,7 @@ def defended(
     return proto.SerializeToString()
 
 
-def measured(model: bytes, defense: Defense) -> bytes | None:
+def with_l1_output(model: bytes, defense: Defense) -> bytes | None:
     """The same network for a service that measures what it does: one output (N, K + 1).
 
     Its columns are the K defended probabilities and the L1 distance to the clean ones.

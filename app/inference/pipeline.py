@@ -13,7 +13,7 @@ import numpy as np
 from app.errors import BundleError, ConfigError
 from app.inference.bundle import Bundle, golden_inputs
 from app.inference.engines import FAST, Batch, Engine, Probs, parts, size_within
-from app.inference.graph import measured
+from app.inference.graph import with_l1_output
 from app.precision import Precision
 from scumble.defenses.base import Defense
 from scumble.defenses.none import NoDefense
@@ -61,7 +61,7 @@ class Pipeline:
             l1 = np.abs(probabilities - clean).sum(1)
         return Answers(probabilities, l1, inferred - start, defended - inferred)
 
-    def apart(self, batch: Batch, parts: Sequence[tuple[int, Defense | None]]) -> Answers:
+    def by_client(self, batch: Batch, parts: Sequence[tuple[int, Defense | None]]) -> Answers:
         """The same where clients differ: one call of the engine, then a defense for each part.
 
         Args:
@@ -84,7 +84,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Fused:
-    """Engine and defense in one graph, as `app.inference.graph.measured` makes it.
+    """Engine and defense in one graph, as `app.inference.graph.with_l1_output` makes it.
 
     The seconds of the defense are among those of the engine.
     """
@@ -115,7 +115,7 @@ def fuse(
     """
     graph = None
     if not isinstance(pipeline.defense, NoDefense):
-        graph = measured(model, pipeline.defense)
+        graph = with_l1_output(model, pipeline.defense)
     if graph is None:
         return pipeline
     fused = Fused(load(graph), pipeline.clock)
@@ -135,14 +135,14 @@ class Composed:
     """What answers images of one kind, warm.
 
     Attributes:
-        whole: with the defense in the graph, where that can be.
-        plain: with the defense behind the engine; the same one if it cannot.
+        fused: with the defense in the graph, where that can be.
+        unfused: with the defense behind the engine; the same one if it cannot.
         max_size: images of the largest batch.
         seconds: of that batch.
     """
 
-    whole: Compute
-    plain: Pipeline
+    fused: Compute
+    unfused: Pipeline
     max_size: int
     seconds: float
 

@@ -47,7 +47,7 @@ class Counts(Protocol):
 
 
 @dataclass(frozen=True)
-class Hand:
+class WorkerChannel:
     """A worker's side: where its connections come from, and where it counts those that ended.
 
     Attributes:
@@ -80,7 +80,7 @@ class Hand:
 
 
 @dataclass(eq=False)
-class _Seat:
+class _WorkerSlot:
     channel: socket.socket
     dealt: int = 0  # minus what it has closed: open connections
     unconfirmed: deque[socket.socket] = field(default_factory=deque)
@@ -159,7 +159,7 @@ class Refusals:
         connection.close()
 
 
-class Dealer:
+class ConnectionDispatcher:
     """Accepts on a bound socket once a worker is there.
 
     Args:
@@ -192,46 +192,46 @@ class Dealer:
         self._listener = listener
         self._late = late
         self._closed = RawArray(c_uint64, workers)
-        self._coming: dict[int, _Seat] = {}
-        self._seats: dict[int, _Seat] = {}
-        self._leaving: dict[int, _Seat] = {}
+        self._coming: dict[int, _WorkerSlot] = {}
+        self._slots: dict[int, _WorkerSlot] = {}
+        self._leaving: dict[int, _WorkerSlot] = {}
         self._undealt: deque[socket.socket] = deque()
         self._listening = False
 
-    def hand(self, number: int) -> Hand:
-        """The side of a new worker; it gets connections once it is seated."""
+    def channel(self, number: int) -> WorkerChannel:
+        """The side of a new worker; it gets connections once it is active."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
-        self._coming[number] = _Seat(ours)
-        return Hand(theirs, self._closed, number)
+        self._coming[number] = _WorkerSlot(ours)
+        return WorkerChannel(theirs, self._closed, number)
 
-    def seat(self, number: int) -> None:
+    def activate(self, number: int) -> None:
         """The worker is ready."""
-        seat = self._seats[number] = self._coming.pop(number)
-        seat.dealt = self._closed[number]
-        asyncio.get_running_loop().add_reader(seat.channel.fileno(), self._confirmed, seat)
+        slot = self._slots[number] = self._coming.pop(number)
+        slot.dealt = self._closed[number]
+        asyncio.get_running_loop().add_reader(slot.channel.fileno(), self._confirmed, slot)
         self._resume()
 
     def leave(self, number: int) -> None:
         """The worker shall get no more: it takes what is on its way and ends."""
-        seat = self._coming.pop(number, None) or self._seats.pop(number, None)
-        if seat is not None:
-            self._leaving[number] = seat
-            seat.channel.shutdown(socket.SHUT_WR)
-        if not self._seats:
+        slot = self._coming.pop(number, None) or self._slots.pop(number, None)
+        if slot is not None:
+            self._leaving[number] = slot
+            slot.channel.shutdown(socket.SHUT_WR)
+        if not self._slots:
             self._pause()
 
     def gone(self, number: int) -> None:
         """The worker's process has ended: others get what it has not taken."""
         self.leave(number)
-        seat = self._leaving.pop(number, None)
-        if seat is None:
+        slot = self._leaving.pop(number, None)
+        if slot is None:
             return
-        seat.confirm(self._out_of_descriptors)
-        asyncio.get_running_loop().remove_reader(seat.channel.fileno())
-        seat.channel.close()
-        self._undealt += seat.unconfirmed
-        if self._ended() and not self._seats:
+        slot.confirm(self._out_of_descriptors)
+        asyncio.get_running_loop().remove_reader(slot.channel.fileno())
+        slot.channel.close()
+        self._undealt += slot.unconfirmed
+        if self._ended() and not self._slots:
             while self._undealt:
                 self._undealt.pop().close()
         self._resume()
@@ -239,23 +239,23 @@ class Dealer:
     def close(self) -> None:
         """Deal what the kernel has accepted already, then refuse connections, and tell workers."""
         if self._listening:
-            while self._seats and self._accept():
+            while self._slots and self._accept():
                 pass
         self._pause()
         self._listener.close()
         self._refused.close()
-        for number in [*self._coming, *self._seats]:
+        for number in [*self._coming, *self._slots]:
             self.leave(number)
 
     def open_connections(self) -> dict[int, int]:
         """How many each worker has."""
         return {
-            number: seat.dealt - self._closed[number] for number, seat in self._seats.items()
+            number: slot.dealt - self._closed[number] for number, slot in self._slots.items()
         }  # fmt: skip
 
-    def _confirmed(self, seat: _Seat) -> None:
-        if not seat.confirm(self._out_of_descriptors):
-            asyncio.get_running_loop().remove_reader(seat.channel.fileno())
+    def _confirmed(self, slot: _WorkerSlot) -> None:
+        if not slot.confirm(self._out_of_descriptors):
+            asyncio.get_running_loop().remove_reader(slot.channel.fileno())
 
     def _ended(self) -> bool:
         return self._listener.fileno() < 0
@@ -278,19 +278,19 @@ class Dealer:
         asyncio.get_running_loop().call_later(PAUSE_S, self._resume)
 
     def _resume(self) -> None:
-        while self._seats and self._undealt:
+        while self._slots and self._undealt:
             if not self._deal(self._undealt.popleft()):
                 return
-        if self._seats:
+        if self._slots:
             self._listen()
 
     def _some(self) -> None:
         for _ in range(AT_ONCE):
-            held = len(self._refused) + sum(len(seat.unconfirmed) for seat in self._seats.values())
+            held = len(self._refused) + sum(len(slot.unconfirmed) for slot in self._slots.values())
             if held >= self._max_held:  # workers are busy: the others wait in the kernel
                 self._pause_for_a_while()
                 return
-            if not self._seats or not self._accept():
+            if not self._slots or not self._accept():
                 return
 
     def _out_of_descriptors(self, connection: socket.socket) -> None:
@@ -337,12 +337,12 @@ class Dealer:
         for number in sorted(opened, key=lambda n: (self._late(n), opened[n])):
             if opened[number] >= self._max_connections:
                 continue
-            seat = self._seats[number]
+            slot = self._slots[number]
             # A worker that has just died, or reads nothing: the next one gets it.
             with contextlib.suppress(OSError):
-                socket.send_fds(seat.channel, [b"c"], [connection.fileno()])
-                seat.dealt += 1
-                seat.unconfirmed.append(connection)
+                socket.send_fds(slot.channel, [b"c"], [connection.fileno()])
+                slot.dealt += 1
+                slot.unconfirmed.append(connection)
                 return True
         self._undealt.append(connection)
         self._pause_for_a_while()

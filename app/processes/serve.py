@@ -15,7 +15,7 @@ from typing import NoReturn
 from app.errors import ConfigError
 from app.http.tls import open_certificate
 from app.processes.snapshot import take
-from app.processes.worker_fork_server import Nursery
+from app.processes.worker_fork_server import WorkerForkServer
 from app.settings import Settings
 from app.system.descriptors import raise_limit
 from app.system.temporary import temporary_folder
@@ -36,7 +36,7 @@ def serve(settings: Settings) -> int:
         metrics, copies = folder / "metrics", folder / "models"
         metrics.mkdir()
         # prometheus_client reads it when it is imported: here, in no process but the workers'.
-        nursery = Nursery(settings.engine, {"PROMETHEUS_MULTIPROC_DIR": str(metrics)})
+        fork_server = WorkerForkServer(settings.engine, {"PROMETHEUS_MULTIPROC_DIR": str(metrics)})
         from app.processes.supervisor import (
             Supervisor,  # here: what workers need is imported meanwhile
         )
@@ -44,7 +44,9 @@ def serve(settings: Settings) -> int:
         served = take(settings, copies / "0")
         with public_socket(settings) as public:
             admin = bind(settings.admin_host, settings.admin_port)
-            supervisor = Supervisor(settings, served, public, admin, str(metrics), copies, nursery)
+            supervisor = Supervisor(
+                settings, served, public, admin, str(metrics), copies, fork_server
+            )
             return asyncio.run(supervisor.run())
 
 

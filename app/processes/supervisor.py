@@ -1,7 +1,7 @@
 """The parent process: binds the ports, keeps N workers alive, serves the admin port.
 
-It runs no model. Workers are not forked from it, so each starts clean (see `app.processes.worker_fork_server`); metrics
-live in files that outlast a worker, so counters never go down.
+It runs no model. Workers are not forked from it, so each starts clean (`worker_fork_server.py`).
+Metrics live in files that outlast a worker, so counters never go down.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from app.admin.console.helper import Helper
 from app.errors import ConfigError, Unavailable
 from app.http.connections import refusal
 from app.processes import worker
-from app.processes.connection_dispatcher import Dealer
+from app.processes.connection_dispatcher import ConnectionDispatcher
 from app.processes.last_good import Chunk, Failing, LastGoodFiles
 from app.processes.snapshot import take
 from app.processes.watchdog import Watchdog
-from app.processes.worker_fork_server import Child, Nursery
+from app.processes.worker_fork_server import Child, WorkerForkServer
 from app.settings import Settings
 from app.system.background import Backoff, repeat, start
 from app.system.descriptors import connections_within, raise_limit
@@ -74,7 +74,7 @@ class Supervisor:
         admin: of the admin port.
         metrics_dir: where workers keep their metrics.
         copies: where copies of bundles go.
-        nursery: where worker processes come from.
+        fork_server: where worker processes come from.
     """
 
     def __init__(
@@ -85,17 +85,17 @@ class Supervisor:
         admin: socket.socket,
         metrics_dir: str,
         copies: Path,
-        nursery: Nursery,
+        fork_server: WorkerForkServer,
     ) -> None:
         self._settings = settings
         self._served = served
         self._copies = copies
-        self._nursery = nursery
+        self._fork_server = fork_server
         self._public = public
         self._watchdog = Watchdog(2 * settings.worker_count, settings.watchdog_s)
         self._incidents = Incidents()
         within = connections_within(raise_limit())
-        self._dealer = Dealer(
+        self._dispatcher = ConnectionDispatcher(
             public,
             2 * settings.worker_count,
             self._watchdog.late,
@@ -132,7 +132,7 @@ class Supervisor:
 
     def connections(self) -> dict[int, int]:
         """Open connections by worker number."""
-        return self._dealer.open_connections()
+        return self._dispatcher.open_connections()
 
     def model_dir(self) -> Path:
         """Where the bundle is that is served."""
@@ -212,7 +212,7 @@ class Supervisor:
         if self._helper is not None:
             self._helper.use(served)
         for number in new:
-            self._seat_or_start(number)
+            self._activate_or_start(number)
         for number in old:
             self._retire(number)
         await run_in_daemon_thread(shutil.rmtree, replaced, True)
@@ -267,14 +267,14 @@ class Supervisor:
         try:
             ours, theirs = Pipe()
             with theirs:
-                hand = self._dealer.hand(number)
+                channel = self._dispatcher.channel(number)
                 pulse = self._watchdog.pulse(number)
-                with hand.channel:
-                    process = await self._nursery.fork(
+                with channel.channel:
+                    process = await self._fork_server.fork(
                         f"worker-{number}",
                         worker.run,
                         served,
-                        hand,
+                        channel,
                         pulse,
                         theirs,
                         self._files.given(),
@@ -282,7 +282,7 @@ class Supervisor:
         except Exception as exc:  # noqa: BLE001  # whatever it is, it must be tried again
             if ours is not None:
                 ours.close()
-            self._dealer.gone(number)
+            self._dispatcher.gone(number)
             self._unwanted.discard(number)
             if not self._stopping.is_set():
                 log.error("a worker cannot be forked: %r", exc, extra={"worker": number})
@@ -317,7 +317,7 @@ class Supervisor:
             child.loaded = True
             child.loaded_at = asyncio.get_running_loop().time()
             if number in self._serving:
-                self._seat(number)
+                self._activate(number)
             else:
                 self._arrive()
         if self.ready() and not self._said_ready:
@@ -333,7 +333,7 @@ class Supervisor:
 
     def _ended(self, number: int) -> None:
         child = self._workers.pop(number)
-        self._dealer.gone(number)
+        self._dispatcher.gone(number)
         self._files.gone(number)
         loop = asyncio.get_running_loop()
         loop.remove_reader(child.process.sentinel)
@@ -387,9 +387,9 @@ class Supervisor:
             and not self._watchdog.late(number)
         )
 
-    def _seat(self, number: int) -> None:
+    def _activate(self, number: int) -> None:
         self._watchdog.start(number)
-        self._dealer.seat(number)
+        self._dispatcher.activate(number)
 
     def _arrive(self) -> None:
         """One of the new workers is loaded."""
@@ -402,9 +402,9 @@ class Supervisor:
         ):
             self._arrived.set_result(True)
 
-    def _seat_or_start(self, number: int) -> None:
+    def _activate_or_start(self, number: int) -> None:
         if number in self._workers:
-            self._seat(number)
+            self._activate(number)
         else:  # it ended in the moment between
             self._start(number, self._served)
 
@@ -418,7 +418,7 @@ class Supervisor:
 
     def _leave(self, number: int, child: _Worker) -> None:
         child.leaving = True
-        self._dealer.leave(number)
+        self._dispatcher.leave(number)
         allowed = self._settings.http.keep_alive_s + self._settings.shutdown_timeout_s + GRACE_S
         asyncio.get_running_loop().call_later(allowed, child.process.send, signal.SIGKILL)
 
@@ -447,11 +447,11 @@ class Supervisor:
 
     async def _stop(self) -> None:
         log.info("draining", extra={"workers": len(self._workers)})
-        self._nursery.close()
+        self._fork_server.close()
         for child in self._workers.values():
             child.process.send(signal.SIGTERM)
         await asyncio.sleep(self._settings.drain_delay_s)
-        self._dealer.close()
+        self._dispatcher.close()
         deadline = asyncio.get_running_loop().time() + self._settings.shutdown_timeout_s + GRACE_S
         while (self._workers or self._forking) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110  # _ended empties it
             await asyncio.sleep(0.02)
@@ -459,7 +459,7 @@ class Supervisor:
             log.error("worker does not end, killing it", extra={"worker": number})
             child.process.send(signal.SIGKILL)
             self._exit_code = 1
-        self._nursery.end()  # or this process would wait at its end for what that one forked
+        self._fork_server.end()  # or this process would wait at its end for what that one forked
         log.info("stopped")
 
 

@@ -20,13 +20,13 @@ import uvicorn
 from app.errors import ConfigError
 from app.http.connections import BodyMemory, Common, Connection, check_all
 from app.http.tls import open_certificate
-from app.processes.connection_dispatcher import Hand
+from app.processes.connection_dispatcher import WorkerChannel
 from app.processes.last_good import Reporter
 from app.processes.watchdog import Pulse
 from app.settings import Settings
 from app.system.background import repeat
 from app.system.file_watcher import FileName, LastGood, WatchedFile
-from app.system.heap import give_back
+from app.system.heap import trim_heap
 from app.telemetry import logs
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class WorkerServer(uvicorn.Server):
         self,
         settings: Settings,
         app: FastAPI,
-        hand: Hand,
+        channel: WorkerChannel,
         pulse: Pulse,
         pipe: Pipe,
         certificate: WatchedFile[ssl.SSLContext] | None = None,
@@ -63,7 +63,7 @@ class WorkerServer(uvicorn.Server):
         self._certificate = certificate
         self._handshake_timeout_s = settings.tls_handshake_timeout_s
         self._app = app
-        self._hand = hand
+        self._channel = channel
         self._pulse = pulse
         self._pipe = pipe
         service: Service = app.state.service
@@ -75,7 +75,7 @@ class WorkerServer(uvicorn.Server):
             ),
             state=service.state,
             rejections=service.metrics.rejections,
-            on_closed=hand.count_closed,
+            on_closed=channel.count_closed,
         )
         self._opening: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[Any] | None = None
@@ -88,10 +88,10 @@ class WorkerServer(uvicorn.Server):
         await super().startup(sockets)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._drain)
-        self._hand.channel.setblocking(False)
-        loop.add_reader(self._hand.channel.fileno(), self._take)
+        self._channel.channel.setblocking(False)
+        loop.add_reader(self._channel.channel.fileno(), self._take)
         service: Service = self._app.state.service
-        ready = await service.obstacle() is None
+        ready = await service.not_ready_reason() is None
         self._pipe.send("ready" if ready else "not ready")
         if service.access is not None or service.audit is not None:
             self._ready = ready
@@ -102,7 +102,7 @@ class WorkerServer(uvicorn.Server):
         service: Service = self._app.state.service
         if service.state.draining:
             return
-        ready = await service.obstacle() is None
+        ready = await service.not_ready_reason() is None
         if ready != self._ready:
             with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
                 self._pipe.send("ready" if ready else "not ready")
@@ -127,14 +127,14 @@ class WorkerServer(uvicorn.Server):
     def _take(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            while (arrived := self._hand.take()) is not None:
+            while (arrived := self._channel.take()) is not None:
                 for connection in arrived:
                     task = loop.create_task(self._open(connection))
                     self._opening.add(task)  # or nobody would hold it
                     task.add_done_callback(self._opening.discard)
         except BlockingIOError:
             return
-        loop.remove_reader(self._hand.channel.fileno())
+        loop.remove_reader(self._channel.channel.fileno())
         self._app.state.service.state.draining = True
         self._end_by = loop.time() + (0 if self._told else self._limits.keep_alive_s + 2 * WATCH_S)
 
@@ -158,7 +158,7 @@ class WorkerServer(uvicorn.Server):
         finally:
             if protocol.transport is None:  # it was never told of the connection, nor of its end
                 connection.close()
-                self._hand.count_closed()
+                self._channel.count_closed()
 
     def _protocol(self) -> Connection:
         return Connection(self._common, self.config, self.server_state, self.lifespan.state)
@@ -189,7 +189,7 @@ def config_for(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 def run(
     settings: Settings,
-    hand: Hand,
+    channel: WorkerChannel,
     pulse: Pulse,
     pipe: Pipe,
     last_good: Mapping[FileName, LastGood],
@@ -209,5 +209,5 @@ def run(
         app.state.service.files.add(certificate)
     gc.collect()
     gc.freeze()  # what is there now stays: no later collection looks through it
-    give_back()
-    WorkerServer(settings, app, hand, pulse, pipe, certificate).run([])
+    trim_heap()
+    WorkerServer(settings, app, channel, pulse, pipe, certificate).run([])

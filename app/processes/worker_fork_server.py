@@ -89,7 +89,7 @@ class Child:
         return None if code == UNKNOWN else code
 
 
-class Nursery:
+class WorkerForkServer:
     """Begins to import at once, on another core if there is one.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """For after what needs much memory once, such as to compile a model."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc has it, musl does not

@@ -2,7 +2,7 @@
 
 `Metrics` is made once per worker, in a registry of its own. Label sets are closed, children are
 made at start, and the hot path only calls `observe` and `inc` on them. Under several workers
-prometheus_client keeps the values in files that the supervisor adds up (`app.processes.supervisor`).
+prometheus_client keeps the values in files that the supervisor adds up.
 
 Counters are written at once, so that a client's count of its images and ours are the same at any
 time. Histograms and gauges are not: a request makes nine observations and moves two gauges up and
@@ -39,7 +39,7 @@ BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FLUSH_S = 0.05
 
 
-class Gathered:
+class BufferedHistogram:
     """A histogram's observations on the way into it."""
 
     def __init__(self, histogram: Histogram) -> None:
@@ -66,7 +66,7 @@ class Gathered:
             self._sum = 0.0
 
 
-class Level:
+class BufferedGauge:
     """A gauge on the way up and down; what it ends at is handed over."""
 
     def __init__(self, gauge: Gauge) -> None:
@@ -107,10 +107,10 @@ class Metrics:
             buckets=STAGE_SECONDS,
             registry=registry,
         )
-        self._gathered: list[Gathered | Level] = []
+        self._buffered: list[BufferedHistogram | BufferedGauge] = []
         self._flushing = False
-        self.stage = {stage: self._gather(stage_seconds.labels(stage)) for stage in STAGES}
-        self.batch_size = self._gather(
+        self.stage = {stage: self._buffer(stage_seconds.labels(stage)) for stage in STAGES}
+        self.batch_size = self._buffer(
             Histogram(
                 "scumble_batch_size",
                 "Images in one call of the engine.",
@@ -118,8 +118,10 @@ class Metrics:
                 registry=registry,
             )
         )
-        self.queue_depth = self._level("scumble_queue_depth", "Images that wait for the engine.")
-        self.inflight = self._level("scumble_inflight", "Requests being answered.")
+        self.queue_depth = self._buffered_gauge(
+            "scumble_queue_depth", "Images that wait for the engine."
+        )
+        self.inflight = self._buffered_gauge("scumble_inflight", "Requests being answered.")
         self.images = Counter(
             "scumble_images_total",
             "Images answered with probabilities: what a client's query budget counts.",
@@ -164,7 +166,7 @@ class Metrics:
             "Answers that the defense changed (L1 above 1e-6).",
             registry=registry,
         )
-        self.response_l1 = self._gather(
+        self.response_l1 = self._buffer(
             Histogram(
                 "scumble_response_l1",
                 "L1 distance between the defended and the clean probabilities of an image.",
@@ -180,15 +182,15 @@ class Metrics:
             registry=registry,
         )
 
-    def request_seconds(self, route: str) -> Gathered:
+    def request_seconds(self, route: str) -> BufferedHistogram:
         """The histogram of a route; ask once, at start."""
-        return self._gather(self._request_seconds.labels(route))
+        return self._buffer(self._request_seconds.labels(route))
 
     def flush(self) -> None:
-        """Hand over what has gathered."""
+        """Hand over what has buffered."""
         self._flushing = False
-        for gathered in self._gathered:
-            gathered.flush()
+        for buffered in self._buffered:
+            buffered.flush()
 
     def flush_soon(self) -> None:
         """The same in `FLUSH_S`, on the running event loop."""
@@ -196,13 +198,13 @@ class Metrics:
             self._flushing = True
             asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
-    def _gather(self, histogram: Histogram) -> Gathered:
-        gathered = Gathered(histogram)
-        self._gathered.append(gathered)
-        return gathered
+    def _buffer(self, histogram: Histogram) -> BufferedHistogram:
+        buffered = BufferedHistogram(histogram)
+        self._buffered.append(buffered)
+        return buffered
 
-    def _level(self, name: str, help_: str) -> Level:
+    def _buffered_gauge(self, name: str, help_: str) -> BufferedGauge:
         gauge = Gauge(name, help_, multiprocess_mode="livesum", registry=self.registry)
-        level = Level(gauge)
-        self._gathered.append(level)
+        level = BufferedGauge(gauge)
+        self._buffered.append(level)
         return level

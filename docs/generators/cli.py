@@ -16,9 +16,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 WIDTH = 100
 HEAD = """# Commands
 
-What `scumble COMMAND --help` says, of every command; written by `python -m docs.generators.cli`, and a
-test compares. Those that need an extra name it when it is missing: `pip install 'scumble[train]'`,
-`[attack]`, `[evaluate]`.
+What `scumble COMMAND --help` says, of every command; written by `python -m docs.generators.cli`,
+and a test compares. Those that need an extra name it when it is missing:
+`pip install 'scumble[train]'`, `[attack]`, `[evaluate]`.
 
 Options of `serve` and `check` stand above `SCUMBLE_*` variables, and these above the file of
 `--config`; all settings are in [settings.md](settings.md).

@@ -36,7 +36,7 @@ class Fitting:
         lr: peak of the learning rate, which then falls to zero as a cosine.
         optimizer: key of `OPTIMIZERS`.
         loss: key of `LOSSES`.
-        augment: key of `scumble.training.train.AUGMENTS`; the answers stay those of the images sent.
+        augment: key of `training.train.AUGMENTS`; the answers stay those of the images sent.
         batch: images per step.
         weight_decay: on all weights.
         warmup: share of the steps in which the learning rate rises.

@@ -71,8 +71,8 @@ def configure(
     Args:
         name: one of `available()`, or `FILE.py:Class` for a defense of one's own.
         params: the defense's own parameters, and `keep_top1: true` to put the guard around it.
-        bundle: where auxiliary networks come from: an `app.inference.auxiliary.Auxiliaries`, or whatever has
-            its method.
+        bundle: where auxiliary networks come from: an `app.inference.auxiliary.Auxiliaries`, or
+            anything with its methods.
         secret: the server's key, for defenses that draw.
 
     Raises:

@@ -42,7 +42,7 @@ class Assisted(Defense):
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:
-        """The defense with its network from `bundle`, an `app.inference.auxiliary.Auxiliaries` or alike.
+        """The defense with its network from `bundle`, as `app.inference.auxiliary` has it.
 
         Raises:
             DefenseError: a parameter is not allowed, or there is no such network.

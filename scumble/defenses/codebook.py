@@ -92,7 +92,7 @@ class Codebook(Defense):
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:
-        """The defense with its rows from `bundle`, an `app.inference.auxiliary.Auxiliaries` or the like.
+        """The defense with its rows from `bundle`, as `app.inference.auxiliary` has it.
 
         Raises:
             DefenseError: a parameter is not allowed, or the bundle has no such rows.

@@ -31,7 +31,7 @@ from app.inference import engines
 from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import Bundle, open_bundle
 from app.inference.engines import Batch
-from app.inference.graph import measured
+from app.inference.graph import with_l1_output
 from app.precision import Precision
 from app.settings import default_model_dir
 from scumble.defenses import configure
@@ -125,7 +125,7 @@ def measure(
     for compared in COMPARED:
         defense = configure(compared.name, compared.params, bundle=Auxiliaries(bundle))
         calls[compared.name] = lambda defense=defense: defense(clean, images)  # type: ignore[misc] # its default is the defense
-    graph = measured(model, configure(COMPARED[0].name, COMPARED[0].params))
+    graph = with_l1_output(model, configure(COMPARED[0].name, COMPARED[0].params))
     assert graph is not None  # noqa: S101  # dcp can be written as nodes
     rounds_of = timed(calls, rounds)
     rounds_of["dcp_in_graph"] = [

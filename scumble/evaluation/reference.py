@@ -1,8 +1,8 @@
 """MAD and GRAD² as their papers compute them: by backpropagation through a surrogate in torch.
 
 The service computes the same answers without a gradient (`scumble/defenses/mad.py`,
-`scumble/defenses/grad2.py`). These forms are kept as what it is compared with, in tests for the values
-and in benchmarks for the time: they cost what the published defenses cost.
+`scumble/defenses/grad2.py`). These forms are what it is compared with, in tests for the values and
+in benchmarks for the time: they cost what the published defenses cost.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
-from tests.app.test_access import row
 
 from app.access.keys import KeyFile, write_keys
 from app.telemetry.metrics import FLUSH_S
 from tests.app import telling
+from tests.app.access.test_admission import row
 from tests.app.stubborn import HUNG, NAME, SLOW, SLOW_S, plain
 from tests.pictures import PNG
 

@@ -1,8 +1,9 @@
 """What the service uses of uvicorn and of multiprocessing that neither documents.
 
-`app/http/connections.py`, `app/processes/worker.py` and `app/processes/supervisor.py` extend uvicorn's classes, and
-`app/processes/worker_fork_server.py` starts multiprocessing's fork server itself. `pyproject.toml` allows the releases
-of uvicorn that were tried. Where another one, or another Python, differs, a test here says in what.
+`app/http/connections.py`, `app/processes/worker.py` and `app/processes/supervisor.py` extend
+uvicorn's classes, and `app/processes/worker_fork_server.py` starts multiprocessing's fork server.
+`pyproject.toml` allows the releases of uvicorn that were tried. Where another one, or another
+Python, differs, a test here says in what.
 """
 
 import ast

@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx2
 import pytest
 from starlette.testclient import TestClient
-from tests.app.test_nursery import wait_for
 
 from app.admin.application import create_admin
 from app.errors import BundleError, ConfigError
@@ -24,6 +23,7 @@ from app.settings import Settings
 from app.system.temporary import temporary_folder
 from app.telemetry.incidents import Incidents
 from scumble.evaluation.local_server import start
+from tests.app.processes.test_worker_fork_server import wait_for
 from tests.app.test_faults import IMAGE, kill_one, post
 from tests.pictures import PNG
 

@@ -12,13 +12,13 @@ import httpx2
 import numpy as np
 import pytest
 import yaml
-from tests.app.test_access import row
 
 from app.access.keys import KeyFile, write_keys
 from dashboards.__main__ import FOLDER
 from dashboards.boards import BOARDS
 from dashboards.prometheus import PATIENCE_S, PROGRAM, Prometheus, filled_in, running
 from scumble.evaluation.local_server import Server, serving
+from tests.app.access.test_admission import row
 from tests.docker.test_prometheus import FOLDER as CONFIG
 from tests.docker.test_prometheus import rules
 from tests.pictures import PNG

@@ -21,7 +21,7 @@ from app.errors import MEDIA_TYPE, ConfigError, NotFound, Unavailable, Unprocess
 from app.http.bodies import read_images, small_number
 from app.http.responses import json_response
 from app.inference.bundle import GOLDEN_COUNT
-from app.inference.deadline import FOREVER
+from app.inference.deadline import NO_DEADLINE
 from app.inference.executor import BoundedExecutor
 from app.settings import Settings
 
@@ -93,7 +93,7 @@ def console_routes(
                 max_bytes=limits.max_body_bytes,
                 max_images=1,
                 executor=executor,
-                patience=FOREVER,
+                deadline=NO_DEADLINE,
             )
             image = images[0]
         status, body = await helper(question, image)

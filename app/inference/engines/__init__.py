@@ -29,8 +29,9 @@ FAST = (1, 2, 4, 8, 16)
 class Engine(Protocol):
     """A loaded network.
 
-    Takes uint8 (N, H, W, C) pixels, or, for a graph cut open at `tensor` (see `app.inference.graph`), float32
-    (N, C, H, W) in [0, 1]. Gives float32 (N, K) probabilities. A row does not depend on its batch.
+    Takes uint8 (N, H, W, C) pixels, or, for a graph cut open at `tensor` (`app.inference.graph`),
+    float32 (N, C, H, W) in [0, 1]. Gives float32 (N, K) probabilities. A row does not depend on its
+    batch.
     """
 
     def __call__(self, batch: Batch, /) -> Probs:

@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-from tests.app.test_api import check_problem, samples
 
 from app.access.keys import Key, KeyFile, digest, write_keys
 from app.access.stores import StoreError
@@ -12,6 +11,7 @@ from app.errors import ConfigError
 from app.main import create_app
 from app.settings import Settings
 from tests.app import telling
+from tests.app.http.test_application import check_problem, samples
 from tests.pictures import PNG
 
 IMAGE = ("image", ("x.png", PNG, "image/png"))

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 import httpx2
 import pytest
-from tests.app.test_access import IMAGE, row
 
 from app.access.keys import KeyFile, write_keys
 from scumble.evaluation.local_server import start
+from tests.app.access.test_admission import IMAGE, row
 from tests.redis_server import RedisServer, needs_redis
 
 pytestmark = pytest.mark.server

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 
 import httpx2
 import pytest
-from tests.app.test_access import row
-from tests.app.test_nursery import ready, wait_for
-from tests.app.test_tls import authority, issue, trusting  # noqa: F401  # fixtures
 
 from app.access.keys import KeyFile, read_keys, revoke_key, write_keys
+from tests.app.access.test_admission import row
+from tests.app.http.test_tls import authority, issue, trusting  # noqa: F401  # fixtures
+from tests.app.processes.test_worker_fork_server import ready, wait_for
 from tests.app.test_faults import IMAGE, post
 from tests.pictures import PNG
 

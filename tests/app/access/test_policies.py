@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from tests.app.test_access import row
 
 from app.access.keys import KeyFile
 from app.access.policies import Policies
 from app.errors import ConfigError
 from scumble.defenses import Defense
 from scumble.defenses.none import NoDefense
+from tests.app.access.test_admission import row
 
 PIXELS = np.zeros((2, 8, 8, 3), np.uint8)
 TENSORS = np.zeros((2, 3, 8, 8), np.float32)

@@ -9,14 +9,14 @@ import httpx2
 import orjson
 import pytest
 from starlette.testclient import TestClient
-from tests.app.test_access import BAD, IMAGE, ask, row
-from tests.app.test_api import samples
 
 from app.access.keys import KeyFile, write_keys
 from app.audit.hash_chain import verify
 from app.errors import ConfigError
 from app.main import create_app
 from app.settings import Settings
+from tests.app.access.test_admission import BAD, IMAGE, ask, row
+from tests.app.http.test_application import samples
 from tests.pictures import PNG
 
 HEADERS = {"Content-Type": "image/png"}

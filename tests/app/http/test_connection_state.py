@@ -321,9 +321,9 @@ async def test_reading_goes_on_once_a_body_of_any_size_is_whole(size):
     request = POST + b"Content-Length: %d\r\n\r\n" % size + bytes(size)
     await send_all(connection, *pieces(request))
     assert peer.reading
-    assert not host.application.asked[0]["state"]["line"].gone
+    assert not host.application.asked[0]["state"]["client"].gone
     connection.eof_received()
-    assert host.application.asked[0]["state"]["line"].gone
+    assert host.application.asked[0]["state"]["client"].gone
 
 
 @on_a_loop

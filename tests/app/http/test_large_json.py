@@ -22,7 +22,7 @@ from app.http.bodies import (
     read_images,
     unbase64,
 )
-from app.inference.deadline import FOREVER, Line, Patience
+from app.inference.deadline import NO_DEADLINE, ClientConnection, Deadline
 from app.inference.executor import BoundedExecutor
 from tests.pictures import PNG, encoded, picture
 
@@ -152,9 +152,9 @@ class Recording(BoundedExecutor):
         super().__init__(10, 10**9)
         self.sizes = []
 
-    async def __call__(self, tasks, size, patience):
+    async def __call__(self, tasks, size, deadline):
         self.sizes.append(size)
-        return await super().__call__(tasks, size, patience)
+        return await super().__call__(tasks, size, deadline)
 
 
 def form(*images: bytes) -> bytes:
@@ -179,12 +179,12 @@ BODIES = {
 }
 
 
-def read(body: bytes, kind: str, executor, patience=FOREVER) -> list[bytes]:
+def read(body: bytes, kind: str, executor, deadline=NO_DEADLINE) -> list[bytes]:
     fields = {b"content-type": kind.encode()}
     return asyncio.run(
         read_images(
             fields, arriving(body), max_bytes=10**7, max_images=3, executor=executor,
-            patience=patience,
+            deadline=deadline,
         )
     )  # fmt: skip
 
@@ -202,7 +202,10 @@ def test_a_large_body_is_not_parsed_for_a_client_that_is_gone():
     executor = Recording()
     with pytest.raises(ClientGone):
         read(
-            b"{" + bytes(INLINE_BYTES), "application/json", executor, Patience(math.inf, Line(True))
+            b"{" + bytes(INLINE_BYTES),
+            "application/json",
+            executor,
+            Deadline(math.inf, ClientConnection(True)),
         )
     executor.close()
 

@@ -7,12 +7,12 @@ import stat
 
 import httpx2
 import pytest
-from tests.app.test_access import row
 
 from app.access.keys import KeyFile, write_keys
 from app.errors import ConfigError
 from app.settings import load_settings
 from scumble.evaluation.local_server import serving, start
+from tests.app.access.test_admission import row
 from tests.pictures import PNG
 
 pytestmark = pytest.mark.server

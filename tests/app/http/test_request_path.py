@@ -14,16 +14,16 @@ from itertools import count
 import orjson
 import pytest
 from starlette.testclient import TestClient
-from tests.app.test_access import left, row
-from tests.app.test_api import samples
 
 from app.access.keys import KeyFile, write_keys
 from app.errors import Unprocessable
 from app.http.application import build
-from app.inference.deadline import Line
+from app.inference.deadline import ClientConnection
 from app.inference.decode import decode
 from app.main import create_app
 from app.settings import Settings
+from tests.app.access.test_admission import left, row
+from tests.app.http.test_application import samples
 from tests.pictures import PNG, encoded, picture
 
 LARGE = encoded(picture(600, 600), "JPEG")
@@ -71,7 +71,7 @@ def start(models, tmp_path, log):
     write_keys(tmp_path / "keys.json", KeyFile(keys=keys))
     with ExitStack() as stack:
 
-        def make(decoder, line=None, clock=time.perf_counter, **settings):
+        def make(decoder, peer=None, clock=time.perf_counter, **settings):
             app = create_app(
                 Settings(
                     model_dir=models,
@@ -86,8 +86,8 @@ def start(models, tmp_path, log):
             served = build(replace(app.state.service, decoder=decoder, clock=clock))
 
             async def connected(scope, receive, send):
-                if line is not None:
-                    scope.setdefault("state", {})["line"] = line
+                if peer is not None:
+                    scope.setdefault("state", {})["client"] = peer
                 await served(scope, receive, send)
 
             connected.state = served.state
@@ -130,7 +130,7 @@ UNDECODED = {
     "the budget is spent": ({"key": "spent"}, [PNG, LARGE], 429),
     "more images than the budget has": ({}, [PNG] * 6, 429),
     "the deadline has passed": ({"clock": map(float, count()).__next__}, [PNG, LARGE], 504),
-    "the client is gone": ({"line": Line(gone=True)}, [PNG, LARGE], 499),
+    "the client is gone": ({"peer": ClientConnection(gone=True)}, [PNG, LARGE], 499),
     "one has too many pixels": ({"limits": {"max_pixels": 1000}}, [PNG, LARGE], 413),
     "all have too many pixels": ({"limits": {"max_request_pixels": 500_000}}, [LARGE] * 2, 413),
     "one is no image": ({}, [PNG, b"no image"], 422),
@@ -207,13 +207,13 @@ def test_large_images_are_decoded_beside_the_loop_and_small_ones_on_it(start, fo
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_client_that_goes_stops_the_decoding_and_pays_nothing(start, log, form):
-    line = Line()
+    line = ClientConnection()
 
     def leave(data):
         line.gone = len(decoder.calls) == 2
 
     decoder = Decoder(leave)
-    client = start(decoder, line=line)
+    client = start(decoder, peer=line)
     url, make = FORMS[form]
     answer = client.post(url, headers=FIVE, **make(*[LARGE] * 5))
     assert answer.status_code == 499

@@ -11,12 +11,12 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from tests.app.test_access import row
 
 from app.access.admission import OPEN
 from app.access.keys import KeyFile, write_keys
 from app.main import create_app
 from app.settings import Settings
+from tests.app.access.test_admission import row
 
 CHECKS = [
     not_a_server_error,

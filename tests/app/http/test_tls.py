@@ -134,7 +134,7 @@ def test_a_client_that_does_not_shake_hands_is_cut_off(serve, issue, trusting):
     assert not [entry for entry in server.log if entry.get("level") == "ERROR"]
 
 
-class CountingHand:
+class CountingChannel:
     ended = 0
 
     def count_closed(self) -> None:
@@ -144,13 +144,13 @@ class CountingHand:
 @pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"", None])
 def test_a_handshake_that_fails_is_counted_as_ended(issue, sent):
     """Or its worker would seem to have a connection more than it has, for ever."""
-    hand = CountingHand()
+    channel = CountingChannel()
     settings = Settings(**issue(), tls_handshake_timeout_s=0.2)
     app = FastAPI()
     app.state.service = SimpleNamespace(metrics=SimpleNamespace(rejections={}), state=State())
 
     async def run() -> None:
-        server = WorkerServer(settings, app, hand, None, None, open_certificate(settings))
+        server = WorkerServer(settings, app, channel, None, None, open_certificate(settings))
         server.config.load()
         server.lifespan = server.config.lifespan_class(server.config)
         ours, theirs = socket.socketpair()
@@ -162,7 +162,7 @@ def test_a_handshake_that_fails_is_counted_as_ended(issue, sent):
             await server._open(theirs)
 
     uvloop.run(run())
-    assert hand.ended == 1
+    assert channel.ended == 1
 
 
 @pytest.mark.server

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from app.errors import ConfigError, RequestError
 from app.http.application import build
 from app.http.v2 import LENGTH, InferRequest, read_infer, write_infer
-from app.inference.async_lazy import Late
+from app.inference.async_lazy import AsyncLazy
 from app.inference.bundle import Card
 from app.main import create_app
 from app.settings import LimitSettings, Settings
@@ -482,9 +482,9 @@ def test_a_graph_without_float_tensors_says_so(make_client, caplog):
     def fail():
         raise ConfigError("the graph makes no tensor named 'tensor'")
 
-    object.__setattr__(client.app.state.service, "tensors", Late(fail))
+    object.__setattr__(client.app.state.service, "tensors", AsyncLazy(fail))
     answer = client.post(URL, **binary(PLANAR))
     assert answer.status_code == 503
-    assert answer.json()["detail"] == "float tensors cannot be answered; UINT8 can"
+    assert answer.json()["detail"] == "float tensors cannot be answered at the moment; UINT8 can"
     assert "no tensor named" in caplog.text
     assert client.post(URL, **binary(PIXELS)).status_code == 200

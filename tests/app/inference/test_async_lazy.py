@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from app.errors import ConfigError
-from app.inference.async_lazy import Late
+from app.inference.async_lazy import AsyncLazy
 
 pytestmark = pytest.mark.anyio
 
@@ -24,14 +24,14 @@ async def test_it_is_made_once_off_the_loop_and_nobody_waits_for_nothing():
         made.append(threading.get_ident())
         return made
 
-    late = Late(make)
-    assert late.made is None
-    waiting = [asyncio.create_task(late()) for _ in range(3)]
+    lazy = AsyncLazy(make)
+    assert lazy.made is None
+    waiting = [asyncio.create_task(lazy()) for _ in range(3)]
     await asyncio.sleep(0.01)
-    assert late.made is None
+    assert lazy.made is None
     waiting[0].cancel()  # whoever goes takes nothing from the others
     go.set()
-    assert await waiting[1] is await waiting[2] is await late() is late.made is made
+    assert await waiting[1] is await waiting[2] is await lazy() is lazy.made is made
     assert len(made) == 1
     assert made[0] != threading.get_ident()
     assert waiting[0].cancelled()
@@ -49,15 +49,15 @@ async def test_what_it_raises_everybody_gets_for_a_while_and_then_it_is_tried_ag
             raise failures.pop()
         return "made"
 
-    late = Late(make, retry_s=10, clock=lambda: now[0])
+    lazy = AsyncLazy(make, retry_s=10, clock=lambda: now[0])
     for now[0], made in ((0, 1), (9.9, 1), (10, 2), (19, 2)):
         with pytest.raises(type(failure), match=str(failure)):
-            await late()
+            await lazy()
         assert len(calls) == made
-        assert late.made is None
+        assert lazy.made is None
     assert caplog.text.count(str(failure)) == 2
     now[0] = 20.0
-    assert await late() == late.made == "made"
+    assert await lazy() == lazy.made == "made"
     now[0] = 100.0
-    assert await late() == "made"
+    assert await lazy() == "made"
     assert len(calls) == 3

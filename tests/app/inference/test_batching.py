@@ -10,9 +10,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from app.errors import ClientGone, TooLate, Unavailable
-from app.inference.adaptive_batch_limit import Pace
+from app.inference.adaptive_batch_limit import AdaptiveBatchLimit
 from app.inference.batching import Batcher
-from app.inference.deadline import STAYS, Line, Patience
+from app.inference.deadline import ALWAYS_CONNECTED, ClientConnection, Deadline
 from app.inference.engines import FAST, size_within
 from app.inference.pipeline import Pipeline
 from app.telemetry.metrics import Metrics
@@ -241,28 +241,28 @@ def test_sizes_are_those_that_images_fill():
     ],
 )
 def test_the_pace_follows_the_times_of_batches(target_s, fixed, each, expected):
-    pace = Pace(target_s, 64)
-    assert pace() == 64  # nothing is known yet
+    batch_limit = AdaptiveBatchLimit(target_s, 64)
+    assert batch_limit() == 64  # nothing is known yet
     for n in (1, 4, 16, 64, 2, 8, 32):
-        pace.note(n, fixed + each * n)
-    assert pace() == expected
+        batch_limit.note(n, fixed + each * n)
+    assert batch_limit() == expected
 
 
 def test_the_pace_forgets():
-    pace = Pace(0.1, 64)
+    batch_limit = AdaptiveBatchLimit(0.1, 64)
     for n in [1, 32] * 10:
-        pace.note(n, 0.01 * n)
-    assert pace() == 5
+        batch_limit.note(n, 0.01 * n)
+    assert batch_limit() == 5
     for n in [1, 32] * 300:
-        pace.note(n, 0.001 * n)
-    assert 45 <= pace() <= 50
+        batch_limit.note(n, 0.001 * n)
+    assert 45 <= batch_limit() <= 50
 
 
 def test_batches_of_one_size_tell_what_they_can():
-    pace = Pace(0.1, 64)
+    batch_limit = AdaptiveBatchLimit(0.1, 64)
     for _ in range(50):
-        pace.note(10, 0.1)
-    assert pace() == 5
+        batch_limit.note(10, 0.1)
+    assert batch_limit() == 5
 
 
 async def test_a_target_keeps_batches_small(inline):
@@ -319,8 +319,8 @@ class Clock:
 async def test_a_deadline_that_passes_while_waiting_is_refused_before_inference(inline):
     clock, engine = Clock(), Echo()
     batcher = make_batcher(engine, inline=inline, clock=clock)
-    late = asyncio.create_task(batcher(images(1), patience=Patience(5.0, STAYS)))
-    early = asyncio.create_task(batcher(images(2), patience=Patience(50.0, STAYS)))
+    late = asyncio.create_task(batcher(images(1), deadline=Deadline(5.0, ALWAYS_CONNECTED)))
+    early = asyncio.create_task(batcher(images(2), deadline=Deadline(50.0, ALWAYS_CONNECTED)))
     asyncio.get_running_loop().call_soon(setattr, clock, "now", 5.0)  # before their turn
     with pytest.raises(TooLate):
         await late
@@ -336,7 +336,7 @@ async def test_a_deadline_is_answered_while_a_long_batch_runs():
     first = asyncio.create_task(batcher(images(0)))
     await asyncio.to_thread(gate.begun.wait, 30)
     with pytest.raises(TooLate):
-        await batcher(images(1), patience=Patience(time.perf_counter() + 0.05, STAYS))
+        await batcher(images(1), deadline=Deadline(time.perf_counter() + 0.05, ALWAYS_CONNECTED))
     gate.open.set()
     await first
     await batcher(images(2))
@@ -346,8 +346,8 @@ async def test_a_deadline_is_answered_while_a_long_batch_runs():
 
 async def test_what_has_begun_is_answered_after_its_deadline():
     batcher = make_batcher(Echo(seconds=0.05), inline=False)
-    patience = Patience(time.perf_counter() + 0.01, STAYS)
-    assert (await batcher(images(1), patience=patience)).probabilities.shape == (1, 2)
+    deadline = Deadline(time.perf_counter() + 0.01, ALWAYS_CONNECTED)
+    assert (await batcher(images(1), deadline=deadline)).probabilities.shape == (1, 2)
     batcher.close()
 
 
@@ -357,17 +357,19 @@ async def test_all_parts_of_a_request_fall_to_its_deadline():
     first = asyncio.create_task(batcher(images(0)))
     await asyncio.sleep(0.01)
     with pytest.raises(TooLate):
-        await batcher.all([images(1), images(2)], None, Patience(time.perf_counter(), STAYS))
+        await batcher.all(
+            [images(1), images(2)], None, Deadline(time.perf_counter(), ALWAYS_CONNECTED)
+        )
     await first
     batcher.close()
     assert engine.batches == [1]
 
 
 async def test_a_client_that_hung_up_is_dropped_and_makes_room(inline):
-    engine, line = Echo(), Line()
+    engine, line = Echo(), ClientConnection()
     batcher = make_batcher(engine, inline=inline, max_queue=2)
-    patience = Patience(math.inf, line)
-    waiting = [asyncio.create_task(batcher(images(n), patience=patience)) for n in range(2)]
+    deadline = Deadline(math.inf, line)
+    waiting = [asyncio.create_task(batcher(images(n), deadline=deadline)) for n in range(2)]
     asyncio.get_running_loop().call_soon(setattr, line, "gone", True)
     outcomes = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [ClientGone] * 2
@@ -388,9 +390,9 @@ async def test_who_has_gone_leaves_room_in_a_full_queue_while_a_batch_runs():
     batcher = make_batcher(engine, max_queue=10, inline=False, clock=lambda: now[0])
     running = asyncio.create_task(batcher(images(0)))
     await asyncio.sleep(0.01)
-    line = Line()
+    line = ClientConnection()
     leavers = [
-        asyncio.create_task(batcher(images(n), None, Patience(math.inf, line))) for n in range(10)
+        asyncio.create_task(batcher(images(n), None, Deadline(math.inf, line))) for n in range(10)
     ]
     await asyncio.sleep(0)
     with pytest.raises(Unavailable, match="10 images are waiting"):

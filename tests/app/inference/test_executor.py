@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from app.errors import ClientGone, TooLate, Unavailable
-from app.inference.deadline import FOREVER, STAYS, Line, Patience
+from app.inference.deadline import ALWAYS_CONNECTED, NO_DEADLINE, ClientConnection, Deadline
 from app.inference.executor import BoundedExecutor
 
 pytestmark = pytest.mark.anyio
@@ -43,18 +43,18 @@ class Gate:
 
 
 async def test_tasks_run_in_order_on_one_thread_beside_the_loop(executor):
-    found = await executor([threading.get_ident] * 3, 0, FOREVER)
+    found = await executor([threading.get_ident] * 3, 0, NO_DEADLINE)
     assert len(set(found)) == 1
     assert threading.get_ident() not in found
-    assert await executor([partial(pow, 2, n) for n in range(4)], 0, FOREVER) == [1, 2, 4, 8]
+    assert await executor([partial(pow, 2, n) for n in range(4)], 0, NO_DEADLINE) == [1, 2, 4, 8]
 
 
 async def test_requests_take_turns(executor):
     gate, order = Gate(), []
-    first = asyncio.create_task(executor([gate], 0, FOREVER))
+    first = asyncio.create_task(executor([gate], 0, NO_DEADLINE))
     await gate.reached()
-    many = asyncio.create_task(executor([partial(order.append, "many")] * 2, 0, FOREVER))
-    one = asyncio.create_task(executor([partial(order.append, "one")], 0, FOREVER))
+    many = asyncio.create_task(executor([partial(order.append, "many")] * 2, 0, NO_DEADLINE))
+    one = asyncio.create_task(executor([partial(order.append, "one")], 0, NO_DEADLINE))
     await asyncio.sleep(0)
     gate.opened.set()
     await asyncio.gather(first, many, one)
@@ -70,48 +70,51 @@ async def test_requests_take_turns(executor):
 )
 async def test_what_is_over_a_bound_is_refused_and_takes_no_room(executor, tasks, size, message):
     gate = Gate()
-    first = asyncio.create_task(executor([gate], 60, FOREVER))
+    first = asyncio.create_task(executor([gate], 60, NO_DEADLINE))
     await gate.reached()
     with pytest.raises(Unavailable, match=message):
-        await executor([int] * tasks, size, FOREVER)
-    second = asyncio.create_task(executor([int] * 3, 40, FOREVER))
+        await executor([int] * tasks, size, NO_DEADLINE)
+    second = asyncio.create_task(executor([int] * 3, 40, NO_DEADLINE))
     gate.opened.set()
     assert await first == ["through"]
     assert await second == [0, 0, 0]
-    assert await executor([int] * 4, 100, FOREVER) == [0] * 4
+    assert await executor([int] * 4, 100, NO_DEADLINE) == [0] * 4
 
 
 async def test_what_is_alone_is_never_refused(executor):
-    assert await executor([int] * 5, 101, FOREVER) == [0] * 5
+    assert await executor([int] * 5, 101, NO_DEADLINE) == [0] * 5
 
 
 async def test_room_is_given_back_by_a_task_that_fails(executor):
     for _ in range(10):
         with pytest.raises(ZeroDivisionError):
-            await executor([partial(divmod, 1, 0)] * 4, 100, FOREVER)
-    assert await executor([int] * 4, 100, FOREVER) == [0] * 4
+            await executor([partial(divmod, 1, 0)] * 4, 100, NO_DEADLINE)
+    assert await executor([int] * 4, 100, NO_DEADLINE) == [0] * 4
 
 
 @pytest.mark.parametrize(
-    ("patience", "error"),
-    [(Patience(0.0, STAYS), TooLate), (Patience(math.inf, Line(gone=True)), ClientGone)],
+    ("deadline", "error"),
+    [
+        (Deadline(0.0, ALWAYS_CONNECTED), TooLate),
+        (Deadline(math.inf, ClientConnection(gone=True)), ClientGone),
+    ],
 )
-async def test_nothing_runs_that_nobody_waits_for(executor, patience, error):
+async def test_nothing_runs_that_nobody_waits_for(executor, deadline, error):
     ran = []
     with pytest.raises(error):
-        await executor([partial(ran.append, 1)] * 3, 0, patience)
+        await executor([partial(ran.append, 1)] * 3, 0, deadline)
     assert ran == []
 
 
 async def test_a_client_that_goes_stops_what_has_not_begun(executor):
-    line, ran = Line(), []
+    line, ran = ClientConnection(), []
 
     def task():
         ran.append(1)
         line.gone = len(ran) == 2
 
     with pytest.raises(ClientGone):
-        await executor([task] * 4, 0, Patience(math.inf, line))
+        await executor([task] * 4, 0, Deadline(math.inf, line))
     assert len(ran) == 2
 
 
@@ -120,24 +123,24 @@ async def test_a_deadline_is_answered_while_a_task_runs_and_stops_the_others():
     gate, ran = Gate(), []
     deadline = time.perf_counter() + 0.05
     with pytest.raises(TooLate):
-        await executor([gate, partial(ran.append, 1)], 0, Patience(deadline, STAYS))
+        await executor([gate, partial(ran.append, 1)], 0, Deadline(deadline, ALWAYS_CONNECTED))
     assert not gate.opened.is_set()
     gate.opened.set()
-    assert await executor([int] * 4, 100, FOREVER) == [0] * 4
+    assert await executor([int] * 4, 100, NO_DEADLINE) == [0] * 4
     assert ran == []
     executor.close()
 
 
 async def test_a_deadline_that_passes_in_the_queue_is_answered_and_its_tasks_never_run(executor):
     gate, ran = Gate(), []
-    first = asyncio.create_task(executor([gate], 0, FOREVER))
+    first = asyncio.create_task(executor([gate], 0, NO_DEADLINE))
     await gate.reached()
     deadline = time.perf_counter() + 0.05
     with pytest.raises(TooLate):
-        await executor([partial(ran.append, 1)], 0, Patience(deadline, STAYS))
+        await executor([partial(ran.append, 1)], 0, Deadline(deadline, ALWAYS_CONNECTED))
     gate.opened.set()
     await first
-    assert await executor([int], 0, FOREVER) == [0]
+    assert await executor([int], 0, NO_DEADLINE) == [0]
     assert ran == []
 
 
@@ -152,16 +155,16 @@ async def test_the_time_that_counts_as_running_is_that_of_one_task():
         return begun, executor.running_s
 
     assert executor.running_s == 0
-    assert await executor([task] * 4, 0, FOREVER) == [(0, 60)] * 4
+    assert await executor([task] * 4, 0, NO_DEADLINE) == [(0, 60)] * 4
     assert executor.running_s == 0
     executor.close()
 
 
 async def test_close_waits_for_the_running_task_and_cancels_the_others(executor):
     gate, ran = Gate(), []
-    first = asyncio.create_task(executor([gate], 0, FOREVER))
+    first = asyncio.create_task(executor([gate], 0, NO_DEADLINE))
     await gate.reached()
-    second = asyncio.create_task(executor([partial(ran.append, 1)], 0, FOREVER))
+    second = asyncio.create_task(executor([partial(ran.append, 1)], 0, NO_DEADLINE))
     await asyncio.sleep(0)
     closing = asyncio.create_task(asyncio.to_thread(executor.close))
     with pytest.raises(asyncio.CancelledError):

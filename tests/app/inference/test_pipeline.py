@@ -80,7 +80,7 @@ def test_nothing_is_compiled_by_a_batch_once_the_service_is_warm(models):
     compose = Composer(load, make("dcp", beta=1.2), fusible=True)
     pictures = golden_inputs(bundle.card.input)
     composed = compose(bundle.onnx("float32"), pictures, 32)
-    both = (composed.whole.engine, composed.plain.engine)
+    both = (composed.fused.engine, composed.unfused.engine)
     sizes = [engine.sizes for engine in both]
     assert sizes == [[1, 16], [1]]
     for engine in both:

@@ -12,7 +12,7 @@ from typing import get_args
 import httpx2
 import pytest
 
-from app.processes.connection_dispatcher import PAUSE_S, Dealer, Refusal
+from app.processes.connection_dispatcher import PAUSE_S, ConnectionDispatcher, Refusal
 from app.system.descriptors import connections_within
 from tests.app.test_faults import connect
 from tests.pictures import PNG
@@ -26,14 +26,16 @@ class Count:
 
 
 class Table:
-    """A dealer on a free port, and workers that are nothing but their sockets."""
+    """A dispatcher on a free port, and workers that are nothing but their sockets."""
 
     def __init__(self, workers, **options):
         self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.address = self.listener.getsockname()
         self.refusals = {reason: Count() for reason in get_args(Refusal)}
-        self.dealer = Dealer(self.listener, workers, refusals=self.refusals, **options)
+        self.dispatcher = ConnectionDispatcher(
+            self.listener, workers, refusals=self.refusals, **options
+        )
         self.hands, self.taken, self.clients = {}, {}, []
         for number in range(workers):
             self.join(number)
@@ -41,11 +43,11 @@ class Table:
     def join(self, number):
         if number in self.hands:
             self.rise(number)
-            self.dealer.gone(number)
-        self.hands[number] = self.dealer.hand(number)
+            self.dispatcher.gone(number)
+        self.hands[number] = self.dispatcher.channel(number)
         self.hands[number].channel.setblocking(False)
         self.taken[number] = []
-        self.dealer.seat(number)
+        self.dispatcher.activate(number)
 
     def rise(self, number):
         self.hands[number].channel.close()
@@ -71,10 +73,10 @@ class Table:
             self.hands[number].count_closed()
 
     def close(self):
-        self.dealer.close()
+        self.dispatcher.close()
         for number in self.hands:
             self.rise(number)
-            self.dealer.gone(number)
+            self.dispatcher.gone(number)
         for client in self.clients:
             client.close()
 
@@ -114,7 +116,7 @@ async def test_connections_are_dealt_evenly(table):
     table.connect(8)
     await settled()
     assert sorted(len(table.take(number)) for number in range(3)) == [2, 3, 3]
-    assert sum(table.dealer.open_connections().values()) == 8
+    assert sum(table.dispatcher.open_connections().values()) == 8
 
 
 @with_table(2)
@@ -126,7 +128,7 @@ async def test_who_has_fewest_gets_the_next(table):
     table.connect(4)
     await settled()
     assert (len(table.take(0)), len(table.take(1))) == (5, 5)
-    assert table.dealer.open_connections() == {0: 5, 1: 5}
+    assert table.dispatcher.open_connections() == {0: 5, 1: 5}
 
 
 @with_table(1)
@@ -145,13 +147,13 @@ async def test_who_left_gets_no_more_and_who_comes_starts_at_nothing(table):
     table.connect(4)
     await settled()
     table.take(0)
-    table.dealer.leave(0)
+    table.dispatcher.leave(0)
     assert table.take(0)[-1] is None
     table.connect(2)
     await settled()
     assert len(table.take(1)) == 4
     table.join(0)
-    assert table.dealer.open_connections() == {0: 0, 1: 4}
+    assert table.dispatcher.open_connections() == {0: 0, 1: 4}
     table.connect(4)
     await settled()
     assert len(table.take(0)) == 4
@@ -159,7 +161,7 @@ async def test_who_left_gets_no_more_and_who_comes_starts_at_nothing(table):
 
 @with_table(1)
 async def test_connections_wait_for_somebody_to_come(table):
-    table.dealer.leave(0)
+    table.dispatcher.leave(0)
     table.connect(2)
     await settled()
     table.join(0)
@@ -170,7 +172,7 @@ async def test_connections_wait_for_somebody_to_come(table):
 @with_table(2)
 async def test_closing_deals_what_the_kernel_has_and_refuses_the_rest(table):
     table.connect(6)
-    table.dealer.close()  # the loop has not turned since
+    table.dispatcher.close()  # the loop has not turned since
     taken = [*table.take(0), *table.take(1)]
     assert taken.count(None) == 2
     assert len(taken) == 8
@@ -192,9 +194,9 @@ async def test_what_was_on_its_way_to_a_worker_that_died_is_dealt_to_another(tab
     await settled()
     table.hands[0].take()[0].close()  # this one it had: it is lost with the worker
     table.hands[0].channel.close()
-    table.dealer.gone(0)
+    table.dispatcher.gone(0)
     assert len(table.take(1)) == 5
-    assert table.dealer.open_connections() == {1: 5}
+    assert table.dispatcher.open_connections() == {1: 5}
     for client, connection in zip(
         table.clients, sorted_by_peer(table, table.taken[1]), strict=True
     ):
@@ -208,7 +210,7 @@ async def test_what_nobody_can_take_waits_for_who_comes(table):
     table.connect(2)
     await settled()
     table.hands[0].channel.close()
-    table.dealer.gone(0)
+    table.dispatcher.gone(0)
     table.join(0)
     assert len(table.take(0)) == 2
 
@@ -227,10 +229,10 @@ async def test_a_connection_that_a_worker_ends_has_ended(table):
 async def test_who_leaves_still_takes_what_is_on_its_way(table):
     table.connect(4)
     await settled()
-    table.dealer.leave(0)
+    table.dispatcher.leave(0)
     assert len(table.take(0)) == 3  # two connections, and the end
     table.rise(0)
-    table.dealer.gone(0)
+    table.dispatcher.gone(0)
     assert len(table.take(1)) == 2
 
 
@@ -256,7 +258,7 @@ async def test_more_than_workers_may_have_are_answered_counted_and_forgotten(tab
     for _ in range(20):  # as workers that are not busy
         await settled()
         table.take(0), table.take(1)
-    assert table.dealer.open_connections() == {0: 3, 1: 3}
+    assert table.dispatcher.open_connections() == {0: 3, 1: 3}
     assert refused(table) == {"limit": 4}
     for client in table.clients[6:]:
         client.sendall(b"GET / HTTP/1.1\r\n\r\n")  # must not turn the answer into a reset
@@ -287,7 +289,7 @@ async def test_connections_that_a_busy_worker_has_not_taken_wait_in_the_kernel(t
     table.connect(8)
     await settled()
     assert refused(table) == {}
-    assert table.dealer.open_connections() == {0: 3}
+    assert table.dispatcher.open_connections() == {0: 3}
 
 
 @with_table(2, answer=REFUSED)
@@ -298,7 +300,7 @@ async def test_a_worker_out_of_descriptors_says_so_and_its_connections_do_not_co
     with out_of_descriptors():
         assert table.take(0) == []
     await settled()
-    assert table.dealer.open_connections() == {0: 0, 1: 5}
+    assert table.dispatcher.open_connections() == {0: 0, 1: 5}
     assert refused(table) == {"descriptors": 5}
     answers = [client for client in table.clients if not sorted_by_peer(table, table.taken[1])]
     assert all([await read(client) == REFUSED for client in answers])

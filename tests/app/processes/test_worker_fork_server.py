@@ -144,13 +144,13 @@ def test_when_it_is_killed_another_imports_before_a_worker_is_needed(serve):
 CANNOT_FORK = """
 import sys
 from app.processes import worker_fork_server
-calls, fork = [], worker_fork_server.Nursery.fork
+calls, fork = [], worker_fork_server.WorkerForkServer.fork
 async def sometimes(self, *args):
     calls.append(args)
     if len(calls) in map(int, sys.argv[1].split()):
         raise BlockingIOError(11, "Resource temporarily unavailable")
     return await fork(self, *args)
-worker_fork_server.Nursery.fork = sometimes
+worker_fork_server.WorkerForkServer.fork = sometimes
 from scumble.cli import main
 main(["serve"])
 """

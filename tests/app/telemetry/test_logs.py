@@ -4,7 +4,7 @@ import json
 import logging
 from datetime import UTC, datetime
 
-from app.audit.hash_chain import stamp
+from app.system.timestamps import timestamp
 from app.telemetry.logs import Formatter, configure
 
 
@@ -26,5 +26,5 @@ def test_times_are_utc_with_their_offset_as_in_the_audit_log(capfd):
 
 def test_the_time_is_that_of_the_record():
     record = logging.makeLogRecord({"created": 1_767_225_600.5, "msg": "x"})
-    assert Formatter("%(asctime)s").formatTime(record) == stamp(1_767_225_600.5)
-    assert stamp(1_767_225_600.5) == "2026-01-01T00:00:00.500+00:00"
+    assert Formatter("%(asctime)s").formatTime(record) == timestamp(1_767_225_600.5)
+    assert timestamp(1_767_225_600.5) == "2026-01-01T00:00:00.500+00:00"

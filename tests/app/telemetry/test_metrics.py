@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 
-from app.telemetry.metrics import BATCH, Gathered, Level
+from app.telemetry.metrics import BATCH, BufferedGauge, BufferedHistogram
 
 FAMILY = "h"
 
@@ -13,13 +13,13 @@ FAMILY = "h"
 @given(st.lists(st.lists(st.floats(0, 5000) | st.sampled_from(BATCH), max_size=30), max_size=5))
 def test_gathered_observations_are_what_the_library_would_have_seen(rounds):
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    gathered = Gathered(Histogram(FAMILY, "x", buckets=BATCH, registry=ours))
+    buffered = BufferedHistogram(Histogram(FAMILY, "x", buckets=BATCH, registry=ours))
     direct = Histogram(FAMILY, "x", buckets=BATCH, registry=theirs)
     for values in rounds:
         for value in values:
-            gathered.observe(value)
+            buffered.observe(value)
             direct.observe(value)
-        gathered.flush()
+        buffered.flush()
     for one, other in zip(ours.collect(), theirs.collect(), strict=True):
         for a, b in zip(one.samples, other.samples, strict=True):
             assert (a.name, a.labels) == (b.name, b.labels)
@@ -30,7 +30,7 @@ def test_gathered_observations_are_what_the_library_would_have_seen(rounds):
 @given(st.lists(st.lists(st.integers(-50, 50), max_size=10), max_size=5))
 def test_a_level_ends_where_the_library_would(rounds):
     registry = CollectorRegistry()
-    level = Level(Gauge("g", "x", registry=registry))
+    level = BufferedGauge(Gauge("g", "x", registry=registry))
     for amounts in rounds:
         for amount in amounts:
             level.add(amount)

@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.attacker.stand_ins import LABELS, SHAPE, FunctionOracle, linear_victim, noise_pool
-from tests.attacker.test_oracle import Service
 
 from scumble.attacker import students
 from scumble.attacker.attacks import ATTACKS, make
@@ -23,6 +21,14 @@ from scumble.attacker.generators import Generator, images
 from scumble.attacker.oracle import HttpOracle
 from scumble.attacker.students import Fitting
 from scumble.attacker.watch import blind
+from tests.scumble.attacker.stand_ins import (
+    LABELS,
+    SHAPE,
+    FunctionOracle,
+    linear_victim,
+    noise_pool,
+)
+from tests.scumble.attacker.test_oracle import Service
 
 FIT = Fitting(epochs=3, batch=32)
 

@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from tests.attacker.pretend_gpu import GPU, PretendGpu
-from tests.attacker.stand_ins import LABELS, SHAPE, FunctionOracle, linear_victim, noise_pool
-from tests.attacker.test_attacks import SMALL, steal
 
 from scumble.attacker import device, students
 from scumble.attacker.adapt import make
+from tests.scumble.attacker.pretend_gpu import GPU, PretendGpu
+from tests.scumble.attacker.stand_ins import (
+    LABELS,
+    SHAPE,
+    FunctionOracle,
+    linear_victim,
+    noise_pool,
+)
+from tests.scumble.attacker.test_attacks import SMALL, steal
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarning")
 

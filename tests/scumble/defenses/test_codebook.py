@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.app.defenses.test_nodes import rows_through
 
 from app.inference import engines
 from app.inference.graph import defended
 from scumble.defenses import DefenseError, make
 from scumble.defenses.codebook import Codebook, find
+from tests.scumble.defenses.test_nodes import rows_through
 
 K, SIZES = 3, (1, 2, 4)
 BORDERS = {1: [], 2: [0.8], 4: [0.6, 0.8, 0.97]}

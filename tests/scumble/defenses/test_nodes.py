@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from onnx import TensorProto, checker, helper
-from tests.app.defenses.test_contract import Pictured
 
 from app.inference import engines
-from app.inference.graph import defended, measured, parse
+from app.inference.graph import defended, parse, with_l1_output
 from scumble.defenses import TABLE, make
+from tests.scumble.defenses.test_contract import Pictured
 from tests.strategies import probs
 
 # name, parameters; the others must say that they cannot be written as nodes
@@ -85,7 +85,7 @@ def test_the_graph_gives_what_numpy_gives(name, params, classes, engine):
         assert same.mean() > 0.98
     else:
         np.testing.assert_allclose(answer, expected, atol=3e-6 if LEE in str(params) else 1e-6)
-    both = load(engine, measured(network, defense), threads=1, precision="float32")(rows)
+    both = load(engine, with_l1_output(network, defense), threads=1, precision="float32")(rows)
     np.testing.assert_allclose(both[:, :-1], answer, atol=1e-6)
     np.testing.assert_allclose(both[:, -1], np.abs(answer - rows).sum(1), atol=1e-5)
 
@@ -107,7 +107,7 @@ def test_the_graphs_are_whole_and_keep_their_names(name, params):
     graph = parse(model).graph
     assert [i.name for i in graph.input] == ["p"]
     assert [o.name for o in graph.output] == ["probabilities"]
-    report = measured(rows_through(10), make(name, bundle=Pictured(), **params))
+    report = with_l1_output(rows_through(10), make(name, bundle=Pictured(), **params))
     checker.check_model(parse(report), full_check=True)
     (output,) = parse(report).graph.output
     assert [d.dim_value or d.dim_param for d in output.type.tensor_type.shape.dim] == ["N", 11]
@@ -117,7 +117,7 @@ def test_the_graphs_are_whole_and_keep_their_names(name, params):
 def test_the_others_say_that_they_cannot(name, params):
     defense = make(name, bundle=Pictured(), secret=b"test", **params)
     assert defended(rows_through(10), defense) is None
-    assert measured(rows_through(10), defense) is None
+    assert with_l1_output(rows_through(10), defense) is None
 
 
 def test_every_defense_is_in_one_of_the_tables():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from tests.app.test_access import row
 
 from app.access.keys import KeyFile, write_keys
 from docs.generators import results
@@ -21,6 +20,7 @@ from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, read
 from scumble.evaluation.referee import Recorder, job, judge
 from scumble.evaluation.summary import best, load, summarise
+from tests.app.access.test_admission import row
 
 SMALL = ("fit.epochs=1", "attack.curve=[]")
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from tests.app.test_access import row
 
 from app.access.keys import KeyFile, write_keys
 from scumble.evaluation.local_server import children
 from scumble.evaluation.local_server import start as start_server
+from tests.app.access.test_admission import row
 from tests.pictures import PNG, encoded, picture
 
 pytestmark = pytest.mark.server
