@@ -1,5 +1,5 @@
 # Two images, the service without torch and, as target `attacker`, the attacker with it:
-# docs/containers.md. Needs BuildKit, as Docker 20.10 and later have it.
+# docs/how-to/containers.md. Needs BuildKit, as Docker 20.10 and later have it.
 # The only place that names the base image; CONTRIBUTING.md says how to name a newer one.
 ARG BASE_IMAGE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 # Where packages are installed, with the same Python. One of your own may bring pip's configuration

@@ -66,6 +66,6 @@ pytest_collect_file = Sybil(
         CodeBlockParser("bash", run_bash),
         SkipParser(),
     ],
-    patterns=["README.md", "docs/*.md"],
+    patterns=["README.md", "docs/**/*.md"],
     fixtures=["docs_server"],
 ).pytest()

@@ -4,7 +4,7 @@
     python deploy/ray_serve.py --replicas 16 --address auto
 
 Settings are those of `scumble serve`. Ray's proxy listens in place of our supervisor, so what that
-does is not here, and a setting of it stops the start. docs/scaling.md says more.
+does is not here, and a setting of it stops the start. docs/how-to/scaling.md says more.
 """
 
 from __future__ import annotations

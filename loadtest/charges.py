@@ -2,7 +2,7 @@
 
     python -m loadtest.charges          writes loadtest/charges.json
 
-A real Redis that writes each charge to its disk before it answers, as docs/keys.md asks for. One
+A real Redis that writes each charge to its disk before it answers, as docs/reference/keys.md asks for. One
 process per core charges single images of 10,000 clients in two budgets each, on as many connections
 as a worker has, or on one. Redis and those who ask share the cores: alone it does more.
 """

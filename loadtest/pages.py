@@ -1,4 +1,4 @@
-"""`docs/performance.md`, its plot, and the figures of `docs/threat-model.md`, of committed JSON.
+"""Writes performance.md, its plot, and the figures of threat-model.md, from committed JSON.
 
 python -m loadtest.pages            writes them; nothing is typed in
 """
@@ -194,7 +194,7 @@ def page(bench: Document, peers: Document) -> str:
         ),
         (HERE / "performance.limits.md").read_text().rstrip(),
         "## Against the machine's limit",
-        f"`{bench['command']}`, [bench.json](../loadtest/bench.json): {bench['cores']} cores, "
+        f"`{bench['command']}`, [bench.json](../../loadtest/bench.json): {bench['cores']} cores, "
         f"{bench['processor']}. Images per second; a ratio is the median of the rounds' ratios.",
         table(
             LIMIT_HEAD,
@@ -283,7 +283,7 @@ def peer_parts(peers: Document) -> Iterator[str]:
     yield "## Beside other servers"
     yield (HERE / "performance.peers.md").read_text().rstrip()
     yield (
-        f"`{peers['command']}`, [peers.json](../loadtest/peers.json): {peers['cores']} cores, "
+        f"`{peers['command']}`, [peers.json](../../loadtest/peers.json): {peers['cores']} cores, "
         f"{peers['processor']}; the engine alone does {peers['model_only_per_s']:,} images per "
         "second at batch 1."
     )
@@ -292,7 +292,7 @@ def peer_parts(peers: Document) -> Iterator[str]:
     yield table(
         [*head, "ready, s", "errors", "Scumble over it, rps / p99"], peer_rows(peers, counts)
     )
-    yield "![Answers per second of all servers](performance-peers.png)"
+    yield "![Answers per second of all servers](../performance-peers.png)"
 
 
 def peer_rows(peers: Document, counts: list[int]) -> Iterator[list[str]]:
@@ -354,7 +354,7 @@ def promises(
                 f"{chaos['lost']} lost, {chaos['over_served']} images over the budget, "
                 f"{len(chaos['wrong'])} answers that must not be, largest growth of a worker "
                 f"{max(chaos['growth'].values()):.1%}",
-                "[chaos.json](../loadtest/chaos.json)",
+                "[chaos.json](../../loadtest/chaos.json)",
             ]
         )
     if abuse:
@@ -365,7 +365,7 @@ def promises(
                 f"a budget of {theft['budget']:,} images, {theft['replicas']} replicas, "
                 f"{theft['connections']} connections, Redis",
                 f"{theft['images_served']:,} images served",
-                "[abuse.json](../loadtest/abuse.json)",
+                "[abuse.json](../../loadtest/abuse.json)",
             ],
             [
                 "wrong keys",
@@ -374,7 +374,7 @@ def promises(
                 + ", ".join(f"{us} µs" for us in keys["p50_us"].values())
                 + f"; no difference (p = {min(keys['p_value'].values()):.2f} or more), "
                 f"{keys['series_added']} series added",
-                "[abuse.json](../loadtest/abuse.json)",
+                "[abuse.json](../../loadtest/abuse.json)",
             ],
         ]
     if fuzz:
@@ -386,7 +386,7 @@ def promises(
                 f"no crash, no 5xx but {allowed:,} documented ones"
                 if allowed
                 else "no crash, no 5xx",
-                "[fuzz.json](../loadtest/fuzz.json)",
+                "[fuzz.json](../../loadtest/fuzz.json)",
             ]
         )
     if bombs:
@@ -397,7 +397,7 @@ def promises(
                 f"{bombs['requests']} requests of at most 5 MiB, made to cost much; one worker",
                 f"event loop held {worst['hold_ms']:g} ms at most, `/livez` in "
                 f"{worst['livez_ms']:g} ms, {worst['memory_mib']:g} MiB of memory",
-                "[bombs.json](../loadtest/bombs.json)",
+                "[bombs.json](../../loadtest/bombs.json)",
             ]
         )
     return table(["run", "what", "came of it", "figures"], rows)
@@ -420,12 +420,12 @@ def read(name: str) -> Document:
 def main(out: Path) -> None:
     """Write performance.md and its plot into OUT, and renew threat-model.md there."""
     bench, peers = read("bench.json"), read("peers.json")
-    threats = out / "threat-model.md"
+    threats = out / "explanation" / "threat-model.md"
     if threats.exists():
         names = ("chaos.json", "abuse.json", "fuzz.json", "bombs.json")
         documents = [read(name) for name in names]
         threats.write_text(within(threats.read_text(), promises(*documents)))
-    (out / "performance.md").write_text(page(bench, peers))
+    (out / "explanation" / "performance.md").write_text(page(bench, peers))
     if peers:
         plot(peers, out / "performance-peers.png")
 

@@ -1,4 +1,4 @@
-"""The figures in docs/scaling.md, made of the committed JSON: nothing is typed in.
+"""The figures in docs/how-to/scaling.md, made of the committed JSON: nothing is typed in.
 
 python -m loadtest.scaling --price 0.04            price of one core for one hour
 """
@@ -14,7 +14,7 @@ import click
 
 from loadtest.pages import read, table
 
-PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+PAGE = Path(__file__).parent.parent / "docs" / "how-to" / "scaling.md"
 CONNECTIONS = "32"
 USE = 0.7  # of its processor time; what the autoscalers of deploy/kubernetes aim at
 Document = dict[str, Any]
@@ -36,7 +36,7 @@ def capacity(bench: Document, price: float) -> str:
     return "\n\n".join(
         [
             f"Images per second and core, one image per request, {CONNECTIONS} connections, of "
-            f"`{bench['command']}`, [bench.json](../loadtest/bench.json): {bench['cores']} cores, "
+            f"`{bench['command']}`, [bench.json](../../loadtest/bench.json): {bench['cores']} cores, "
             f"{bench['processor']}. Client and service share the cores, so a server on its own "
             f"does more. A million images at {price:g} per core and hour:",
             table([*head, "a million images"], capacity_rows(bench, price)),
@@ -74,7 +74,7 @@ def charges(document: Document) -> str:
     )
     return "\n\n".join(
         [
-            f"`{document['command']}`, [charges.json](../loadtest/charges.json): "
+            f"`{document['command']}`, [charges.json](../../loadtest/charges.json): "
             f"{document['cores']} cores, {document['processor']}, each charge on the disk before "
             "its answer. Redis and those who ask share the cores.",
             table(["connections", "charges per second", "p50 / p99, ms"], rows),
@@ -88,7 +88,7 @@ def budgets(document: Document) -> str:
     head = ["strategy", "replicas", "most beyond the budget", "bound", "most left when refused"]
     return "\n\n".join(
         [
-            f"`{document['command']}`, [budgets.json](../loadtest/budgets.json): "
+            f"`{document['command']}`, [budgets.json](../../loadtest/budgets.json): "
             f"{document['clients']:,} clients, {document['thieves']} of them thieves, "
             f"{document['budget']} images each, requests of 1 to {document['largest_request']}; "
             "every replica is replaced once.",

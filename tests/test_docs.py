@@ -24,6 +24,11 @@ from tests.exported import metric_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+PAGES = sorted(
+    path.relative_to(DOCS).as_posix()
+    for path in DOCS.rglob("*.md")
+    if path.parent.name != "generators"
+)
 
 
 def headings(name: str) -> set[str]:
@@ -31,12 +36,12 @@ def headings(name: str) -> set[str]:
 
 
 def test_every_setting_has_its_heading_and_no_other_has():
-    assert headings("settings.md") == set(variables())
+    assert headings("reference/settings.md") == set(variables())
 
 
 @pytest.mark.parametrize("name", sorted(set(variables()) - {"SCUMBLE_CONFIG", "SCUMBLE_SECRET"}))
 def test_the_documented_default_is_the_real_one(name):
-    text = (DOCS / "settings.md").read_text()
+    text = (DOCS / "reference/settings.md").read_text()
     documented = re.search(rf"^## `{name}`\n\nDefault: `(.*)`\.$", text, re.MULTILINE)[1]
     value = Settings()
     for part in name.removeprefix("SCUMBLE_").lower().split("__"):
@@ -46,11 +51,11 @@ def test_the_documented_default_is_the_real_one(name):
 
 
 def test_every_metric_has_its_heading_and_no_other_has():
-    assert headings("metrics.md") == metric_names()
+    assert headings("reference/metrics.md") == metric_names()
 
 
 def test_every_stage_is_explained():
-    text = (DOCS / "metrics.md").read_text()
+    text = (DOCS / "reference/metrics.md").read_text()
     assert all(f"| `{stage}` |" in text for stage in STAGES)
 
 
@@ -61,25 +66,25 @@ def test_every_route_has_its_heading_and_no_other_has(client):
         if isinstance(route, Route) and route.path != "/openapi.json"
         for method in route.methods - {"HEAD"}
     }
-    assert headings("api.md") == routes
+    assert headings("reference/api.md") == routes
 
 
 def test_every_error_is_in_the_table():
-    text = (DOCS / "api.md").read_text()
+    text = (DOCS / "reference/api.md").read_text()
     for kind in RequestError.__subclasses__():
         assert re.search(rf"^\| {kind.status} \|.*`{kind.reason}` \|$", text, re.MULTILINE)
 
 
 def test_every_defense_has_its_heading():
-    assert set(available()) <= headings("defenses.md")
+    assert set(available()) <= headings("reference/defenses.md")
 
 
 def test_every_attack_and_modifier_has_its_heading_and_no_other_has():
-    assert headings("attacks.md") == {*ATTACKS, *MODIFIERS}
+    assert headings("reference/attacks.md") == {*ATTACKS, *MODIFIERS}
 
 
 def test_every_transport_student_and_data_set_is_named():
-    text = (DOCS / "attacks.md").read_text()
+    text = (DOCS / "reference/attacks.md").read_text()
     assert all(f"| `{name}` |" in text for name in TRANSPORTS)
     assert all(f"`{name}`" in text for name in (*STUDENTS, *TORCHVISION, DIGITS))
 
@@ -94,15 +99,16 @@ def test_every_command_is_in_the_readme():
     assert all(f"scumble {name}" in text for name in COMMANDS)
 
 
-@pytest.mark.parametrize("page", sorted(p.name for p in DOCS.glob("*.md")))
-def test_links_lead_somewhere_and_readme_lists_the_page(page):
-    assert f"docs/{page}" in (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (DOCS / page).read_text()):
-        assert (DOCS / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere_and_the_index_lists_the_page(page):
+    path = DOCS / page
+    assert page == "index.md" or f"]({page})" in (DOCS / "index.md").read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
 
 
 def test_every_promise_of_the_threat_model_names_tests_that_exist():
-    text = (DOCS / "threat-model.md").read_text()
+    text = (DOCS / "explanation/threat-model.md").read_text()
     promises = text.partition("## Promises")[2].partition("## What is not promised")[0]
     named = r"`(tests/\S+\.py)::(\w+)`"
     for promise in re.findall(r"^- .*(?:\n  .*)*", promises, re.MULTILINE):
@@ -186,7 +192,7 @@ def milestones(curve):
 
 
 def demo_table() -> str:
-    document = json.loads((ROOT / "evaluation" / "results" / "demo.json").read_text())
+    document = json.loads((DOCS / "results" / "records" / "demo.json").read_text())
     servers = document["servers"]
     rows = [
         "| attack | copy, mnist | served, mnist | copy, digits | served, digits | agreement "
@@ -211,7 +217,7 @@ TABLES = {
     "models": (models_table, "README.md"),
     "latency": (latency_table, "README.md"),
     "demo": (demo_table, "README.md"),
-    "steal": (steal_table, "docs/attacks.md"),
+    "steal": (steal_table, "docs/reference/attacks.md"),
 }
 
 

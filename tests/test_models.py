@@ -147,13 +147,13 @@ def test_cards_hold_no_path_of_a_machine():
 
 
 def test_the_figures_in_the_docs_are_the_cards():
-    text = (ROOT / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "training.md").read_text()
     shown = text.partition("<!-- figures -->\n")[2].partition("\n<!-- end of figures -->")[0]
     assert shown == tables(ROOT / "models"), "run python -m docs.generators.bundles"
 
 
 def test_the_page_on_defenses_has_the_figures_of_the_codebooks():
-    text = (ROOT / "docs" / "defenses.md").read_text()
+    text = (ROOT / "docs" / "reference" / "defenses.md").read_text()
     assert codebooks(ROOT / "models") in text, "run: python -m docs.generators.bundles"
 
 

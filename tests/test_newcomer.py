@@ -59,8 +59,8 @@ def blocks(section: str) -> list[str]:
 
 
 def test_the_readme_leads_on():
-    steps = ["docs/tutorial.md", "make serve", "localhost:8000/v1/predict", "make demo"]
-    steps += ["docs/monitoring.md", "docker/prometheus/demo.yml", "make test"]
+    steps = ["docs/tutorial/index.md", "make serve", "localhost:8000/v1/predict", "make demo"]
+    steps += ["docs/how-to/monitoring.md", "docker/prometheus/demo.yml", "make test"]
     at = [README.find(step) for step in steps]
     assert -1 not in at
     assert at == sorted(at)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.ports import free_ports
 
-PAGE = Path(__file__).parent.parent / "docs" / "tutorial.md"
+PAGE = Path(__file__).parent.parent / "docs" / "tutorial" / "index.md"
 # `timeout` ends the servers as well.
 LIMITED_BASH = ["timeout", "300", "bash", "-euo", "pipefail", "-c"]
 END = "~~~ end of a block ~~~"

@@ -1,4 +1,4 @@
-"""`docs/cli.md`, every command and option of `scumble`: what `--help` says, so nothing is typed in.
+"""`docs/reference/cli.md`, every command and option of `scumble`: what `--help` says, so nothing is typed in.
 
 python -m docs.generators.cli         writes it
 """
@@ -12,7 +12,7 @@ import click
 
 from scumble.cli import COMMANDS
 
-PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 WIDTH = 100
 HEAD = """# Commands
 

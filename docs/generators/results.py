@@ -1,4 +1,4 @@
-"""`docs/results.md` and `report.html`: both are made of the committed records, nothing is typed in.
+"""`docs/explanation/results.md` and `report.html`: both are made of the committed records, nothing is typed in.
 
 python -m docs.generators.results            writes both, and the plots
 """
@@ -48,14 +48,14 @@ def results(records: list[Record], bench: Bench) -> str:
         *(part for group in groups(lines) for part in (heading(group[0]), compared(group))),
         "## Latency",
         (HERE / "results.latency.md").read_text().rstrip(),
-        f"`{bench['command']}`, [bench.json](../docs/results/records/bench.json): "
+        f"`{bench['command']}`, [bench.json](../results/records/bench.json): "
         f"{bench['cores']} cores, {bench['processor']}."
         if bench
         else "Not measured yet: `scumble bench defenses`.",
         *([latency(bench)] if bench else []),
         "## Plots",
         *(
-            f"![{plot.title}, {victim}](results/{victim}-{name}.png)"
+            f"![{plot.title}, {victim}](../results/{victim}-{name}.png)"
             for victim in victims(lines)
             for name, plot in PLOTS.items()
         ),
@@ -142,8 +142,9 @@ def read_bench() -> dict[str, Any]:
 def main(cells: Path, out: Path) -> None:
     """Write results.md, report.html and the plots into OUT."""
     records, bench = load(cells), read_bench()
-    (out / "results").mkdir(parents=True, exist_ok=True)
-    (out / "results.md").write_text(results(records, bench))
+    for folder in ("explanation", "results"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    (out / "explanation" / "results.md").write_text(results(records, bench))
     (out / "results" / "report.html").write_text(report(records, bench))
     lines = ordered(summarise(records))
     for victim in victims(lines):

@@ -1,6 +1,6 @@
 """The comparisons that can be asked for by name, each a list of cells.
 
-`ci` is small. The others, several hours on two cores together, make `docs/results.md`.
+`ci` is small. The others, several hours on two cores together, make `docs/explanation/results.md`.
 A plan's budgets, students and fits are for two cores; `published` gives them the papers'.
 Attackers on the way from naive to adaptive: the paper's loss (soft cross-entropy), the `centred`
 loss, which reads more out of a clean answer, and the modifiers of `scumble.attacker.adapt`.

@@ -10,7 +10,7 @@ from scumble.evaluation.scores import Spread
 from scumble.evaluation.summary import Line, best
 
 VICTIMS = ("mnist", "cifar10", "gtsrb")
-RECORDS = "../docs/results/records/cells"
+RECORDS = "../results/records/cells"
 
 # of the list of all cells: what the reader sees and how it is said
 COLUMNS: dict[str, Callable[[Line], str]] = {

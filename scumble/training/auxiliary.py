@@ -173,7 +173,7 @@ def auxiliary(
 ) -> None:
     """Give the bundle NAME the auxiliary models that `adaptive_misinformation`, `mad`, `grad2` use.
 
-    Their answers pay for these models' time, so all are small; see docs/defenses.md.
+    Their answers pay for these models' time, so all are small; see docs/reference/defenses.md.
     """
     transfer = transfer or TRANSFER.get(name)
     if transfer is None:

@@ -115,7 +115,7 @@ def calibrate(
 ) -> None:
     """Give the bundle NAME a codebook: the few rows that the defense `codebook` answers with.
 
-    Prints what honest users get of each kind of answer; see docs/defenses.md.
+    Prints what honest users get of each kind of answer; see docs/reference/defenses.md.
     """
     with plain_errors():
         bundle = open_bundle(models, name)

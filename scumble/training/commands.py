@@ -26,7 +26,7 @@ data_option = click.option(
     "downloaded by torchvision into ~/.cache/scumble; digits come with scikit-learn.",
 )
 
-# What the sources state; see docs/training.md. Only weights are shipped, never an image.
+# What the sources state; see docs/how-to/training.md. Only weights are shipped, never an image.
 DATA_LICENCE = {
     "mnist": "MNIST: copyright Y. LeCun and C. Cortes, CC BY-SA 3.0 as the Keras documentation "
     "states; no image is shipped",

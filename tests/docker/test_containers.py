@@ -1,4 +1,4 @@
-"""The compose file and the Dockerfiles hold what docs/containers.md promises, and name what exists.
+"""The compose file and the Dockerfiles hold what docs/how-to/containers.md promises, and name what exists.
 
 Whether containers then run like that is for `make compose-demo` to show.
 """
@@ -29,7 +29,7 @@ SERVICES = COMPOSE["services"]
 SCRAPED = ("victim", "defended")
 DOCKERFILE = ROOT / "Dockerfile"
 FIGURES = json.loads((ROOT / "docker" / "demo.json").read_text())
-PAGE = ROOT / "docs" / "containers.md"
+PAGE = ROOT / "docs" / "how-to" / "containers.md"
 
 
 DOCKER = shutil.which("docker")

@@ -15,7 +15,7 @@ from tests.exported import metric_names
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docker" / "prometheus"
-PAGE = ROOT / "docs" / "monitoring.md"
+PAGE = ROOT / "docs" / "how-to" / "monitoring.md"
 PREDICTIONS = "/v1/predict|.+/infer"
 PROMTOOL = shutil.which("promtool")
 
@@ -76,7 +76,7 @@ def test_an_alert_says_how_urgent_it_is_and_where_to_read_on(name):
     alert = alerts()[name]
     assert alert["labels"]["severity"] in ("page", "ticket")
     assert set(alert["annotations"]) == {"summary", "description", "runbook"}
-    assert alert["annotations"]["runbook"] == f"docs/monitoring.md#{name.lower()}"
+    assert alert["annotations"]["runbook"] == f"docs/how-to/monitoring.md#{name.lower()}"
 
 
 def test_rules_name_only_what_is_exported_or_recorded():

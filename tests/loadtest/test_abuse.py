@@ -29,7 +29,7 @@ def test_what_must_not_be(theft, keys):
 
 
 def test_the_threat_model_has_the_committed_figures():
-    page = (DOCS / "threat-model.md").read_text()
+    page = (DOCS / "explanation" / "threat-model.md").read_text()
     documents = [read(name) for name in ("chaos.json", "abuse.json", "fuzz.json", "bombs.json")]
     assert all(documents)
     assert within(page, promises(*documents)) == page, "run: python -m loadtest.pages"

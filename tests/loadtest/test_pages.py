@@ -119,7 +119,7 @@ def test_only_what_got_worse_is_told(name, value, counts):
 
 
 def test_the_committed_page_is_made_of_the_committed_figures():
-    committed = (pages.DOCS / "performance.md").read_text()
+    committed = (pages.DOCS / "explanation" / "performance.md").read_text()
     assert pages.page(pages.read("bench.json"), pages.read("peers.json")) == committed, (
         "run: python -m loadtest.pages"
     )

@@ -87,7 +87,7 @@ def test_a_cell_from_servers_to_pages(cell, tmp_path):
         results.main, ["--cells", str(tmp_path / "cells"), "--out", str(tmp_path / "docs")]
     )
     assert done.exit_code == 0, done.output
-    page = (tmp_path / "docs" / "results.md").read_text()
+    page = (tmp_path / "docs" / "explanation" / "results.md").read_text()
     assert "dcp (beta 1.2, gamma 0.2)" in page
     assert f"| {both.stolen} |" in page
     assert "`test 0`" in page
