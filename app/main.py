@@ -22,11 +22,11 @@ from app.audit.chain_file import ChainFile
 from app.audit.log import Audit
 from app.errors import ConfigError
 from app.http.application import build
-from app.http.prediction import Batchers, Service
+from app.http.prediction import Service
 from app.inference import engines
 from app.inference.async_lazy import AsyncLazy
 from app.inference.auxiliary import Auxiliaries
-from app.inference.batching import Batcher
+from app.inference.batching import Batcher, Batchers
 from app.inference.bundle import ONNX_FILE, Bundle, golden_inputs, open_bundle
 from app.inference.executor import BoundedExecutor
 from app.inference.graph import tensor_input

@@ -34,7 +34,7 @@ from app.http.responses import Answer, health, json_response
 from app.http.schemas import LimitsInfo
 from app.http.v2 import json_length, read_infer, write_infer
 from app.inference.async_lazy import RETRY_S, AsyncLazy
-from app.inference.batching import Batcher, Served
+from app.inference.batching import Batcher, Batchers, BatchResult
 from app.inference.bundle import Card, InputShape, Preprocessing
 from app.inference.deadline import ALWAYS_CONNECTED, LATE, Deadline
 from app.inference.decode import Header, Pixels, decode, inspect
@@ -63,23 +63,6 @@ class State:
     draining: bool = False
 
 
-class Batchers(NamedTuple):
-    """Who answers images of one kind.
-
-    Attributes:
-        default: under the server's defense.
-        per_client: clients whose defense is another.
-    """
-
-    default: Batcher
-    per_client: Batcher
-
-    def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Let the engines compile for the batches to come, until told to stop."""
-        for batcher in self:
-            batcher.prepare(stop)
-
-
 class Decoder(Protocol):
     """What makes pixels of a file: `app.inference.decode.decode`."""
 
@@ -104,7 +87,7 @@ class Answered(NamedTuple):
         decoded: their pixels were there.
     """
 
-    served: Served
+    served: BatchResult
     decode_start: float
     decoded: float
 
@@ -384,14 +367,14 @@ class Service:
 
     async def _in_parts(
         self, batcher: Batcher, batch: Batch, defense: Defense | None, deadline: Deadline
-    ) -> Served:
+    ) -> BatchResult:
         """Many images let others in between their parts."""
         if len(batch) > self.limits.max_queue:
             raise Unprocessable(f"{len(batch)} images never fit the queue of this server")
         size = batcher.max_size
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         served = await batcher.all(parts, defense, deadline)
-        return Served(
+        return BatchResult(
             np.concatenate([part.probabilities for part in served]),
             max(part.queue_s for part in served),
             sum(part.infer_s for part in served),

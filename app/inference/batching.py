@@ -31,7 +31,7 @@ from scumble.defenses import Defense
 SWEEP_S = 0.01  # between two looks through a full queue
 
 
-class Served(NamedTuple):
+class BatchResult(NamedTuple):
     """One request's part of a batch: (n, K) probabilities and the seconds of each stage."""
 
     probabilities: Probs
@@ -43,7 +43,7 @@ class Served(NamedTuple):
 @dataclass(eq=False, slots=True)  # frozen would take three times as long to make
 class _Job:
     batch: Batch
-    future: asyncio.Future[Served]
+    future: asyncio.Future[BatchResult]
     submitted: float
     defense: Defense | None
     deadline: Deadline
@@ -91,7 +91,7 @@ class Batcher:
 
     async def __call__(
         self, batch: Batch, defense: Defense | None = None, deadline: Deadline = NO_DEADLINE
-    ) -> Served:
+    ) -> BatchResult:
         """Probabilities for (n, ...) images, in order.
 
         Args:
@@ -111,7 +111,7 @@ class Batcher:
         batches: Sequence[Batch],
         defense: Defense | None = None,
         deadline: Deadline = NO_DEADLINE,
-    ) -> list[Served]:
+    ) -> list[BatchResult]:
         """The same for several at once: either all of them are queued, or none.
 
         Raises:
@@ -142,7 +142,7 @@ class Batcher:
 
     def _queue(
         self, batches: Sequence[Batch], defense: Defense | None, deadline: Deadline
-    ) -> list[asyncio.Future[Served]]:
+    ) -> list[asyncio.Future[BatchResult]]:
         images = sum(map(len, batches))
         if self._waiting + images > self._max_queue:
             self._drop_ended()
@@ -273,7 +273,7 @@ class Batcher:
             last = first + len(job.batch)
             if not job.future.done():  # done already: its client went away
                 job.future.set_result(
-                    Served(
+                    BatchResult(
                         answers.probabilities[first:last],
                         started - job.submitted,
                         answers.infer_s,
@@ -285,6 +285,23 @@ class Batcher:
     def _count(self, images: int) -> None:
         self._waiting += images
         self._metrics.queue_depth.add(images)  # a worker may have several batchers
+
+
+class Batchers(NamedTuple):
+    """The batchers for one form of images.
+
+    Attributes:
+        default: applies the server's defense.
+        per_client: applies the defense of each client.
+    """
+
+    default: Batcher
+    per_client: Batcher
+
+    def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Compile the engines for the batch sizes to come, until `stop` returns True."""
+        for batcher in self:
+            batcher.prepare(stop)
 
 
 def _refuse(job: _Job, why: BaseException) -> None:

@@ -109,7 +109,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Served:
+class ServerFigures:
     """One server's side.
 
     Attributes:
@@ -276,7 +276,7 @@ def measure(
     servers: dict[str, Target],
     settings: dict[str, dict[str, object] | None],
     tests: dict[str, Dataset],
-) -> dict[str, Served]:
+) -> dict[str, ServerFigures]:
     """Accuracy, distortion and latency of both servers."""
     shape = (1, SIDE, SIDE)
     images = {test: pool(data, shape).images for test, data in tests.items()}
@@ -287,7 +287,7 @@ def measure(
     urls = {name: server.url for name, server in servers.items()}
     latency = latencies(urls, tests["digits"], REQUESTS, headers=servers["defended"].headers)
     return {
-        name: Served(
+        name: ServerFigures(
             settings=settings[name],
             accuracy={
                 test: scores.accuracy(answers[name][test], data.labels)
@@ -358,7 +358,7 @@ def accuracy(result: Result, folder: Path, data: Dataset) -> float:
 
 
 def show(
-    served: dict[str, Served],
+    served: dict[str, ServerFigures],
     lines: list[Line],
     visits: dict[str, Visits],
     out: Path,
@@ -405,7 +405,7 @@ def show(
     )
 
 
-def plot(served: dict[str, Served], lines: list[Line], path: Path) -> None:
+def plot(served: dict[str, ServerFigures], lines: list[Line], path: Path) -> None:
     """Stolen accuracy per attack; the served model's as lines."""
     import matplotlib as mpl
 

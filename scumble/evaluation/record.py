@@ -23,8 +23,8 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Served(Part):
-    """What honest users get: on the test set, beside the same model undefended.
+class Utility(Part):
+    """How useful the answers are to honest users, compared with the same model undefended.
 
     `l1_*`, `kl` (nats) and `top1_changed` compare served and clean rows; `calibration_error` is of
     the served rows, `clean_*` of the undefended ones. Milliseconds are of single requests over
@@ -63,7 +63,7 @@ class Record(Part):
     model_sha256: Sha256
     transport: str
     seeds: Annotated[dict[str, int], Field(min_length=1)]
-    served: Served
+    served: Utility
     transfer: Transfer
     attack: Result
 

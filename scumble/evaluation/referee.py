@@ -25,7 +25,7 @@ from scumble.data.image_sets import Dataset
 from scumble.evaluation import scores
 from scumble.evaluation.cells import Cell, Defended
 from scumble.evaluation.local_server import Server, serving
-from scumble.evaluation.record import Percentile, Record, Served, Transfer
+from scumble.evaluation.record import Percentile, Record, Transfer, Utility
 
 SAMPLE = 2000  # of the queries, for what the attacker was told
 PERCENTILES: tuple[Percentile, ...] = ("p50", "p99")
@@ -186,7 +186,7 @@ def ask(url: str, images: Images, headers: Mapping[str, str] | None) -> Probs:
         return oracle(images)
 
 
-def compare(url: str, clean_url: str, test: Dataset, headers: dict[str, str] | None) -> Served:
+def compare(url: str, clean_url: str, test: Dataset, headers: dict[str, str] | None) -> Utility:
     """What honest users get from `url`, beside the undefended `clean_url`."""
     with HttpOracle(clean_url, budget=len(test), transport="pixels") as oracle:
         images = pool(test, oracle.shape).images
@@ -194,7 +194,7 @@ def compare(url: str, clean_url: str, test: Dataset, headers: dict[str, str] | N
     rows = ask(url, images, headers)
     distances = scores.l1(rows, clean)
     latency = latencies({"served": url, "clean": clean_url}, test, REQUESTS, headers=headers)
-    return Served(
+    return Utility(
         images=len(test),
         accuracy=scores.accuracy(rows, test.labels),
         clean_accuracy=scores.accuracy(clean, test.labels),
