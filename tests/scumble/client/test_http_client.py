@@ -205,7 +205,7 @@ async def test_a_request_id_that_the_service_would_not_take(ask, request_id):
 UNSENDABLE = {
     "gif": (b"GIF89a", "6 bytes: not a PNG, JPEG or WebP image"),
     "empty": (b"", "0 bytes: not a PNG"),
-    "no picture": (Path(__file__), r"test_client\.py': not a PNG"),
+    "no picture": (Path(__file__), r"test_http_client\.py': not a PNG"),
     "float": (GREY.astype(np.float32), r"float32 \(6, 8\); allowed: uint8 \(H, W\)"),
     "channels": (COLOUR[..., :2], r"uint8 \(8, 8, 2\)"),
     "no pixels": (np.zeros((0, 8), np.uint8), r"uint8 \(0, 8\)"),
