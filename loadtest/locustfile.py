@@ -10,7 +10,6 @@ failure makes the exit code 1. Only for servers of your own.
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from argparse import ArgumentParser
@@ -19,7 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 from locust import FastHttpUser, LoadTestShape, constant_throughput, events, task
 from locust.env import Environment
-from PIL import Image
+
+from scumble.data.png import encode_png
 
 BATCH = 64
 # seconds until the end of the stage, honest clients
@@ -49,9 +49,7 @@ class Client(FastHttpUser):
     def png(self) -> bytes:
         """One of the pictures as a file."""
         pixels = self.pixels[random.randrange(BATCH)]  # noqa: S311  # a picture, no secret
-        file = io.BytesIO()
-        Image.fromarray(pixels.squeeze()).save(file, "PNG")
-        return file.getvalue()
+        return encode_png(pixels)
 
 
 class Honest(Client):

@@ -70,7 +70,7 @@ def _auxiliary(cards: list[Card]) -> str:
 
 
 def codebooks(models: Path) -> str:
-    """The table of docs/reference/defenses.md: what honest users get of a codebook, by the cards."""
+    """The table of docs/reference/defenses.md: what clients get from a codebook, by the cards."""
     lines = [
         "| bundle | answers | float32: L1 | ECE | AUC | int8: L1 | ECE | AUC |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""`docs/reference/cli.md`, every command and option of `scumble`: what `--help` says, so nothing is typed in.
+"""Writes `docs/reference/cli.md`: the `--help` text of every command of `scumble`.
 
 python -m docs.generators.cli         writes it
 """

@@ -1,6 +1,6 @@
-"""`docs/explanation/results.md` and `report.html`: both are made of the committed records, nothing is typed in.
+"""Writes `docs/explanation/results.md`, `report.html` and the plots from the committed records.
 
-python -m docs.generators.results            writes both, and the plots
+python -m docs.generators.results
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from PIL import Image
 
 from scumble.attacker.transports import Images
 from scumble.data.image_sets import Dataset
+from scumble.data.png import to_image
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,7 +54,6 @@ def pool(data: Dataset, shape: tuple[int, int, int]) -> Pool:
 
 
 def _scaled(picture: npt.NDArray[np.uint8], width: int, height: int) -> npt.NDArray[np.uint8]:
-    image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).reshape(
+    return np.asarray(to_image(picture).resize((width, height), Image.Resampling.BILINEAR)).reshape(
         height, width, -1
     )

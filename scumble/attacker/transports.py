@@ -6,14 +6,14 @@ difference of less than half a level is lost; `tensor` carries float32. Every re
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+
+from scumble.data.png import encode_png
 
 Images = npt.NDArray[np.float32]
 """float32 (N, C, H, W) in [0, 1], whatever the transport makes of it."""
@@ -72,19 +72,12 @@ class Png:
         """A form with one part per image."""
         del model
         boundary = "scumble-attacker"
-        parts = []
-        for picture in levels(images):
-            buffer = io.BytesIO()
-            Image.fromarray(picture.squeeze(-1) if picture.shape[2] == 1 else picture).save(
-                buffer, "PNG", compress_level=1
-            )
-            parts.append(
-                f'--{boundary}\r\nContent-Disposition: form-data; name="image"; '
-                'filename="x.png"\r\nContent-Type: image/png\r\n\r\n'.encode()
-                + buffer.getvalue()
-                + b"\r\n"
-            )
-        body = b"".join(parts) + f"--{boundary}--\r\n".encode()
+        head = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n'
+            "Content-Type: image/png\r\n\r\n"
+        ).encode()
+        files = (encode_png(picture, compress_level=1) for picture in levels(images))
+        body = b"".join(head + file + b"\r\n" for file in files) + f"--{boundary}--\r\n".encode()
         return Message(
             "/v1/predict", body, {"Content-Type": f"multipart/form-data; boundary={boundary}"}
         )

@@ -5,7 +5,6 @@ There is no network here, so `Client` and `AsyncClient` share all of it.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from scumble.client.errors import BadAnswer, BadImage, Refused
+from scumble.data.png import encode_png, to_image
 
 Sendable: TypeAlias = bytes | str | PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 T = TypeVar("T")
@@ -246,16 +246,14 @@ def _picture(pixels: npt.NDArray[Any]) -> Image.Image:
             f"an array is {pixels.dtype} {pixels.shape}; "
             "allowed: uint8 (H, W), (H, W, 1) or (H, W, 3)"
         )
-    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if form == (1,) else pixels))
+    return to_image(pixels)
 
 
 def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
     try:
-        picture.save(buffer, "PNG")
+        return encode_png(picture)
     except (OSError, ValueError) as exc:
         raise BadImage(f"{picture}: {exc}; .convert('RGB') makes it sendable") from exc
-    return buffer.getvalue()
 
 
 def _problem(body: bytes) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from scumble.data.png import encode_png
+
 SPLITS = ("train", "test")
 DIGITS = "digits"  # comes with scikit-learn: no download
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".bmp")
@@ -109,6 +111,31 @@ def load(source: str, split: str = "train", *, root: Path | None = None) -> Data
     raise DatasetError(
         f"no data set {source!r}: give a .parquet file, a folder of class folders, "
         f"or one of {', '.join(sorted([DIGITS, *TORCHVISION]))}"
+    )
+
+
+def write_parquet(
+    path: Path, images: npt.NDArray[np.uint8], labels: Iterable[int], paths: Iterable[str] = ()
+) -> None:
+    """Write images as PNG files into a Parquet file that `load` reads.
+
+    Args:
+        path: of the file.
+        images: uint8 (N, H, W, C), C being 1 or 3, or (N, H, W).
+        labels: N of them.
+        paths: N file names, which the groups are made of; none if empty.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names: list[str | None] = [*paths] or [None] * len(images)
+    rows = [
+        {"bytes": encode_png(image), "path": name}
+        for image, name in zip(images, names, strict=True)
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(
+        pa.table({"image": pa.array(rows, kind), "label": np.asarray(labels, np.int64)}), path
     )
 
 

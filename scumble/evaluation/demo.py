@@ -15,7 +15,6 @@ With `--undefended` and `--defended` it steals from two servers that run elsewhe
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import time
@@ -26,11 +25,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +36,7 @@ from scumble.attacker.result import Result
 from scumble.attacker.run import Job, run
 from scumble.client.wire import encode
 from scumble.data.digits import SIDE, digits
-from scumble.data.image_sets import Dataset, load
+from scumble.data.image_sets import Dataset, load, write_parquet
 from scumble.evaluation import scores
 from scumble.evaluation.guests import Visits, admit, visit
 from scumble.evaluation.local_server import serving
@@ -242,23 +237,12 @@ def material(out: Path, queries: int, seed: int, data: Path) -> tuple[Path, dict
     images, _ = as_tensors(rest)
     bent = DISTORT(images[rows], torch.Generator().manual_seed(seed))
     pictures = np.rint(bent.numpy().transpose(0, 2, 3, 1) * 255).astype(np.uint8)
-    save(out / "queries.parquet", pictures, rest.labels[rows])
-    save(out / "test.parquet", held_out.images, held_out.labels)
+    write_parquet(out / "queries.parquet", pictures, rest.labels[rows])
+    write_parquet(out / "test.parquet", held_out.images, held_out.labels)
     tests = {"digits": held_out}
     if (data / "mnist_test.parquet").is_file():
         tests["mnist"] = load("mnist", "test", root=data)
     return out / "queries.parquet", tests
-
-
-def save(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
-    """Grey pictures in the layout that `scumble attack` reads."""
-    files = []
-    for picture in images[..., 0]:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG")
-        files.append({"bytes": buffer.getvalue(), "path": None})
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    pq.write_table(pa.table({"image": pa.array(files, kind), "label": labels}), path)
 
 
 def watch(servers: dict[str, Target], path: Path) -> None:

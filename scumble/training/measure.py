@@ -7,13 +7,13 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from app.inference.bundle import Accuracy, Card
 from app.inference.decode import to_pixels
 from app.inference.engines import Engine, EngineName, Probs, load, resolve
 from app.precision import Precision
 from scumble.data.image_sets import Dataset, DatasetError
+from scumble.data.png import to_image
 
 BATCH = 250
 
@@ -44,8 +44,7 @@ def fitted(data: Dataset, card: Card) -> Dataset:
 
 def _fit(image: npt.NDArray[np.uint8], card: Card) -> npt.NDArray[np.uint8]:
     """One picture, brought to size as the service does it."""
-    picture = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
-    return to_pixels(picture, card.input, card.preprocessing)
+    return to_pixels(to_image(image), card.input, card.preprocessing)
 
 
 def answers(

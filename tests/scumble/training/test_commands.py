@@ -1,19 +1,16 @@
-"""The workshop's commands: what they write, and one line for every mistake."""
+"""The training commands: what they write, and one line for every mistake."""
 
-import io
 import shlex
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
 from sklearn.datasets import load_digits
 
 from app.inference.bundle import Bundle, golden_inputs
 from app.inference.engines import load
+from scumble.data.image_sets import write_parquet
 from scumble.training.commands import quantize, train
 from scumble.training.exporting import export
 
@@ -25,16 +22,6 @@ def net():
         torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
         torch.nn.Flatten(), torch.nn.Linear(4, 3))
 """
-
-
-def write_parquet(path, images, labels):
-    def encoded(image):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    rows = [{"bytes": encoded(im), "path": f"{i}.png"} for i, im in enumerate(images)]
-    pq.write_table(pa.table({"image": rows, "label": [int(k) for k in labels]}), path)
 
 
 @pytest.fixture(scope="module")
