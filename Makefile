@@ -12,7 +12,7 @@ UPGRADE = --upgrade
 CUDA = $$(sed -nE 's/^(torch|torchvision|triton|(nvidia|cuda)-[a-z0-9-]+)==.*/--no-emit-package=\1/p' requirements/dev.txt)
 
 .PHONY: help serve test test-lowest test-newest install lock sbom check lint format demo results-ci \
-	bench chaos compose-demo clean
+	bench chaos compose-demo docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -93,6 +93,9 @@ compose-demo: .venv/.dev ## build the images, play the story in containers and c
 
 bench: .venv/.dev ## request latency, defense on against off
 	$(BIN)/python loadtest/latency.py
+
+docs: .venv/.dev ## the documentation as a site in runs/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove the environment and what tools left
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

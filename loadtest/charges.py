@@ -1,10 +1,10 @@
-"""How many charges one Redis counts in a second: it is what all replicas have in common.
+"""Measures how many charges per second one Redis counts; all replicas share it.
 
     python -m loadtest.charges          writes loadtest/charges.json
 
-A real Redis that writes each charge to its disk before it answers, as docs/reference/keys.md asks for. One
+A real Redis writes each charge to disk before it answers, as docs/reference/keys.md requires. One
 process per core charges single images of 10,000 clients in two budgets each, on as many connections
-as a worker has, or on one. Redis and those who ask share the cores: alone it does more.
+as a worker has, or on one. Redis and the clients share the cores, so Redis alone does more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes performance.md, its plot, and the figures of threat-model.md, from committed JSON.
 
-python -m loadtest.pages            writes them; nothing is typed in
+python -m loadtest.pages            writes them
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figures in docs/how-to/scaling.md, made of the committed JSON: nothing is typed in.
+"""Writes the figures of docs/how-to/scaling.md from the committed JSON.
 
 python -m loadtest.scaling --price 0.04            price of one core for one hour
 """
@@ -36,9 +36,9 @@ def capacity(bench: Document, price: float) -> str:
     return "\n\n".join(
         [
             f"Images per second and core, one image per request, {CONNECTIONS} connections, of "
-            f"`{bench['command']}`, [bench.json](../../loadtest/bench.json): {bench['cores']} cores, "
-            f"{bench['processor']}. Client and service share the cores, so a server on its own "
-            f"does more. A million images at {price:g} per core and hour:",
+            f"`{bench['command']}`, [bench.json](../../loadtest/bench.json): "
+            f"{bench['cores']} cores, {bench['processor']}. Client and service share the cores, so "
+            f"a server on its own does more. A million images at {price:g} per core and hour:",
             table([*head, "a million images"], capacity_rows(bench, price)),
         ]
     )

@@ -1,4 +1,4 @@
-"""The compose file and the Dockerfiles hold what docs/how-to/containers.md promises, and name what exists.
+"""The compose file and the Dockerfiles match docs/how-to/containers.md and name files that exist.
 
 Whether containers then run like that is for `make compose-demo` to show.
 """
