@@ -33,7 +33,8 @@ test-lowest: .venv/.dev ## the server's tests with the lowest releases that pypr
 		--requirement runs/lowest/requirements.txt hypothesis pytest pyyaml sybil trustme
 	$(BIN)/uv pip install --quiet --python runs/lowest/venv/bin/python --no-deps --editable .
 	runs/lowest/venv/bin/python -m pytest -m 'not torch' -W ignore::DeprecationWarning \
-		$(addprefix tests/app/test_,$(addsuffix .py,api bodies decode private_parts v2))
+		tests/app/test_private_parts.py tests/app/inference/test_decode.py \
+		$(addprefix tests/app/http/test_,$(addsuffix .py,application bodies v2))
 
 test-newest: .venv/bin/uv ## the whole suite with the newest releases, uvicorn's upper bound lifted
 	mkdir -p runs/newest
