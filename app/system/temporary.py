@@ -18,18 +18,19 @@ from pathlib import Path
 
 
 @contextmanager
-def temporary_folder(prefix: str) -> Iterator[Path]:
+def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """A new folder; those of the same prefix and user whose processes have ended are removed.
 
     Raises:
         OSError: it cannot be made.
     """
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+    parent = parent or Path(tempfile.gettempdir())
+    for left in parent.glob(f"{prefix}*"):
         lock = _lock(left)
         if lock is not None:
             shutil.rmtree(left, ignore_errors=True)
             os.close(lock)
-    folder, lock = _make(prefix)
+    folder, lock = _make(prefix, parent)
     try:
         yield folder
     finally:
@@ -37,9 +38,9 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def _make(prefix: str) -> tuple[Path, int]:
+def _make(prefix: str, parent: Path) -> tuple[Path, int]:
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         lock = _lock(folder)
         if lock is not None:
             with contextlib.suppress(FileNotFoundError):

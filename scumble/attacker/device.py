@@ -6,15 +6,30 @@ the parts, images and answers are numpy arrays; a tensor goes where the network 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import nn
 
 CPU = torch.device("cpu")
+_chosen: ContextVar[torch.device | None] = ContextVar("chosen", default=None)
 
 
-def best() -> torch.device:
+def best(available: Callable[[], bool] = torch.cuda.is_available) -> torch.device:
     """Where new networks go."""
-    return torch.device("cuda") if torch.cuda.is_available() else CPU
+    return _chosen.get() or (torch.device("cuda") if available() else CPU)
+
+
+@contextmanager
+def chosen(device: torch.device) -> Iterator[None]:
+    """New networks go to this device within the block, whatever torch finds."""
+    token = _chosen.set(device)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 def of(net: nn.Module) -> torch.device:

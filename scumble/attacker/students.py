@@ -170,9 +170,14 @@ def make(
 
 def save(net: nn.Module, path: Path) -> None:
     """Write the weights of a student, to be read also by machines without a GPU."""
+    torch.save(weights_on_cpu(net), path)
+
+
+def weights_on_cpu(net: nn.Module) -> dict[str, Tensor]:
+    """The state of a network with every tensor copied to the CPU."""
     weights = net.state_dict()
     weights.update({name: weight.cpu() for name, weight in weights.items()})
-    torch.save(weights, path)
+    return weights
 
 
 def usable(answers: Tensor) -> Tensor:

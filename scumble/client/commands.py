@@ -85,16 +85,26 @@ def predict(
         hint = "URL" if str(exc).startswith("url") else "--key-file"
         raise click.BadParameter(str(exc), param_hint=hint) from exc
     with client:
-        try:
-            model = client.model()
-        except ClientError as exc:
-            raise click.ClickException(_plain(str(exc))) from exc
-        if as_json:
-            failed = _print_lines(_outcomes(client, images, top_k))
-        else:
-            top_k = top_k or min(TOP_K, len(model.labels))
-            failed = _print_table(url, model, list(_outcomes(client, images, top_k)))
+        failed = classify(client, url, images, top_k=top_k, as_json=as_json)
     ctx.exit(1 if failed else 0)
+
+
+def classify(
+    client: Client, url: str, images: tuple[Path, ...], *, top_k: int | None, as_json: bool
+) -> bool:
+    """Send the images and print the answers; true if one got no answer.
+
+    Raises:
+        click.ClickException: the server does not describe its model.
+    """
+    try:
+        model = client.model()
+    except ClientError as exc:
+        raise click.ClickException(_plain(str(exc))) from exc
+    if as_json:
+        return _print_lines(_outcomes(client, images, top_k))
+    top_k = top_k or min(TOP_K, len(model.labels))
+    return _print_table(url, model, list(_outcomes(client, images, top_k)))
 
 
 def _outcomes(client: Client, images: tuple[Path, ...], top_k: int | None) -> Iterator[Outcome]:

@@ -119,21 +119,56 @@ def evaluate(
     cells = list({cell.key: cell for cell in seeded(cells, seeds)}.values())
     out.mkdir(parents=True, exist_ok=True)
     waiting = [cell for cell in cells if not done(out / f"{cell.key}.json")]
-    command = shlex.join(["scumble", *sys.argv[1:]])
     console = Console(highlight=False)
+    failed = run_cells(
+        waiting, out, root, finished=len(cells) - len(waiting), jobs=jobs, threads=threads,
+        headers=headers, console=console,
+    )  # fmt: skip
+    show([read(out / f"{c.key}.json") for c in cells if done(out / f"{c.key}.json")], console)
+    if failed:
+        raise click.ClickException(f"{failed} of {len(waiting)} cells failed")
+
+
+def run_cells(
+    cells: list[Cell],
+    out: Path,
+    root: Path | None,
+    *,
+    finished: int,
+    jobs: int,
+    threads: int,
+    headers: dict[str, str] | None,
+    console: Console,
+) -> int:
+    """Judge the cells and keep their records in `out`.
+
+    Args:
+        cells: the cells.
+        out: an existing folder.
+        root: folder with data sets by name.
+        finished: how many cells of the same plan have a record already, for the progress bar.
+        jobs: cells at a time.
+        threads: of torch, per cell.
+        headers: sent to the service at a cell's URL.
+        console: where progress and failures are shown.
+
+    Returns:
+        The number of cells that failed.
+    """
+    command = shlex.join(["scumble", *sys.argv[1:]])
     failed = 0
     context = get_context("spawn")
     with (
         Progress(console=console) as progress,
-        ProcessPoolExecutor(min(jobs, max(1, len(waiting))), mp_context=context) as pool,
+        ProcessPoolExecutor(min(jobs, max(1, len(cells))), mp_context=context) as pool,
     ):
-        bar = progress.add_task("cells", total=len(cells), completed=len(cells) - len(waiting))
+        bar = progress.add_task("cells", total=finished + len(cells), completed=finished)
         running: dict[Future[Record], Cell] = {
             pool.submit(
                 judge, cell, RUNS / cell.key, root=root, command=command, threads=threads,
                 headers=headers,
             ): cell
-            for cell in waiting
+            for cell in cells
         }  # fmt: skip
         for future in as_completed(running):
             cell = running[future]
@@ -145,9 +180,7 @@ def evaluate(
             else:
                 shutil.copyfile(RUNS / cell.key / "record.json", out / f"{cell.key}.json")
             progress.advance(bar)
-    show([read(out / f"{c.key}.json") for c in cells if done(out / f"{c.key}.json")], console)
-    if failed:
-        raise click.ClickException(f"{failed} of {len(waiting)} cells failed")
+    return failed
 
 
 def planned(ctx: click.Context, plans: tuple[str, ...], options: dict[str, str]) -> list[Cell]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,9 +67,14 @@ CELLS: dict[str, Cell] = {**OWN_IMAGES, **DATA_FREE}
 )
 def main(names: tuple[str, ...], data: Path, threads: int) -> None:
     """Run the cells whose names start with one of NAMES; all by default."""
+    run_cells({n: cell for n, cell in CELLS.items() if n.startswith(names or ("",))}, data, threads)
+
+
+def run_cells(cells: Mapping[str, Cell], data: Path, threads: int) -> None:
+    """Measure the cells that have no result yet."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name, cell in CELLS.items():
-        if (RESULTS / f"{name}.json").exists() or not name.startswith(names or ("",)):
+    for name, cell in cells.items():
+        if (RESULTS / f"{name}.json").exists():
             continue
         click.echo(name)
         measure(name, cell, data, threads)

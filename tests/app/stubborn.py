@@ -1,4 +1,4 @@
-"""A defense that sleeps on a certain picture and hangs on another, for tests of a real server."""
+"""A defense that sleeps, hangs or raises for pictures of certain colours."""
 
 import time
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from scumble.defenses.base import Defense
 from tests.pictures import encoded
 
 NAME = f"{Path(__file__)}:Stubborn"
-SLOW, HUNG = 200, 201
+SLOW, HUNG, FAILING = 200, 201, 202
 SLOW_S = 0.8
 
 
@@ -23,6 +23,8 @@ class Stubborn(Defense):
         for value, seconds in ((SLOW, SLOW_S), (HUNG, 3600)):
             if (inputs == value).all(axis=(1, 2, 3)).any():
                 time.sleep(seconds)
+        if (inputs == FAILING).all(axis=(1, 2, 3)).any():
+            raise ZeroDivisionError
         return probs
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from scumble.defenses import DCP
 from scumble.defenses.base import Defense
 
 FIRST = f"{Path(__file__)}:First"
 THREAD = f"{Path(__file__)}:Thread"
 SLOW = f"{Path(__file__)}:Slow"
+WRONG_GRAPH = f"{Path(__file__)}:WrongGraph"
 SLOW_TENSORS = f"{Path(__file__)}:SlowTensors"
 IMAGE_S = 0.15
 seen: set[np.dtype] = set()
@@ -60,3 +62,11 @@ class SlowTensors(Defense):
             seen.add(inputs.dtype)
             time.sleep(1)
         return probs
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongGraph(DCP):
+    """Has a graph that computes something else."""
+
+    def nodes(self, op, probs):
+        return op("Mul", probs, 0.5)

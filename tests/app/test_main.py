@@ -89,11 +89,8 @@ def test_the_log_says_where_the_defense_runs(make_client, caplog, options, where
     assert loaded.defends == where
 
 
-def test_a_graph_that_is_off_is_not_served(make_client, caplog, monkeypatch):
-    from scumble.defenses import DCP
-
-    monkeypatch.setattr(DCP, "nodes", lambda self, op, probs: op("Mul", probs, 0.5))
-    params = {"defense": "dcp", "defense_params": {"beta": 1.2}}
+def test_a_graph_that_is_off_is_not_served(make_client, caplog):
+    params = {"defense": telling.WRONG_GRAPH, "defense_params": {"beta": 1.2}}
     served = ask(make_client(**params))
     assert "the defense runs behind the engine: its graph is off by" in caplog.text
     assert served.sum() == pytest.approx(1)

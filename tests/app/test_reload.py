@@ -286,13 +286,16 @@ def test_what_a_killed_server_left_the_next_one_removes_and_nothing_else(serve, 
     assert httpx2.post(f"{living.admin}/reload", timeout=60).status_code == 200
 
 
-def test_folders_of_others_are_not_removed(temporary, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+def test_folders_of_others_are_not_removed(temporary):
     (temporary / "elsewhere").mkdir()
     (temporary / "scumble-run-link").symlink_to(temporary / "elsewhere")
     (temporary / "scumble-run-left").mkdir()
     (temporary / "other").mkdir()
-    with temporary_folder("scumble-run-") as one, temporary_folder("scumble-run-") as two:
+
+    def make():
+        return temporary_folder("scumble-run-", temporary)
+
+    with make() as one, make() as two:
         found = {path.name for path in temporary.iterdir()}
         assert found == {one.name, two.name, "scumble-run-link", "elsewhere", "other"}
     assert runs(temporary) == [temporary / "scumble-run-link"]

@@ -259,9 +259,9 @@ class Health(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
-def test_the_health_check_asks_the_admin_port(status, healthy, monkeypatch):
-    monkeypatch.setattr(Health, "status", status)
-    server = HTTPServer(("127.0.0.1", 0), Health)
+def test_the_health_check_asks_the_admin_port(status, healthy):
+    handler = type("Handler", (Health,), {"status": status})
+    server = HTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.handle_request, daemon=True).start()
     port = server.server_address[1]
     done = subprocess.run(

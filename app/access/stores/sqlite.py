@@ -34,11 +34,13 @@ class SqliteStore:
         ConfigError: the file cannot be opened or is none of SQLite's.
     """
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, path: str, clock: Callable[[], float] = time.time, busy_s: float = BUSY_S
+    ) -> None:
         self._clock = clock
         try:
             self._db = sqlite3.connect(
-                path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+                path, timeout=busy_s, isolation_level=None, check_same_thread=False
             )
             _write_ahead(self._db)
             self._db.execute("PRAGMA synchronous=FULL")

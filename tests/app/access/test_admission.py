@@ -10,7 +10,7 @@ from app.access.stores import StoreError
 from app.errors import ConfigError
 from app.main import create_app
 from app.settings import Settings
-from tests.app import telling
+from tests.app import stubborn, telling
 from tests.app.http.test_application import check_problem, samples
 from tests.pictures import PNG
 
@@ -262,12 +262,14 @@ def test_what_is_refused_costs_nothing(client):
     assert left(client, "five") == 4
 
 
-def test_our_fault_and_a_full_queue_are_refunded(keyed, monkeypatch):
+def test_our_fault_and_a_full_queue_are_refunded(keyed, keys_file):
+    five = row("five", limits={"total_images": 5}, defense=stubborn.NAME)
+    write_keys(keys_file, KeyFile(keys=(five,)))
+    failing = [("image", ("x.png", stubborn.plain(stubborn.FAILING), "image/png"))] * 2
     client = keyed(limits={"max_queue": 3})
     assert ask(client, "five", 4).status_code == 503
-    with monkeypatch.context() as patched:
-        patched.setattr("app.http.prediction.Service._encode", lambda *args: 1 / 0)
-        assert ask(client, "five", 2).status_code == 500
+    answer = client.post("/v1/predict", files=failing, headers={"X-API-Key": "five"})
+    assert answer.status_code == 500
     assert left(client, "five") == 4
 
 

@@ -1,8 +1,8 @@
 """The file of keys and `scumble keys`: hashed, replaced in one step, checked before it counts."""
 
 import json
-import os
 import re
+import resource
 import stat
 import threading
 from datetime import UTC, datetime
@@ -105,17 +105,17 @@ def test_keys_added_at_once_are_all_there(tmp_path):
     assert {key.id for key in read_keys(path).keys} == {f"k{n}" for n in range(20)}
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "keys.json"
     add_key(path, record())
     before = path.read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_keys(path, KeyFile())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_keys(path, KeyFile())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["keys.json"]
 
@@ -220,7 +220,7 @@ def test_the_servers_own_parameters_are_checked_alike(monkeypatch, which):
         load_settings()
 
 
-def test_a_failure_of_any_kind_leaves_the_built_defenses(monkeypatch):
+def test_a_failure_of_any_kind_leaves_the_built_defenses():
     default = NoDefense()
     made = []
 

@@ -294,9 +294,8 @@ async def test_redis_does_a_charge_in_one_command_and_lets_windows_expire(redis)
     await store.close()
 
 
-async def test_a_locked_file_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.access.stores.sqlite.BUSY_S", 0.05)
-    store, other = (SqliteStore(f"{tmp_path}/b.db") for _ in range(2))
+async def test_a_locked_file_is_an_error(tmp_path):
+    store, other = (SqliteStore(f"{tmp_path}/b.db", busy_s=0.05) for _ in range(2))
     other._db.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="locked"):
         await store.charge([TOTAL], 1)

@@ -20,22 +20,31 @@ pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available:UserWarnin
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.setattr(device, "best", lambda: GPU)
-    with PretendGpu() as pretended:
+def gpu():
+    with PretendGpu() as pretended, device.chosen(GPU):
         yield pretended
 
 
-def test_without_a_gpu_networks_are_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.best() == device.of(students.make("small_cnn", SHAPE, LABELS, seed=0))
-    assert device.best().type == "cpu"
-    assert device.gpu() is None
+def test_without_a_gpu_networks_are_on_the_cpu():
+    assert device.best(available=lambda: False) == device.CPU
 
 
-def test_with_a_gpu_it_is_chosen(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert device.best() == GPU
+def test_a_chosen_device_is_used_in_its_block_only():
+    found = device.best()
+    with device.chosen(GPU):
+        assert device.best() == GPU
+    assert device.best() == found
+
+
+def test_networks_are_made_on_the_chosen_device():
+    with device.chosen(device.CPU):
+        net = students.make("small_cnn", SHAPE, LABELS, seed=0)
+        assert device.of(net) == device.CPU
+        assert device.gpu() is None
+
+
+def test_with_a_gpu_it_is_chosen():
+    assert device.best(available=lambda: True) == GPU
 
 
 def test_the_pretended_gpu_refuses_what_a_real_one_does(gpu):
@@ -51,7 +60,7 @@ def test_the_pretended_gpu_refuses_what_a_real_one_does(gpu):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_every_attack_trains_its_copy_there(name, gpu, monkeypatch):
+def test_every_attack_trains_its_copy_there(name, gpu):
     attack, _ = SMALL[name]
     images, seen = noise_pool(8, seed=5).images, []
     student = steal(
@@ -61,9 +70,7 @@ def test_every_attack_trains_its_copy_there(name, gpu, monkeypatch):
     )
     assert device.of(student) == GPU
     assert np.isfinite(seen).all()
-    saved = {}
-    monkeypatch.setattr(torch, "save", lambda weights, _: saved.update(weights))
-    students.save(student, "copy.pt")
+    saved = students.weights_on_cpu(student)
     assert saved.keys() == student.state_dict().keys()
     assert not any(gpu.holds(weight) for weight in saved.values())
     assert device.of(student) == GPU

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scumble.data.image_sets import TORCHVISION, Dataset, DatasetError, load
+from scumble.data.image_sets import Dataset, DatasetError, load
 from tests.pictures import encoded, picture
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -237,10 +237,16 @@ def test_names_and_splits_that_do_not_exist(tmp_path):
 
 @pytest.fixture
 def torchvision(monkeypatch):
-    """`torchvision(make)` puts a made-up set into the table, and nothing is imported for it."""
-    for name in ("torchvision", "torchvision.datasets"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    return lambda make: monkeypatch.setitem(TORCHVISION, "made_up", make)
+    """`torchvision(name, make)` -> a stand-in for torchvision whose data set `name` is `make`."""
+
+    def install(name, make):
+        package, sets = (types.ModuleType(f"torchvision{part}") for part in ("", ".datasets"))
+        package.datasets = sets
+        setattr(sets, name, make)
+        for module in (package, sets):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return install
 
 
 class Labelled(list):
@@ -250,42 +256,45 @@ class Labelled(list):
 def test_torchvision(torchvision, tmp_path):
     seen = []
 
-    def make(tv, root, split):
-        seen.append((tv.__name__, root, split))
+    def make(root, *, train, download):
+        seen.append((root, train, download))
         return Labelled([(picture(seed=1), 1), (picture(seed=2), 0)])
 
-    torchvision(make)
-    found = load("made_up", "test", root=tmp_path)
-    assert seen == [("torchvision.datasets", tmp_path, "test")]
+    torchvision("MNIST", make)
+    found = load("mnist", "test", root=tmp_path)
+    assert seen == [(tmp_path, False, True)]
     np.testing.assert_array_equal(found.images, pixels(picture(seed=1), picture(seed=2)))
     assert (found.name, found.classes, found.labels.tolist()) == (
-        "made_up_test",
+        "mnist_test",
         ("no", "1"),
         [1, 0],
     )
-    assert found.groups == ("made_up/0", "made_up/1")
+    assert found.groups == ("mnist/0", "mnist/1")
 
 
-def test_torchvision_names_its_classes_by_number_where_it_has_no_names(torchvision):
-    torchvision(lambda tv, root, split: [(picture(), 2)])
-    assert load("made_up").classes == ("0", "1", "2")
+def test_torchvision_names_its_classes_by_number_where_it_has_no_names(torchvision, tmp_path):
+    torchvision("SVHN", lambda root, *, split, download: [(picture(), 2)])
+    assert load("svhn", root=tmp_path).classes == ("0", "1", "2")
 
 
-def test_torchvision_gtsrb_has_tracks(torchvision):
+def test_torchvision_gtsrb_has_tracks(torchvision, tmp_path):
     signs = Labelled([(picture(), 0)] * 4)
     signs._samples = [(f"/cache/{name}", 0) for name in tracks(n=2, frames=2)]
-    torchvision(lambda tv, root, split: signs)
-    assert load("made_up").groups == ("/cache/00001/00000",) * 2 + ("/cache/00001/00001",) * 2
+    torchvision("GTSRB", lambda root, *, split, download: signs)
+    assert (
+        load("gtsrb", root=tmp_path).groups
+        == ("/cache/00001/00000",) * 2 + ("/cache/00001/00001",) * 2
+    )
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("no route")], ids=repr)
 def test_torchvision_without_network(torchvision, tmp_path, error):
-    def make(tv, root, split):
+    def make(root, *, train, download):
         raise error
 
-    torchvision(make)
-    with pytest.raises(DatasetError, match=r"'made_up' cannot be downloaded into '.*': no route"):
-        load("made_up", root=tmp_path)
+    torchvision("CIFAR10", make)
+    with pytest.raises(DatasetError, match=r"'cifar10' cannot be downloaded into '.*': no route"):
+        load("cifar10", root=tmp_path)
 
 
 # The packed sets

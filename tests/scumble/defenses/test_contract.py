@@ -337,23 +337,26 @@ def test_constructed_chain_takes_defenses_only():
         scumble.defenses.Chain(steps=[["dcp", {"beta": 1.0}]])
 
 
-def test_bundle_and_secret_reach_a_step_of_a_chain(monkeypatch):
-    @dataclass(frozen=True, kw_only=True)
-    class Probe(Defense):
-        keyed = True
-        seen: tuple
+@dataclass(frozen=True, kw_only=True)
+class Probe(Defense):
+    """Keeps what it is built with."""
 
-        def __call__(self, probs, inputs):
-            return probs
+    keyed = True
+    seen: tuple
 
-        @classmethod
-        def build(cls, bundle, **params):
-            return cls(seen=(bundle, params["secret"]))
+    def __call__(self, probs, inputs):
+        return probs
 
-        @classmethod
-        def parameters(cls):
-            return ()
+    @classmethod
+    def build(cls, bundle, **params):
+        return cls(seen=(bundle, params["secret"]))
 
-    monkeypatch.setitem(TABLE, "probe", Probe)
-    chain = make("chain", steps=[["probe", {}]], bundle="bundle", secret=b"key")
+    @classmethod
+    def parameters(cls):
+        return ()
+
+
+def test_bundle_and_secret_reach_a_step_of_a_chain():
+    probe = f"{__file__}:Probe"
+    chain = make("chain", steps=[[probe, {}]], bundle="bundle", secret=b"key")
     assert chain.steps[0].seen == ("bundle", b"key")

@@ -83,18 +83,19 @@ def test_the_demo_asks_no_stranger_without_consent(tmp_path):
 
 @pytest.mark.server
 @pytest.mark.data
-def test_a_cell_leaves_a_checked_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(steal, "RESULTS", tmp_path)
-    monkeypatch.setattr(steal, "RUNS", tmp_path / "runs")
+def test_a_cell_leaves_a_checked_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("models").symlink_to(ROOT / "models")
     changes = ("attack.batch=8", "attack.width=8", "attack.views=2")
-    monkeypatch.setitem(steal.CELLS, "small", steal.Cell("mnist", "dfme", 200, changes=changes))
-    done = CliRunner().invoke(steal.main, ["small", "--data", str(ROOT.parent / "shared" / "data")])
-    assert done.exit_code == 0, done.output
-    result = read(tmp_path / "small.json")
+    cells = {"small": steal.Cell("mnist", attack="dfme", budget=200, changes=changes)}
+    steal.run_cells(cells, ROOT.parent / "shared" / "data", threads=1)
+    assert capsys.readouterr().out.startswith("small\n")
+    result = read(steal.RESULTS / "small.json")
     assert result.command == "python -m scumble.evaluation.steal small"
     assert (result.ledger.spent, result.ledger.difference) == (168, 0)
     assert len(result.curve) == 2
-    assert CliRunner().invoke(steal.main, ["small"]).output == ""  # nothing is left to do
+    steal.run_cells(cells, Path("no data"), threads=1)
+    assert capsys.readouterr().out == ""  # nothing is left to do
 
 
 def test_cells_name_what_is_there():

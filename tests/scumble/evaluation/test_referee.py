@@ -1,5 +1,6 @@
 """One whole cell over HTTP, the records it leaves, and the pages made of them."""
 
+import io
 import json
 from dataclasses import asdict, replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from rich.console import Console
 
 from app.access.keys import KeyFile, write_keys
 from docs.generators import results
@@ -98,7 +100,7 @@ def test_a_cell_from_servers_to_pages(cell, tmp_path):
 
 @pytest.mark.server
 def test_evaluate_runs_cells_once(cell, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "RUNS", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
     words = ["evaluate", "--victim", cell.victim, "--defense", "dcp", "--params", '{"beta": 1.2}']
     words += ["--budget", "20", "--queries", str(folder), "--test", str(folder), "--seeds", "2"]
     words += ["--out", str(tmp_path / "out"), "--jobs", "2"]
@@ -153,15 +155,22 @@ def test_what_cannot_be_judged_is_said(words, message):
 
 @pytest.mark.server
 def test_a_cell_that_fails_does_not_stop_the_others(cell, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "RUNS", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
     bad = replace(cell, defense=Defended("dcp", {"beta": "x"}))
-    monkeypatch.setitem(commands.PLANS, "ci", lambda: iter([bad, cell]))
-    done = CliRunner().invoke(
-        main, ["evaluate", "--plan", "ci", "--out", str(tmp_path / "out"), "--jobs", "1"]
+    said = io.StringIO()
+    (tmp_path / "out").mkdir()
+    failed = commands.run_cells(
+        [bad, cell],
+        tmp_path / "out",
+        None,
+        finished=0,
+        jobs=1,
+        threads=1,
+        headers=None,
+        console=Console(file=said),
     )
-    assert done.exit_code == 1
-    assert "1 of 2 cells failed" in done.output
-    assert "beta" in done.output
+    assert failed == 1
+    assert "beta" in said.getvalue()
     assert len(list((tmp_path / "out").glob("*.json"))) == 1
 
 
@@ -221,16 +230,13 @@ def test_published_cells_have_the_papers_attack_and_nothing_of_the_plans(plan):
         assert modifiers == configure(job(cell, "http://localhost", None, None, 1))[1]
 
 
-def test_the_profile_of_a_plan_counts(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(commands, "seeded", lambda cells, _: seen.extend(cells) or [])
-    words = ["evaluate", "--plan", "matrix", "--out", str(tmp_path)]
-    for profile in ("cpu", "paper"):
-        done = CliRunner().invoke(main, [*words, "--profile", profile])
-        assert done.exit_code == 0, done.output
-    ours = list(PLANS["matrix"]())
-    assert seen == [*ours, *map(published, ours)]
-    assert {cell.budget for cell in seen[len(ours) :]} == {50_000}
+@pytest.mark.parametrize(("profile", "change"), [("cpu", lambda cell: cell), ("paper", published)])
+def test_the_profile_of_a_plan_counts(profile, change):
+    words = ["--plan", "matrix", "--profile", profile]
+    with commands.evaluate.make_context("evaluate", words) as context:
+        planned = commands.planned(context, context.params["plans"], {"profile": profile})
+    assert planned == [change(cell) for cell in PLANS["matrix"]()]
+    assert profile == "cpu" or {cell.budget for cell in planned} == {50_000}
 
 
 @pytest.mark.parametrize(
