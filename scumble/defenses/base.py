@@ -19,6 +19,8 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from scumble.defenses.parameters import CheckedParameters
+
 Probs = npt.NDArray[np.floating[Any]]
 """float32 or float64 (N, K), C order."""
 
@@ -27,9 +29,6 @@ Inputs = npt.NDArray[Any]
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 (N, H, W, C), C order."""
-
-_INTEGER = int | np.integer
-_NUMBER = int | float | np.integer | np.floating
 
 
 class Nodes(Protocol):
@@ -72,12 +71,14 @@ class DefenseError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defense(ABC):
+class Defense(CheckedParameters, ABC):
     """Base of all defenses.
 
     Subclasses are frozen keyword-only dataclasses whose fields carry the paper's symbols. A field
     with `repr=False` is supplied by the server (secret, auxiliary model), never by a user.
     """
+
+    parameter_error: ClassVar[type[Exception]] = DefenseError
 
     keyed: ClassVar[bool] = False
     """Whether `build` is to be given the server's secret, as `secret`; see `canonical`."""
@@ -121,25 +122,3 @@ class Defense(ABC):
     def parameters(cls) -> tuple[str, ...]:
         """Names of the parameters a user may give."""
         return tuple(field.name for field in fields(cls) if field.init and field.repr)
-
-    def _check_number(self, field: str, low: float, high: float) -> None:
-        """Refuses all but numbers in [low, high] (so also bool, NaN, infinity); stores a float."""
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, _NUMBER) or not low <= value <= high:
-            raise self._refusal(field, f"must be a number from {low:g} to {high:g}")
-        object.__setattr__(self, field, float(value))
-
-    def _check_integer(self, field: str, low: int, high: int) -> None:
-        """Refuses all but integers in [low, high]; stores an int."""
-        value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, _INTEGER) or not low <= value <= high:
-            raise self._refusal(field, f"must be an integer from {low} to {high}")
-        object.__setattr__(self, field, int(value))
-
-    def _check_choice(self, field: str, *allowed: str) -> None:
-        """Refuses all but the given strings."""
-        if getattr(self, field) not in allowed:
-            raise self._refusal(field, f"must be one of {', '.join(map(repr, allowed))}")
-
-    def _refusal(self, field: str, rule: str) -> DefenseError:
-        return DefenseError(f"{type(self).__name__}: {field} {rule}, got {getattr(self, field)!r}")

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from scumble.attacker.adapt.base import check_choice, check_integer
+from scumble.attacker.adapt.base import ModifierParameters
 from scumble.attacker.errors import BudgetExhausted
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.transports import Images, Probs
 
 
 @dataclass(frozen=True)
-class Average:
+class Average(ModifierParameters):
     """The mean of `repeats` answers per image; each repeat costs a query.
 
     Attributes:
@@ -36,9 +36,9 @@ class Average:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer(self, "repeats", 1, 1000)
-        check_choice(self, "augment", False, True)
-        check_integer(self, "seed", 0, 2**63 - 1)
+        self._check_integer("repeats", 1, 1000)
+        self._check_choice("augment", False, True)
+        self._check_integer("seed", 0, 2**63 - 1)
 
     def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
         """The oracle with averaged answers."""

@@ -7,8 +7,8 @@ Shapes: `N` images, `K` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import ClassVar, Protocol
 
 import numpy as np
 from torch import nn
@@ -16,6 +16,7 @@ from torch import nn
 from scumble.attacker.errors import AttackError
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.transports import Images, Probs
+from scumble.defenses.parameters import CheckedParameters
 
 
 class Modifier(Protocol):
@@ -32,6 +33,12 @@ class Modifier(Protocol):
             AttackError: the modifier does not fit the oracle.
         """
         ...
+
+
+class ModifierParameters(CheckedParameters):
+    """Base of the modifiers that take parameters."""
+
+    parameter_error: ClassVar[type[Exception]] = AttackError
 
 
 class Mapped:
@@ -66,43 +73,3 @@ class Mapped:
         if kept.any():
             mapped[kept] = self._answer(answers[kept], images[kept])
         return mapped
-
-
-def check_number(owner: object, field: str, low: float, high: float) -> None:
-    """Refuses all but numbers in [low, high], so also bool and NaN; stores a float."""
-    value = getattr(owner, field)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        raise refusal(owner, field, f"must be a number from {low:g} to {high:g}")
-    object.__setattr__(owner, field, float(value))
-
-
-def check_integer(owner: object, field: str, low: int, high: int) -> None:
-    """Refuses all but integers in [low, high]."""
-    value = getattr(owner, field)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise refusal(owner, field, f"must be an integer from {low} to {high}")
-
-
-def check_choice(owner: object, field: str, *allowed: object) -> None:
-    """Refuses all but the given values."""
-    if getattr(owner, field) not in allowed:
-        raise refusal(owner, field, f"must be one of {', '.join(map(repr, allowed))}")
-
-
-def check_positives(owner: object, field: str, kind: type[int] | type[float]) -> None:
-    """Refuses all but one or more numbers above 0; stores a tuple."""
-    value = getattr(owner, field)
-    if not isinstance(value, Sequence) or not value or isinstance(value, str):
-        raise refusal(owner, field, "must be one or more numbers above 0")
-    for part in value:
-        allowed = int if kind is int else int | float
-        if not isinstance(part, allowed) or isinstance(part, bool) or not 0 < part < 1e6:
-            rule = f"must hold {'integers' if kind is int else 'numbers'} above 0 and below 1e6"
-            raise refusal(owner, field, rule)
-    object.__setattr__(owner, field, tuple(kind(part) for part in value))
-
-
-def refusal(owner: object, field: str, rule: str) -> AttackError:
-    """The error for a parameter: which, what is allowed, what it was."""
-    return AttackError(f"{type(owner).__name__}: {field} {rule}, got {getattr(owner, field)!r}")

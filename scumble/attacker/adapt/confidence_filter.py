@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from scumble.attacker.adapt.base import Mapped, check_number
+from scumble.attacker.adapt.base import Mapped, ModifierParameters
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.transports import Images, Probs
 
 
 @dataclass(frozen=True)
-class ConfidenceFilter:
+class ConfidenceFilter(ModifierParameters):
     """Rows with max y <= beta + margin become NaN; the others are clean.
 
     From beta + margin >= 1 on no row is clean, so all become NaN: there is nothing to learn from
@@ -36,8 +36,8 @@ class ConfidenceFilter:
     margin: float = 0.03
 
     def __post_init__(self) -> None:
-        check_number(self, "beta", 0, 10)
-        check_number(self, "margin", 0, 1)
+        self._check_number("beta", 0, 10)
+        self._check_number("margin", 0, 1)
 
     def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
         """The oracle with only clean answers."""

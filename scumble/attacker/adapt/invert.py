@@ -16,13 +16,7 @@ import torch
 from torch import nn
 
 from scumble.attacker import device
-from scumble.attacker.adapt.base import (
-    Mapped,
-    check_choice,
-    check_integer,
-    check_number,
-    check_positives,
-)
+from scumble.attacker.adapt.base import Mapped, ModifierParameters
 from scumble.attacker.adapt.maps import Array, Kind, Known, Odds
 from scumble.attacker.adapt.roots import Roots
 from scumble.attacker.adapt.table import Table
@@ -33,7 +27,7 @@ CHUNK = 256  # images that the student sees at a time
 
 
 @dataclass(frozen=True)
-class Invert:
+class Invert(ModifierParameters):
     """The clean row behind each answer, as far as answer and prior tell.
 
     An answer has a few to hundreds of clean rows that the defense maps to it. A prior guesses which
@@ -68,16 +62,16 @@ class Invert:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(self, "defense", "dcp", "reverse_sigmoid")
-        check_number(self, "beta", 0, 10)
-        check_number(self, "gamma", 0.001, 0.999)
-        check_number(self, "nu", 1, 1e6)
-        check_choice(self, "odds", "clamped", "lee2018")
-        check_choice(self, "prior", "table", "student")
-        check_integer(self, "pairs", 1000, 10_000_000)
-        check_integer(self, "neighbours", 1, 1000)
-        check_positives(self, "scales", float)
-        check_integer(self, "seed", 0, 2**63 - 1)
+        self._check_choice("defense", "dcp", "reverse_sigmoid")
+        self._check_number("beta", 0, 10)
+        self._check_number("gamma", 0.001, 0.999)
+        self._check_number("nu", 1, 1e6)
+        self._check_choice("odds", "clamped", "lee2018")
+        self._check_choice("prior", "table", "student")
+        self._check_integer("pairs", 1000, 10_000_000)
+        self._check_integer("neighbours", 1, 1000)
+        self._check_positives("scales", float)
+        self._check_integer("seed", 0, 2**63 - 1)
 
     def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
         """The oracle with inverted answers."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from scumble.attacker import device
-from scumble.attacker.adapt.base import Mapped, check_integer, check_number, check_positives
+from scumble.attacker.adapt.base import Mapped, ModifierParameters
 from scumble.attacker.adapt.maps import Array, gate, perturb
 from scumble.attacker.adapt.posteriors import draw
 from scumble.attacker.oracle import Oracle
@@ -28,7 +28,7 @@ SMALLEST = 1e-6  # probabilities below look alike to the network
 
 
 @dataclass(frozen=True)
-class Recover:
+class Recover(ModifierParameters):
     """Every row through a network from (y, p) pairs of unknown defenses of unknown strength.
 
     Rows are sorted by y before and put back after, so classes are treated alike. Wrapping trains
@@ -54,12 +54,12 @@ class Recover:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer(self, "pairs", 1, 10_000_000)
-        check_integer(self, "epochs", 1, 10_000)
-        check_positives(self, "hidden", int)
-        check_number(self, "learning_rate", 1e-6, 1)
-        check_positives(self, "scales", float)
-        check_integer(self, "seed", 0, 2**63 - 1)
+        self._check_integer("pairs", 1, 10_000_000)
+        self._check_integer("epochs", 1, 10_000)
+        self._check_positives("hidden", int)
+        self._check_number("learning_rate", 1e-6, 1)
+        self._check_positives("scales", float)
+        self._check_integer("seed", 0, 2**63 - 1)
 
     def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
         """The oracle with cleaned answers."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from scumble.attacker.adapt.base import Mapped, check_integer, refusal
+from scumble.attacker.adapt.base import Mapped, ModifierParameters
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.transports import Images, Probs
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(ModifierParameters):
     """The k largest entries of every row, renormalised; the others are 0.
 
     Attributes:
@@ -30,7 +30,7 @@ class TopK:
     k: int = 3
 
     def __post_init__(self) -> None:
-        check_integer(self, "k", 1, 1_000_000)
+        self._check_integer("k", 1, 1_000_000)
 
     def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
         """The oracle with truncated answers.
@@ -40,7 +40,7 @@ class TopK:
         """
         del student
         if self.k > oracle.labels:
-            raise refusal(self, "k", f"must be an integer from 1 to {oracle.labels}")
+            raise self._refusal("k", f"must be an integer from 1 to {oracle.labels}")
         return Mapped(oracle, self._truncate)
 
     def _truncate(self, rows: Probs, images: Images) -> Probs:
