@@ -1,13 +1,13 @@
-"""Deals new connections to the workers, each to the one that has the fewest open.
+"""Accepts public connections and sends each to the worker that has the fewest open.
 
-Workers that share a listening socket take from it whoever wakes first: of eight kept-alive
-connections all can land on one worker while the other idles. Here the supervisor accepts, and sends
-the open socket over a Unix socket to its worker, which then talks to the client alone. That costs
-a little per connection, nothing per request, and evens out whatever clients do.
+When workers share a listening socket, the kernel hands a connection to whichever worker wakes
+first, and eight kept-alive connections can all land on one worker. Here the supervisor accepts and
+passes the open socket to a worker over a Unix socket; the worker then talks to the client directly.
+This costs a little per connection and nothing per request.
 
-The supervisor keeps its copy of a socket until the worker has confirmed it: what was on its way to
-a worker that died is dealt to another. What no worker may take, as each has its limit, or could
-take, as it is out of file descriptors, is answered with 503 here and counted.
+The supervisor keeps its copy of a socket until the worker has confirmed it. If the worker dies
+first, the connection goes to another worker. A connection that no worker may take (all are at
+their limit) or can take (out of file descriptors) gets a 503 here and is counted.
 """
 
 from __future__ import annotations
@@ -18,102 +18,102 @@ import errno
 import logging
 import socket
 import sys
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from ctypes import c_uint64
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import RawArray
 from typing import Protocol
 
+from app.system.background import LOG_EVERY_S
 from app.telemetry.incidents import Refusal
 
 BACKLOG = 2048
 PAUSE_S = 0.1
-TAKEN, LEFT = b"t", b"n"
-AT_ONCE = 64  # accepted in one turn of the loop, so that the admin port is not starved
-LINGER_S = 2.0  # for a client that was refused to read why
-LINGERING = 128  # of these at once
-LOG_S = 10.0  # between two lines about connections that were refused
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+ACCEPTED, REJECTED = b"t", b"n"
+ACCEPT_BATCH = 64  # connections per turn of the event loop, so that the admin port is not starved
+LINGER_S = 2.0  # how long a refused client may take to read the answer
+MAX_LINGERING = 128
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 log = logging.getLogger("scumble")
 
 
-class Counts(Protocol):
-    """A counter."""
+class Counter(Protocol):
+    """A metric that only goes up."""
 
     def inc(self) -> None:
-        """One more."""
+        """Add one."""
         ...
 
 
 @dataclass(frozen=True)
 class WorkerChannel:
-    """A worker's side: where its connections come from, and where it counts those that ended.
+    """The worker's end: receives connections and counts those that have closed.
 
     Attributes:
-        channel: a Unix socket; it ends when no more will come.
-        closed: one counter per worker, in memory that the supervisor sees.
-        number: of this worker's counter.
+        sock: Unix socket; reaches its end when the supervisor sends no more connections.
+        closed: one counter per worker, in memory shared with the supervisor.
+        number: index of this worker's counter.
     """
 
-    channel: socket.socket
+    sock: socket.socket
     closed: object
     number: int
 
-    def take(self) -> list[socket.socket] | None:
-        """The connections that have arrived, or None once no more will.
+    def receive(self) -> list[socket.socket] | None:
+        """Return the connections that have arrived, or None when no more will come.
 
         Raises:
-            BlockingIOError: there is nothing yet.
+            BlockingIOError: nothing has arrived yet.
         """
-        data, fds, _, _ = socket.recv_fds(self.channel, 1, 1)
+        data, fds, _, _ = socket.recv_fds(self.sock, 1, 1)
         if not data:
             return None
-        with contextlib.suppress(OSError):  # the supervisor is gone: nobody keeps a copy
-            # Without a free descriptor the kernel gives the byte alone.
-            self.channel.send(TAKEN if fds else LEFT)
+        with contextlib.suppress(OSError):  # the supervisor has ended and keeps no copy
+            # Without a free descriptor, the kernel delivers the byte alone.
+            self.sock.send(ACCEPTED if fds else REJECTED)
         return [socket.socket(fileno=fd) for fd in fds]
 
     def count_closed(self) -> None:
-        """One of its connections has ended."""
+        """Count a connection of this worker as closed."""
         self.closed[self.number] += 1  # type: ignore[index]  # ctypes has no type for its arrays
 
 
 @dataclass(eq=False)
 class _WorkerSlot:
-    channel: socket.socket
-    dealt: int = 0  # minus what it has closed: open connections
+    sock: socket.socket
+    sent: int = 0  # open connections: this minus the worker's counter of closed ones
     unconfirmed: deque[socket.socket] = field(default_factory=deque)
 
-    def confirm(self, refuse: Callable[[socket.socket], None]) -> bool:
-        """Let go of what the worker has taken; False once it says no more.
+    def read_confirmations(self, refuse: Callable[[socket.socket], None]) -> bool:
+        """Close the copies of confirmed connections; return False at the end of the stream.
 
         Args:
-            refuse: gets what it could not take.
+            refuse: called with each connection that the worker rejected.
         """
         try:
-            said = self.channel.recv(4096)
+            replies = self.sock.recv(4096)
         except BlockingIOError:
             return True
         except OSError:
             return False
-        for word in said:
+        for reply in replies:
             connection = self.unconfirmed.popleft()
-            if word == TAKEN[0]:
+            if reply == ACCEPTED[0]:
                 connection.close()
             else:
-                self.dealt -= 1
+                self.sent -= 1
                 refuse(connection)
-        return bool(said)
+        return bool(replies)
 
 
 class Refusals:
-    """Tells clients that no worker takes their connections, and lets them read it.
+    """Answers refused connections and keeps each open until the client has read the answer.
 
-    To close at once, with a request unread, would be a reset, which may overtake the answer.
+    Closing at once, with a request unread, would send a reset that may overtake the answer.
 
     Args:
-        answer: all of it; nothing where only a worker could speak with the client, as under TLS.
+        answer: complete HTTP response; empty where this process cannot speak to the client (TLS).
     """
 
     def __init__(self, answer: bytes) -> None:
@@ -124,11 +124,11 @@ class Refusals:
         return len(self._waiting)
 
     def __call__(self, connection: socket.socket) -> None:
-        """Refuse this one."""
+        """Refuse a connection."""
         loop = asyncio.get_running_loop()
         try:
             connection.setblocking(False)
-            if not self._answer or len(self) >= LINGERING:
+            if not self._answer or len(self) >= MAX_LINGERING:
                 raise BlockingIOError
             connection.send(self._answer)
             connection.shutdown(socket.SHUT_WR)
@@ -139,7 +139,7 @@ class Refusals:
         loop.add_reader(connection.fileno(), self._read, connection)
 
     def close(self) -> None:
-        """Wait no more."""
+        """Close all connections that are still open."""
         for connection in list(self._waiting):
             self._end(connection)
 
@@ -160,137 +160,137 @@ class Refusals:
 
 
 class ConnectionDispatcher:
-    """Accepts on a bound socket once a worker is there.
+    """Accepts connections on a bound socket while at least one worker is active.
 
     Args:
         listener: bound, not listening.
-        workers: how many numbers there are.
-        late: who gets connections only if all are.
-        max_connections: that a worker may have.
-        max_held: that this process may have until workers have taken them.
-        refusals: counters of connections that no worker took, by reason: `limit`, `descriptors`,
-            and `aborted` by the client.
-        answer: for those; none where the client would not understand it.
+        workers: how many worker numbers exist.
+        slow: whether a worker is slow to respond; it gets connections only if all workers are.
+        max_connections: open connections per worker.
+        max_held: connections that this process may hold until workers confirm them.
+        refusals: counters of refused connections by reason: `limit`, `descriptors`, and `aborted`
+            by the client.
+        answer: response for refused connections; empty where the client would not understand it.
     """
 
     def __init__(
         self,
         listener: socket.socket,
         workers: int,
-        late: Callable[[int], bool] = lambda _: False,
+        slow: Callable[[int], bool] = lambda _: False,
         *,
         max_connections: int = sys.maxsize,
         max_held: int = sys.maxsize,
-        refusals: Mapping[Refusal, Counts],
+        refusals: Mapping[Refusal, Counter],
         answer: bytes = b"",
     ) -> None:
         self._max_connections = max_connections
         self._max_held = max_held
         self._refusals = refusals
         self._refused = Refusals(answer)
-        self._unsaid: Counter[Refusal] = Counter()
+        self._unlogged = defaultdict[Refusal, int](int)
         self._listener = listener
-        self._late = late
+        self._slow = slow
         self._closed = RawArray(c_uint64, workers)
-        self._coming: dict[int, _WorkerSlot] = {}
-        self._slots: dict[int, _WorkerSlot] = {}
-        self._leaving: dict[int, _WorkerSlot] = {}
-        self._undealt: deque[socket.socket] = deque()
+        self._starting: dict[int, _WorkerSlot] = {}
+        self._active: dict[int, _WorkerSlot] = {}
+        self._retiring: dict[int, _WorkerSlot] = {}
+        self._pending: deque[socket.socket] = deque()  # accepted, not sent to a worker yet
         self._listening = False
 
-    def channel(self, number: int) -> WorkerChannel:
-        """The side of a new worker; it gets connections once it is active."""
+    def add(self, number: int) -> WorkerChannel:
+        """Register a worker and return its end; it gets connections once it is active."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
-        self._coming[number] = _WorkerSlot(ours)
+        self._starting[number] = _WorkerSlot(ours)
         return WorkerChannel(theirs, self._closed, number)
 
     def activate(self, number: int) -> None:
-        """The worker is ready."""
-        slot = self._slots[number] = self._coming.pop(number)
-        slot.dealt = self._closed[number]
-        asyncio.get_running_loop().add_reader(slot.channel.fileno(), self._confirmed, slot)
+        """Send connections to the worker from now on."""
+        slot = self._active[number] = self._starting.pop(number)
+        slot.sent = self._closed[number]
+        asyncio.get_running_loop().add_reader(slot.sock.fileno(), self._confirmed, slot)
         self._resume()
 
-    def leave(self, number: int) -> None:
-        """The worker shall get no more: it takes what is on its way and ends."""
-        slot = self._coming.pop(number, None) or self._slots.pop(number, None)
+    def retire(self, number: int) -> None:
+        """Send no more connections to the worker; it receives what is on its way and ends."""
+        slot = self._starting.pop(number, None) or self._active.pop(number, None)
         if slot is not None:
-            self._leaving[number] = slot
-            slot.channel.shutdown(socket.SHUT_WR)
-        if not self._slots:
-            self._pause()
+            self._retiring[number] = slot
+            slot.sock.shutdown(socket.SHUT_WR)
+        if not self._active:
+            self._stop_listening()
 
-    def gone(self, number: int) -> None:
-        """The worker's process has ended: others get what it has not taken."""
-        self.leave(number)
-        slot = self._leaving.pop(number, None)
+    def remove(self, number: int) -> None:
+        """Forget a worker whose process has ended; others get what it did not confirm."""
+        self.retire(number)
+        slot = self._retiring.pop(number, None)
         if slot is None:
             return
-        slot.confirm(self._out_of_descriptors)
-        asyncio.get_running_loop().remove_reader(slot.channel.fileno())
-        slot.channel.close()
-        self._undealt += slot.unconfirmed
-        if self._ended() and not self._slots:
-            while self._undealt:
-                self._undealt.pop().close()
+        slot.read_confirmations(self._out_of_descriptors)
+        asyncio.get_running_loop().remove_reader(slot.sock.fileno())
+        slot.sock.close()
+        self._pending += slot.unconfirmed
+        if self._is_closed() and not self._active:
+            while self._pending:
+                self._pending.pop().close()
         self._resume()
 
     def close(self) -> None:
-        """Deal what the kernel has accepted already, then refuse connections, and tell workers."""
+        """Dispatch what the kernel has accepted, then refuse connections and retire all workers."""
         if self._listening:
-            while self._slots and self._accept():
+            while self._active and self._accept():
                 pass
-        self._pause()
+        self._stop_listening()
         self._listener.close()
         self._refused.close()
-        for number in [*self._coming, *self._slots]:
-            self.leave(number)
+        for number in [*self._starting, *self._active]:
+            self.retire(number)
 
     def open_connections(self) -> dict[int, int]:
-        """How many each worker has."""
+        """Number of open connections by worker number."""
         return {
-            number: slot.dealt - self._closed[number] for number, slot in self._slots.items()
+            number: slot.sent - self._closed[number] for number, slot in self._active.items()
         }  # fmt: skip
 
     def _confirmed(self, slot: _WorkerSlot) -> None:
-        if not slot.confirm(self._out_of_descriptors):
-            asyncio.get_running_loop().remove_reader(slot.channel.fileno())
+        if not slot.read_confirmations(self._out_of_descriptors):
+            asyncio.get_running_loop().remove_reader(slot.sock.fileno())
 
-    def _ended(self) -> bool:
+    def _is_closed(self) -> bool:
         return self._listener.fileno() < 0
 
     def _listen(self) -> None:
-        if not self._listening and not self._ended():
+        if not self._listening and not self._is_closed():
             self._listener.setblocking(False)
             self._listener.listen(BACKLOG)
-            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._some)
+            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept_batch)
             self._listening = True
 
-    def _pause(self) -> None:
-        """Nobody is there: connections wait in the kernel."""
+    def _stop_listening(self) -> None:
+        """Leave further connections in the kernel's queue."""
         if self._listening:
             asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._listening = False
 
-    def _pause_for_a_while(self) -> None:
-        self._pause()
+    def _pause(self) -> None:
+        self._stop_listening()
         asyncio.get_running_loop().call_later(PAUSE_S, self._resume)
 
     def _resume(self) -> None:
-        while self._slots and self._undealt:
-            if not self._deal(self._undealt.popleft()):
+        while self._active and self._pending:
+            if not self._dispatch(self._pending.popleft()):
                 return
-        if self._slots:
+        if self._active:
             self._listen()
 
-    def _some(self) -> None:
-        for _ in range(AT_ONCE):
-            held = len(self._refused) + sum(len(slot.unconfirmed) for slot in self._slots.values())
-            if held >= self._max_held:  # workers are busy: the others wait in the kernel
-                self._pause_for_a_while()
+    def _accept_batch(self) -> None:
+        for _ in range(ACCEPT_BATCH):
+            held = len(self._refused) + sum(len(slot.unconfirmed) for slot in self._active.values())
+            if held >= self._max_held:  # workers are busy; further connections wait in the kernel
+                self._pause()
                 return
-            if not self._slots or not self._accept():
+            if not self._active or not self._accept():
                 return
 
     def _out_of_descriptors(self, connection: socket.socket) -> None:
@@ -302,48 +302,48 @@ class ConnectionDispatcher:
 
     def _count(self, reason: Refusal) -> None:
         self._refusals[reason].inc()
-        if not self._unsaid:  # one line tells of all in a while: strangers do not fill the log
-            asyncio.get_running_loop().call_later(LOG_S, self._say)
-            log.warning("connections are refused", extra={"reason": reason})
-        self._unsaid[reason] += 1
+        if not self._unlogged:  # the first is logged at once, the others as a sum: no log flooding
+            asyncio.get_running_loop().call_later(LOG_EVERY_S, self._log_refused)
+            log.warning("refusing connections", extra={"reason": reason})
+        self._unlogged[reason] += 1
 
-    def _say(self) -> None:
-        log.warning("connections were refused", extra={"by_reason": dict(self._unsaid)})
-        self._unsaid.clear()
+    def _log_refused(self) -> None:
+        log.warning("connections were refused", extra={"by_reason": dict(self._unlogged)})
+        self._unlogged.clear()
 
     def _accept(self) -> bool:
-        """Accept one connection and deal it; False if there is none, or nobody to take it."""
+        """Accept and dispatch one connection; False if none waits or no worker can take it now."""
         try:
             connection, _ = self._listener.accept()
         except BlockingIOError:
             return False
         except OSError as exc:
-            if exc.errno not in EXHAUSTED:  # the client is gone already
+            if exc.errno not in OUT_OF_RESOURCES:  # the client has already gone away
                 self._count("aborted")
                 return True
             self._count("descriptors")
-            self._pause_for_a_while()  # or the loop would turn round and round this
+            self._pause()  # the listener stays readable: without a pause the loop would spin
             return False
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return self._deal(connection)
+        return self._dispatch(connection)
 
-    def _deal(self, connection: socket.socket) -> bool:
-        """Send it to the worker with the fewest; False if none takes anything now."""
+    def _dispatch(self, connection: socket.socket) -> bool:
+        """Send the connection to the least busy worker; False if no worker can take it now."""
         opened = self.open_connections()
         if opened and min(opened.values()) >= self._max_connections:
             self._refuse(connection, "limit")
             return True
-        for number in sorted(opened, key=lambda n: (self._late(n), opened[n])):
+        for number in sorted(opened, key=lambda n: (self._slow(n), opened[n])):
             if opened[number] >= self._max_connections:
                 continue
-            slot = self._slots[number]
-            # A worker that has just died, or reads nothing: the next one gets it.
+            slot = self._active[number]
+            # This fails if the worker has just died or does not read: try the next one.
             with contextlib.suppress(OSError):
-                socket.send_fds(slot.channel, [b"c"], [connection.fileno()])
-                slot.dealt += 1
+                socket.send_fds(slot.sock, [b"c"], [connection.fileno()])
+                slot.sent += 1
                 slot.unconfirmed.append(connection)
                 return True
-        self._undealt.append(connection)
-        self._pause_for_a_while()
+        self._pending.append(connection)
+        self._pause()
         return False

@@ -1,90 +1,37 @@
-"""What workers have loaded, kept by the supervisor for the workers that come after them.
+"""The last good contents of watched files, kept by the supervisor for workers that start later.
 
-A worker that starts while the file of keys is broken would have none. So each tells the supervisor
-what it loaded, over the pipe that it has anyway: in memory, since a full disk must not bring a
-revoked key back. It goes in messages small enough to arrive whole, as the supervisor must not wait
-for the second half of one from a worker that has been stopped.
+A worker that starts while the file of API keys is broken would have no keys. Each worker therefore
+sends the supervisor what it has loaded. It is kept in memory, so that a full disk cannot bring a
+revoked key back.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
+from app.processes.messages import Chunk, Failing
 from app.system.file_watcher import Contents, FileName, LastGood
-
-CHUNK = 8192  # bytes; with what pickle adds it stays below one write of a pipe
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of what was loaded.
-
-    Attributes:
-        name: of the file.
-        read_at: as in `Contents`.
-        sizes: bytes of each part.
-        offset: of the piece among all bytes.
-        content: the piece.
-    """
-
-    name: FileName
-    read_at: float
-    sizes: tuple[int, ...]
-    offset: int
-    content: bytes
-
-
-@dataclass(frozen=True)
-class Failing:
-    """A file cannot be loaded since then; with None it can again."""
-
-    name: FileName
-    since: float | None
-
-
-class Reporter:
-    """A worker's side: a listener that tells the supervisor."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-
-    def loaded(self, name: FileName, contents: Contents) -> None:
-        """Send what was loaded."""
-        sizes = tuple(map(len, contents.parts))
-        whole = b"".join(contents.parts)
-        with contextlib.suppress(OSError):  # the supervisor is gone: the channel says so
-            for offset in range(0, max(1, len(whole)), CHUNK):
-                piece = whole[offset : offset + CHUNK]
-                self._pipe.send(Chunk(name, contents.read_at, sizes, offset, piece))
-
-    def failing(self, name: FileName, since: float | None) -> None:
-        """Send how the file stands."""
-        with contextlib.suppress(OSError):  # as above
-            self._pipe.send(Failing(name, since))
 
 
 class LastGoodFiles:
-    """The supervisor's side.
+    """Collects the files that workers report.
 
     Args:
-        clock: seconds, the same for all processes.
+        clock: monotonic seconds, the same in all processes.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._contents: dict[FileName, Contents] = {}
-        self._arriving: dict[tuple[int, FileName], bytearray] = {}
+        self._incomplete: dict[tuple[int, FileName], bytearray] = {}
         self._failing: dict[int, dict[FileName, float]] = {}
         self._since: dict[FileName, float] = {}
 
-    def heard(self, worker: int, message: Chunk | Failing) -> None:
-        """Take a message of a worker."""
+    def update(self, worker: int, message: Chunk | Failing) -> None:
+        """Process a message from a worker."""
         if isinstance(message, Chunk):
-            self._take(worker, message)
+            self._add(worker, message)
         elif message.since is not None:
             self._failing.setdefault(worker, {})[message.name] = message.since
             self._since.setdefault(message.name, message.since)
@@ -93,14 +40,14 @@ class LastGoodFiles:
             if not any(message.name in files for files in self._failing.values()):
                 self._since.pop(message.name, None)
 
-    def gone(self, worker: int) -> None:
-        """The worker has ended. Since when its files failed its successor is told."""
+    def remove(self, worker: int) -> None:
+        """Forget a worker that has ended, but not since when its files fail."""
         self._failing.pop(worker, None)
-        for key in [key for key in self._arriving if key[0] == worker]:
-            del self._arriving[key]
+        for key in [key for key in self._incomplete if key[0] == worker]:
+            del self._incomplete[key]
 
-    def given(self) -> Mapping[FileName, LastGood]:
-        """What a new worker gets."""
+    def current(self) -> Mapping[FileName, LastGood]:
+        """The files for a new worker."""
         now = self._clock()
         return {
             name: LastGood(contents, self._since.get(name, now))
@@ -108,7 +55,7 @@ class LastGoodFiles:
         }
 
     def stale(self, allowed_s: float) -> list[FileName]:
-        """Files that some worker could not load for longer than that."""
+        """Files that some worker has failed to load for longer than `allowed_s`."""
         before = self._clock() - allowed_s
         return sorted(
             {
@@ -119,14 +66,14 @@ class LastGoodFiles:
             }
         )
 
-    def _take(self, worker: int, chunk: Chunk) -> None:
+    def _add(self, worker: int, chunk: Chunk) -> None:
         if chunk.offset == 0:
-            self._arriving[worker, chunk.name] = bytearray()
-        whole = self._arriving[worker, chunk.name]
+            self._incomplete[worker, chunk.name] = bytearray()
+        whole = self._incomplete[worker, chunk.name]
         whole += chunk.content
         if len(whole) < sum(chunk.sizes):
             return
-        del self._arriving[worker, chunk.name]
+        del self._incomplete[worker, chunk.name]
         known = self._contents.get(chunk.name)
         if known is not None and chunk.read_at <= known.read_at:
             return  # another worker has read the file since

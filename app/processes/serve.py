@@ -1,4 +1,4 @@
-"""`scumble serve`: what is opened before any worker is, and given back after all have ended."""
+"""`scumble serve`: opens ports and temporary folders, and releases them after the workers ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from app.errors import ConfigError
 from app.http.tls import open_certificate
-from app.processes.snapshot import take
+from app.processes.snapshot import copy_bundle
 from app.processes.worker_fork_server import WorkerForkServer
 from app.settings import Settings
 from app.system.descriptors import raise_limit
@@ -23,25 +23,25 @@ from app.telemetry import logs
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or Ctrl-C; gives the exit code.
+    """Serve until SIGTERM or Ctrl-C, and return the exit code.
 
     Raises:
-        ConfigError: a port cannot be bound, the certificate cannot be used, or no process started.
+        ConfigError: a port cannot be bound, the certificate cannot be used, or no process can be
+            started.
     """
     logs.configure(settings.log_level)
-    raise_limit()  # before any process is started: they have the same
-    open_certificate(settings)  # the workers open it themselves; a wrong one is better said once
-    signal.signal(signal.SIGTERM, _end)  # until the supervisor takes over: folders are removed
+    raise_limit()  # before any process is started: child processes inherit it
+    open_certificate(settings)  # workers open it themselves; this reports a bad one once
+    signal.signal(signal.SIGTERM, _end)  # until the supervisor handles it; folders are removed
     with temporary_folder("scumble-run-") as folder:
         metrics, copies = folder / "metrics", folder / "models"
         metrics.mkdir()
-        # prometheus_client reads it when it is imported: here, in no process but the workers'.
-        fork_server = WorkerForkServer(settings.engine, {"PROMETHEUS_MULTIPROC_DIR": str(metrics)})
-        from app.processes.supervisor import (
-            Supervisor,  # here: what workers need is imported meanwhile
-        )
+        # prometheus_client reads this when it is imported, and only workers shall use it.
+        fork_server = WorkerForkServer(settings, {"PROMETHEUS_MULTIPROC_DIR": str(metrics)})
+        # Imported here, while the fork server imports what workers need.
+        from app.processes.supervisor import Supervisor
 
-        served = take(settings, copies / "0")
+        served = copy_bundle(settings, copies / "0")
         with public_socket(settings) as public:
             admin = bind(settings.admin_host, settings.admin_port)
             supervisor = Supervisor(
@@ -52,10 +52,10 @@ def serve(settings: Settings) -> int:
 
 @contextmanager
 def public_socket(settings: Settings) -> Iterator[socket.socket]:
-    """The socket of the public port; a Unix socket's file is removed at the end.
+    """The bound public socket; the file of a Unix socket is removed at the end.
 
     Raises:
-        ConfigError: it cannot be bound.
+        ConfigError: the socket cannot be bound.
     """
     if settings.uds is None:
         yield bind(settings.host, settings.port)
@@ -67,23 +67,23 @@ def public_socket(settings: Settings) -> Iterator[socket.socket]:
         yield listener
     finally:
         with suppress(FileNotFoundError):
-            if os.path.samestat(ours, path.lstat()):  # and not another server's
+            if os.path.samestat(ours, path.lstat()):  # it does not belong to another server
                 path.unlink()
 
 
 def _end(*_: object) -> NoReturn:
-    """SIGTERM before anything serves: end as from Ctrl-C, but with 0."""
+    """Handle SIGTERM before serving begins: clean up as for Ctrl-C, but exit with 0."""
     raise SystemExit(0)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: connections are refused until a worker is ready.
+    """Bind a socket without listening: connections are refused until a worker is ready.
 
     Raises:
-        ConfigError: the address is taken or not ours.
+        ConfigError: the address is in use or not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Said to be TCP, or asyncio leaves Nagle's delay on: 40 ms for an answer in two writes.
+    # Without IPPROTO_TCP, asyncio would leave Nagle's algorithm on: 40 ms for two writes.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -95,10 +95,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def bind_unix(path: Path) -> socket.socket:
-    """A bound Unix socket, for its user and group, in place of one that a killed server left.
+    """Bind a Unix socket for its user and group, replacing one that a killed server left behind.
 
     Raises:
-        ConfigError: the path is taken, too long, or not ours to write.
+        ConfigError: the path is in use, too long or not writable.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -115,13 +115,13 @@ def bind_unix(path: Path) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on."""
+    """Remove a socket that no process listens on."""
     try:
         found = path.lstat()
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise FileExistsError(None, "there is a file that is not a socket")
+        raise FileExistsError(None, "the path exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
@@ -129,4 +129,4 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
-    raise FileExistsError(None, "another server is listening there")
+    raise FileExistsError(None, "another server is listening on it")

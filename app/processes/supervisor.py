@@ -1,7 +1,7 @@
-"""The parent process: binds the ports, keeps N workers alive, serves the admin port.
+"""The parent process: keeps N workers alive and serves the admin port.
 
-It runs no model. Workers are not forked from it, so each starts clean (`worker_fork_server.py`).
-Metrics live in files that outlast a worker, so counters never go down.
+It runs no model, and workers are not forked from it (see `worker_fork_server.py`). Metrics are in
+files that outlive a worker, so counters never go down.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import socket
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from prometheus_client.multiprocess import mark_process_dead
@@ -28,8 +26,9 @@ from app.errors import ConfigError, Unavailable
 from app.http.connections import refusal
 from app.processes import worker
 from app.processes.connection_dispatcher import ConnectionDispatcher
-from app.processes.last_good import Chunk, Failing, LastGoodFiles
-from app.processes.snapshot import take
+from app.processes.last_good import LastGoodFiles
+from app.processes.messages import Message, Receiver, Status, message_pair
+from app.processes.snapshot import copy_bundle
 from app.processes.watchdog import Watchdog
 from app.processes.worker_fork_server import Child, WorkerForkServer
 from app.settings import Settings
@@ -40,41 +39,41 @@ from app.system.threads import run_in_daemon_thread
 from app.telemetry.incidents import End, Incidents
 
 RESTART_S = 0.5
-RESTART_CAP_S = 15.0  # for a worker that ends again and again
-WELL_S = 10.0  # one that has served for so long is started again at once
-LOAD_S = 300  # for a worker to load
+RESTART_CAP_S = 15.0  # for a worker that ends repeatedly
+STABLE_S = 10.0  # a worker that has served this long is restarted without further delay
+LOAD_S = 300  # limit for a worker to load
 POLL_S = 0.05
-GRACE_S = 5  # beyond what a worker allows itself
-FULL = "the server has as many connections as it may"
+GRACE_S = 5  # beyond the time limits of the worker itself
+FULL = "server has reached its connection limit"
 log = logging.getLogger("scumble")
 
 
 @dataclass
 class _Worker:
     process: Child
-    pipe: Connection
-    begun: float
+    messages: Receiver
+    started_at: float
     loaded: bool = False
     loaded_at: float = 0.0
     ready: bool = False
-    leaving: bool = False
+    retiring: bool = False
     end: End = "ended"
 
 
 class Supervisor:
     """Starts, watches, restarts, replaces and drains the workers.
 
-    Workers have numbers; those of two generations do not overlap, so that a reload can start new
-    ones beside the old.
+    Each worker has a number. The numbers of two generations do not overlap, so that a reload can
+    start new workers beside the old ones.
 
     Args:
-        settings: as given.
-        served: the same with a copy of the bundle, which is what workers load.
+        settings: original settings.
+        served: the same settings with a copy of the bundle, which workers load.
         public: socket of the public port.
-        admin: of the admin port.
-        metrics_dir: where workers keep their metrics.
-        copies: where copies of bundles go.
-        fork_server: where worker processes come from.
+        admin: socket of the admin port.
+        metrics_dir: folder for the workers' metrics.
+        copies: folder for copies of bundles.
+        fork_server: starts worker processes.
     """
 
     def __init__(
@@ -98,14 +97,14 @@ class Supervisor:
         self._dispatcher = ConnectionDispatcher(
             public,
             2 * settings.worker_count,
-            self._watchdog.late,
+            self._watchdog.slow,
             max_connections=settings.http.max_connections or within,
             max_held=within,
             refusals=self._incidents.connections,
             answer=b"" if settings.tls_cert else refusal(Unavailable(FULL)),
         )
         self._serving = range(settings.worker_count)
-        self._arrived: asyncio.Future[bool] | None = None
+        self._new_loaded: asyncio.Future[bool] | None = None  # result of the running reload
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[object]] = set()
         self._next_reload: asyncio.Task[object] | None = None
@@ -116,18 +115,18 @@ class Supervisor:
         self._metrics_dir = metrics_dir
         self._workers: dict[int, _Worker] = {}
         self._forking: dict[int, asyncio.Task[object]] = {}
-        self._unwanted: set[int] = set()  # of those: the numbers that shall end once they are there
+        self._unwanted: set[int] = set()  # those of `_forking` to kill as soon as they exist
         self._tasks: set[asyncio.Task[object]] = set()
         self._stopping = asyncio.Event()
-        self._said_ready = False
+        self._was_ready = False
         self._exit_code = 0
 
     def ready(self) -> bool:
-        """Every worker is ready and nobody is draining."""
-        return not self._stopping.is_set() and all(map(self._well, self._serving))
+        """Whether every worker is ready and the service is not draining."""
+        return not self._stopping.is_set() and all(map(self._is_ready, self._serving))
 
     def pids(self) -> dict[int, int]:
-        """Process id by worker number."""
+        """Process ids by worker number."""
         return {number: child.process.pid for number, child in sorted(self._workers.items())}
 
     def connections(self) -> dict[int, int]:
@@ -135,19 +134,19 @@ class Supervisor:
         return self._dispatcher.open_connections()
 
     def model_dir(self) -> Path:
-        """Where the bundle is that is served."""
+        """Folder of the served bundle."""
         return self._served.model_dir
 
     def stale(self) -> list[FileName]:
-        """Files that some worker could not read anew for longer than the settings allow."""
+        """Files that some worker has failed to reload for longer than the settings allow."""
         return self._files.stale(self._settings.reload_failure_s)
 
     async def run(self) -> int:
-        """Serve until a signal or a worker that cannot start; gives the exit code."""
+        """Serve until a signal, or until a worker cannot start; return the exit code."""
         loop = asyncio.get_running_loop()
         for stop in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(stop, self._stopping.set)
-        # On a terminal this signal says that the terminal is gone.
+        # On a terminal, SIGHUP means that the terminal was closed.
         on_hangup = self._stopping.set if os.isatty(2) else self._reload_soon
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
         server = AdminServer(
@@ -172,11 +171,11 @@ class Supervisor:
         return self._exit_code
 
     async def reload(self) -> bool:
-        """Replace all workers by ones that serve the bundle as it is now, or keep the old ones.
+        """Replace all workers by ones that serve the current bundle; return whether this worked.
 
-        Gives whether they were replaced. Old ones go on until all new ones are ready, and then
-        finish what they have. At most one reload runs and one waits for it: whoever asks meanwhile
-        gets the result of the one that waits, which has not looked at the bundle yet.
+        Old workers serve until all new ones are ready, then finish their requests. One reload runs
+        and at most one waits, which has not read the bundle yet; all further callers share the
+        result of the waiting one.
         """
         task = self._reload_soon()
         await asyncio.wait({task})
@@ -192,12 +191,12 @@ class Supervisor:
             self._next_reload = None
             while (self._workers.keys() | self._forking.keys()) - set(self._serving):  # noqa: ASYNC110  # _ended removes them
                 await asyncio.sleep(POLL_S)
-            done = self._said_ready and await self._replace()
+            done = self._was_ready and await self._replace()
         self._incidents.reloads["done" if done else "failed"].inc()
         if done:
             log.info("reloaded", extra={"workers": len(self._serving)})
         else:
-            log.error("reload failed, all goes on as before")
+            log.error("reload failed; keeping the current model")
         return done
 
     async def _replace(self) -> bool:
@@ -219,43 +218,43 @@ class Supervisor:
         return True
 
     async def _prepare(self, numbers: range) -> Settings | None:
-        """Settings of workers that are ready to serve, or None, which leaves nothing behind."""
+        """Start new workers from a new copy; return its settings, or None if that failed."""
         copy = self._copies / secrets.token_hex(8)
         try:
-            # A disk that hangs must not keep this process from ending.
-            served = await run_in_daemon_thread(take, self._settings, copy)
+            # On a daemon thread, so that a disk that hangs cannot prevent the end of this process.
+            served = await run_in_daemon_thread(copy_bundle, self._settings, copy)
             if await self._load(numbers, served):
                 return served
         except ConfigError as exc:
             log.error("%s", exc)
         except Exception:
-            log.exception("the new workers cannot be started")
+            log.exception("new workers cannot be started")
         await run_in_daemon_thread(shutil.rmtree, copy, True)
         return None
 
     async def _load(self, numbers: range, served: Settings) -> bool:
-        """Start workers beside those that serve; whether all could load."""
-        self._arrived = asyncio.get_running_loop().create_future()
+        """Start workers beside those that serve; return whether all have loaded."""
+        self._new_loaded = asyncio.get_running_loop().create_future()
         for number in numbers:
             self._start(number, served)
         try:
-            done = await asyncio.wait_for(self._arrived, LOAD_S)
+            done = await asyncio.wait_for(self._new_loaded, LOAD_S)
         except TimeoutError:
-            log.error("the new workers are not ready after %d s", LOAD_S)
+            log.error("new workers are not ready after %d s", LOAD_S)
             done = False
         finally:
-            self._arrived = None
+            self._new_loaded = None
         if not done:
             for number in numbers:
                 self._discard(number)
         return done
 
     def _discard(self, number: int) -> None:
-        """End a worker that serves nobody yet, as soon as there is one."""
+        """End a worker that does not serve yet, as soon as its process exists."""
         if number in self._forking:
             self._unwanted.add(number)
         elif number in self._workers:
-            self._workers[number].process.send(signal.SIGKILL)
+            self._workers[number].process.send_signal(signal.SIGKILL)
 
     def _start(self, number: int, served: Settings) -> None:
         if self._stopping.is_set():
@@ -263,65 +262,74 @@ class Supervisor:
         self._forking[number] = start("forking", self._fork(number, served), self._tasks)
 
     async def _fork(self, number: int, served: Settings) -> None:
-        ours: Connection | None = None
+        messages: Receiver | None = None
         try:
-            ours, theirs = Pipe()
+            messages, theirs = message_pair()
             with theirs:
-                channel = self._dispatcher.channel(number)
-                pulse = self._watchdog.pulse(number)
-                with channel.channel:
+                channel = self._dispatcher.add(number)
+                heartbeat = self._watchdog.heartbeat(number)
+                with channel.sock:
                     process = await self._fork_server.fork(
                         f"worker-{number}",
                         worker.run,
                         served,
                         channel,
-                        pulse,
+                        heartbeat,
                         theirs,
-                        self._files.given(),
+                        self._files.current(),
                     )
-        except Exception as exc:  # noqa: BLE001  # whatever it is, it must be tried again
-            if ours is not None:
-                ours.close()
-            self._dispatcher.gone(number)
+        except Exception as exc:  # noqa: BLE001  # every failure is retried
+            if messages is not None:
+                messages.close()
+            self._dispatcher.remove(number)
             self._unwanted.discard(number)
             if not self._stopping.is_set():
-                log.error("a worker cannot be forked: %r", exc, extra={"worker": number})
-            self._lost(number, loaded=False)
+                log.error("worker cannot be forked: %r", exc, extra={"worker": number})
+            self._schedule_restart(number, loaded=False)
             return
         finally:
             del self._forking[number]
         loop = asyncio.get_running_loop()
-        self._workers[number] = _Worker(process, ours, loop.time())
-        loop.add_reader(ours.fileno(), self._heard, number)
+        self._workers[number] = _Worker(process, messages, loop.time())
+        loop.add_reader(messages.fileno(), self._receive, number)
         loop.add_reader(process.sentinel, self._ended, number)
         if number in self._unwanted or self._stopping.is_set():
-            process.send(signal.SIGKILL)
+            process.send_signal(signal.SIGKILL)
         self._unwanted.discard(number)
 
-    def _heard(self, number: int) -> None:
+    def _receive(self, number: int) -> None:
         child = self._workers[number]
         try:
-            said = child.pipe.recv()
-        except (EOFError, OSError):
-            asyncio.get_running_loop().remove_reader(child.pipe.fileno())
+            message = child.messages.receive()
+        except BlockingIOError:
             return
-        if isinstance(said, Chunk | Failing):
-            self._files.heard(number, said)
+        except ValueError as exc:
+            log.error("%s; killing it", exc, extra={"worker": number})
+            child.process.send_signal(signal.SIGKILL)
+            message = None
+        if message is None:
+            asyncio.get_running_loop().remove_reader(child.messages.fileno())
+        else:
+            self._handle(number, child, message)
+
+    def _handle(self, number: int, child: _Worker, message: Message) -> None:
+        if not isinstance(message, Status):
+            self._files.update(number, message)
             return
-        if said == "draining":
-            if not self._stopping.is_set():  # somebody wants this one to end
-                self._leave(number, child)
+        if message.state == "draining":
+            if not self._stopping.is_set():  # the signal went to this worker alone
+                self._retire_worker(number, child)
             return
-        child.ready = said == "ready"
+        child.ready = message.state == "ready"
         if not child.loaded:
             child.loaded = True
             child.loaded_at = asyncio.get_running_loop().time()
             if number in self._serving:
                 self._activate(number)
             else:
-                self._arrive()
-        if self.ready() and not self._said_ready:
-            self._said_ready = True
+                self._check_new()
+        if self.ready() and not self._was_ready:
+            self._was_ready = True
             log.info(
                 "ready",
                 extra={
@@ -333,23 +341,23 @@ class Supervisor:
 
     def _ended(self, number: int) -> None:
         child = self._workers.pop(number)
-        self._dispatcher.gone(number)
-        self._files.gone(number)
+        self._dispatcher.remove(number)
+        self._files.remove(number)
         loop = asyncio.get_running_loop()
         loop.remove_reader(child.process.sentinel)
-        loop.remove_reader(child.pipe.fileno())
-        child.pipe.close()
+        loop.remove_reader(child.messages.fileno())
+        child.messages.close()
         child.process.close()
-        with suppress(OSError):  # its gauges stay a while: no reason not to start another
+        with suppress(OSError):  # otherwise its gauges remain, which is no reason to fail
             mark_process_dead(child.process.pid, self._metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
-        if child.loaded and loop.time() - child.loaded_at >= WELL_S:
+        if child.loaded and loop.time() - child.loaded_at >= STABLE_S:
             self._backoff[number].reset()
-        delay_s = self._lost(number, loaded=child.loaded)
+        delay_s = self._schedule_restart(number, loaded=child.loaded)
         if delay_s is not None:
             self._incidents.restarts[child.end].inc()
-            start("logging an end", self._say_ended(number, child, delay_s), self._tasks)
+            start("logging an end", self._log_ended(number, child, delay_s), self._tasks)
 
-    async def _say_ended(self, number: int, child: _Worker, delay_s: float) -> None:
+    async def _log_ended(self, number: int, child: _Worker, delay_s: float) -> None:
         exit_code = await child.process.exit_code()
         log.error(
             "worker %s, starting another",
@@ -357,16 +365,16 @@ class Supervisor:
             extra={"worker": number, "exit_code": exit_code, "after_s": delay_s},
         )
 
-    def _lost(self, number: int, *, loaded: bool) -> float | None:
-        """A worker is not there; in how many seconds another will be started, if it will."""
+    def _schedule_restart(self, number: int, *, loaded: bool) -> float | None:
+        """Replace a worker that has ended; return the delay, or None if it is not replaced."""
         if self._stopping.is_set():
             return None
         if number not in self._serving:
-            if self._arrived is not None and not self._arrived.done():
-                self._arrived.set_result(False)
+            if self._new_loaded is not None and not self._new_loaded.done():
+                self._new_loaded.set_result(False)
             return None
-        if not self._said_ready and not loaded:
-            # None ever was: the settings are at fault, and starting it again would fail as well.
+        if not self._was_ready and not loaded:
+            # No worker was ever ready: the settings are wrong, and another start would fail too.
             self._exit_code = 1
             self._stopping.set()
             return None
@@ -375,73 +383,73 @@ class Supervisor:
         return delay_s
 
     def _restart(self, number: int) -> None:
-        if number in self._serving:  # no reload has replaced it meanwhile
+        if number in self._serving:  # unless a reload has replaced it in the meantime
             self._start(number, self._served)
 
-    def _well(self, number: int) -> bool:
+    def _is_ready(self, number: int) -> bool:
         child = self._workers.get(number)
         return (
             child is not None
             and child.ready
-            and not child.leaving
-            and not self._watchdog.late(number)
+            and not child.retiring
+            and not self._watchdog.slow(number)
         )
 
     def _activate(self, number: int) -> None:
         self._watchdog.start(number)
         self._dispatcher.activate(number)
 
-    def _arrive(self) -> None:
-        """One of the new workers is loaded."""
+    def _check_new(self) -> None:
+        """Settle the reload once all its workers have loaded."""
         new = [child for number, child in self._workers.items() if number not in self._serving]
         if (
-            self._arrived is not None
-            and not self._arrived.done()
+            self._new_loaded is not None
+            and not self._new_loaded.done()
             and len(new) == len(self._serving)
             and all(child.loaded for child in new)
         ):
-            self._arrived.set_result(True)
+            self._new_loaded.set_result(True)
 
     def _activate_or_start(self, number: int) -> None:
         if number in self._workers:
             self._activate(number)
-        else:  # it ended in the moment between
+        else:  # it has ended since it loaded
             self._start(number, self._served)
 
     def _retire(self, number: int) -> None:
-        """No more connections: the worker finishes what it has, and ends."""
+        """Send the worker no more connections; it finishes its requests and ends."""
         child = self._workers.get(number)
         if child is None:
             self._discard(number)
         else:
-            self._leave(number, child)
+            self._retire_worker(number, child)
 
-    def _leave(self, number: int, child: _Worker) -> None:
-        child.leaving = True
-        self._dispatcher.leave(number)
+    def _retire_worker(self, number: int, child: _Worker) -> None:
+        child.retiring = True
+        self._dispatcher.retire(number)
         allowed = self._settings.http.keep_alive_s + self._settings.shutdown_timeout_s + GRACE_S
-        asyncio.get_running_loop().call_later(allowed, child.process.send, signal.SIGKILL)
+        asyncio.get_running_loop().call_later(allowed, child.process.send_signal, signal.SIGKILL)
 
     async def _watch(self) -> None:
-        """Kill workers that hang or never load; they are replaced like any that ends."""
+        """Kill workers that hang or do not load; they are then replaced like any that ends."""
         loop = asyncio.get_running_loop()
         for number, child in self._workers.items():
             if child.loaded:
-                hung = not child.leaving and self._watchdog.hung(number)
-            elif hung := loop.time() - child.begun > LOAD_S:
+                hung = not child.retiring and self._watchdog.hung(number)
+            elif hung := loop.time() - child.started_at > LOAD_S:
                 log.error(
-                    "worker has not loaded for %d s, killing it",
+                    "worker has not loaded within %d s, killing it",
                     LOAD_S,
                     extra={"worker": number},
                 )
             if hung:
                 child.end = "hung"
-                child.process.send(signal.SIGKILL)
+                child.process.send_signal(signal.SIGKILL)
 
     def _admin_ended(self, serving: asyncio.Task[None]) -> None:
-        """Nobody can watch or reload a service without it: end, so that it is started again."""
+        """Exit: without the admin port, the service can be neither monitored nor reloaded."""
         if not self._stopping.is_set():
-            log.error("the admin port has ended", exc_info=serving.exception())
+            log.error("admin server ended", exc_info=serving.exception())
             self._exit_code = 1
             self._stopping.set()
 
@@ -449,17 +457,19 @@ class Supervisor:
         log.info("draining", extra={"workers": len(self._workers)})
         self._fork_server.close()
         for child in self._workers.values():
-            child.process.send(signal.SIGTERM)
+            child.process.send_signal(signal.SIGTERM)
         await asyncio.sleep(self._settings.drain_delay_s)
         self._dispatcher.close()
         deadline = asyncio.get_running_loop().time() + self._settings.shutdown_timeout_s + GRACE_S
         while (self._workers or self._forking) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110  # _ended empties it
             await asyncio.sleep(0.02)
         for number, child in self._workers.items():
-            log.error("worker does not end, killing it", extra={"worker": number})
-            child.process.send(signal.SIGKILL)
+            log.error(
+                "worker does not end within the time limit, killing it", extra={"worker": number}
+            )
+            child.process.send_signal(signal.SIGKILL)
             self._exit_code = 1
-        self._fork_server.end()  # or this process would wait at its end for what that one forked
+        self._fork_server.end()  # otherwise this process would wait for it at exit
         log.info("stopped")
 
 

@@ -1,8 +1,8 @@
-"""Tells a worker that hangs from one that works, without asking it.
+"""Detects workers that hang, without asking them.
 
-Each worker writes into memory that the supervisor sees until when all was well: now, if no batch
-runs, or when the oldest batch that runs began. An engine that does not return stops that clock,
-whether it blocks the worker's loop or only its own thread.
+Each worker writes a time into memory shared with the supervisor: now, if no batch is running, or
+else when the oldest running batch began. If an engine does not return, that time stops advancing,
+whether the call blocks the worker's event loop or only its inference thread.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from multiprocessing.sharedctypes import RawArray
 
 
 @dataclass(frozen=True)
-class Pulse:
-    """A worker's side.
+class Heartbeat:
+    """The worker's side.
 
     Attributes:
-        beats: one time per worker, in memory that the supervisor sees.
-        number: of this worker.
+        times: one time per worker, in memory shared with the supervisor.
+        number: index of this worker.
     """
 
-    beats: object
+    times: object
     number: int
 
     def beat(self, running_s: float) -> None:
-        """All was well until `running_s` ago."""
-        # The one clock that is the same for all processes of a machine.
-        self.beats[self.number] = time.monotonic() - running_s  # type: ignore[index]  # ctypes has no type for its arrays
+        """Report that the oldest batch has been running for `running_s`; 0 if there is none."""
+        # The monotonic clock is the same in all processes.
+        self.times[self.number] = time.monotonic() - running_s  # type: ignore[index]  # ctypes has no type for its arrays
 
 
 class Watchdog:
     """The supervisor's side.
 
     Args:
-        workers: how many numbers there are.
-        allowed_s: how long an inference may take; 0 for any time.
+        workers: how many worker numbers exist.
+        allowed_s: how long an inference may take; 0 for no limit.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -46,23 +47,23 @@ class Watchdog:
     ) -> None:
         self.allowed_s = allowed_s or math.inf
         self._clock = clock
-        self._beats = RawArray(c_double, workers)
+        self._times = RawArray(c_double, workers)
 
-    def pulse(self, number: int) -> Pulse:
+    def heartbeat(self, number: int) -> Heartbeat:
         """The side of a new worker."""
-        return Pulse(self._beats, number)
+        return Heartbeat(self._times, number)
 
     def start(self, number: int) -> None:
-        """The worker is loaded: from now on it must beat."""
-        self._beats[number] = self._clock()
+        """Expect heartbeats from the worker, which has loaded."""
+        self._times[number] = self._clock()
 
-    def late(self, number: int) -> bool:
-        """The worker is slow to return: nothing new for it, it may never do so."""
+    def slow(self, number: int) -> bool:
+        """Whether the worker should get no new connections, since it may never respond."""
         return self._silent_s(number) > self.allowed_s / 4
 
     def hung(self, number: int) -> bool:
-        """The worker's time is over."""
+        """Whether the worker has exceeded the limit."""
         return self._silent_s(number) > self.allowed_s
 
     def _silent_s(self, number: int) -> float:
-        return self._clock() - float(self._beats[number])
+        return self._clock() - float(self._times[number])

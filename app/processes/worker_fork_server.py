@@ -1,11 +1,11 @@
-"""Where workers come from: a process that has imported what they need, and forks.
+"""A process that imports what workers need and forks them.
 
-A worker takes longer to import its libraries than to load its model. Here that is done once, while
-the supervisor still starts, and the workers share the memory of it. The process loads no model and
-runs nothing else, so what they inherit is modules; the rest each makes for itself.
+A worker takes longer to import its libraries than to load its model. The fork server imports them
+once, while the supervisor is still starting, and the workers share that memory. It loads no model
+and runs nothing else, so workers inherit modules only.
 
-The supervisor's loop never waits for that process. A fork is requested on a thread and has a limit;
-a process that exceeds it, or has ended, is replaced.
+The supervisor's event loop never waits for the fork server. A fork is requested on a thread and has
+a time limit; a fork server that exceeds it, or has ended, is replaced.
 """
 
 from __future__ import annotations
@@ -26,57 +26,59 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import ConfigError
+from app.inference.engine_selection import ENGINES, resolve
+from app.settings import Settings
 from app.system.threads import run_in_daemon_thread
 
 MODULES = ("app.main", "app.processes.worker", "uvloop")
-# A terminal or an init system may signal the whole group, and it is the supervisor who acts on it.
-KEPT_FROM = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-IMPORT_S = 60.0  # for the first fork, which waits until all is imported
-FORK_S = 5.0  # for each later one
-END_S = 1.0  # for a process that was killed to end, and for an exit code to arrive
+# A terminal or an init system may signal the whole process group; only the supervisor acts on it.
+BLOCKED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+IMPORT_S = 60.0  # limit of the first fork, which waits for the imports
+FORK_S = 5.0  # limit of each later fork
+END_S = 1.0  # for a killed process to end, and for an exit code to arrive
 UNKNOWN = 255  # multiprocessing's exit code of a process whose parent ended first
 log = logging.getLogger("scumble")
 
 
 class Child:
-    """A worker process. It is a child of the one that forked it, which may end before it does.
+    """A worker process. Its parent is the fork server, which may end first.
 
     Attributes:
-        pid: its number.
-        sentinel: a file that can be read once it has ended.
+        pid: its process id.
+        sentinel: descriptor that becomes readable when the process has ended.
     """
 
     def __init__(self, process: BaseProcess) -> None:
         assert process.pid is not None  # noqa: S101  # it was started
         self._process = process
         self.pid = process.pid
-        self._known = True  # that the number is still its own
-        self._itself: int | None = None
-        with contextlib.suppress(OSError):  # it has ended already, or the kernel is of before 5.3
-            self._itself = os.pidfd_open(self.pid)
-        self.sentinel = process.sentinel if self._itself is None else self._itself
+        self._closed = False
+        self._pidfd: int | None = None
+        with contextlib.suppress(OSError):  # it has already ended, or Linux is older than 5.3
+            self._pidfd = os.pidfd_open(self.pid)
+        self.sentinel = process.sentinel if self._pidfd is None else self._pidfd
 
-    def send(self, what: signal.Signals) -> None:
-        """Signal it; nothing if it has ended."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal; does nothing if the process has ended."""
         with contextlib.suppress(ProcessLookupError):
-            if self._itself is not None:
-                signal.pidfd_send_signal(self._itself, what)
-            elif self._known:
-                os.kill(self.pid, what)
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, number)
+            elif not self._closed:
+                os.kill(self.pid, number)
 
     def close(self) -> None:
-        """It has ended: its number may soon be another's."""
-        self._known = False
-        if self._itself is not None:
-            with contextlib.suppress(ChildProcessError):  # ours only where its parent ended first
-                os.waitid(os.P_PIDFD, self._itself, os.WEXITED | os.WNOHANG)
-            os.close(self._itself)
-            self._itself = None
+        """Release a process that has ended: its id may soon belong to another process."""
+        self._closed = True
+        if self._pidfd is not None:
+            with contextlib.suppress(ChildProcessError):  # our child only if its parent ended first
+                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            os.close(self._pidfd)
+            self._pidfd = None
 
     async def exit_code(self) -> int | None:
-        """Of one that has ended, as soon as its parent reports it.
+        """Exit code of a process that has ended, as reported by its parent.
 
-        None where the parent has ended, or does not report it within `END_S`.
+        None if the parent has ended or does not report it within `END_S`.
         """
         loop = asyncio.get_running_loop()
         reported = loop.create_future()
@@ -90,38 +92,35 @@ class Child:
 
 
 class WorkerForkServer:
-    """Begins to import at once, on another core if there is one.
+    """Starts the fork server; it imports at once, on another core if there is one.
 
     Args:
-        engine: as in the settings. One that is not installed is passed over; a worker says so.
-        variables: more of the environment, for the workers alone.
+        settings: which engine to import. Workers report an engine that is not installed.
+        variables: environment variables for the workers alone.
 
     Raises:
         ConfigError: the process cannot be started.
     """
 
-    def __init__(self, engine: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, variables: Mapping[str, str]) -> None:
         self._variables = {
-            # Only a process of one thread forks safely: another may hold a lock in that moment.
+            # Forking is safe only with one thread: another might hold a lock at that moment.
             "OPENBLAS_NUM_THREADS": "1",
-            # It would look for our modules in the current folder first, whatever is there.
+            # Otherwise a module in the current folder would shadow ours.
             "PYTHONSAFEPATH": "1",
             "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
             **variables,
         }
         self._context = get_context("forkserver")
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._pending = False
         self._closed = False
-        self._forked_by: int | None = None  # the process that has forked, so has imported all
+        self._forked_by: int | None = None  # id of the process that has forked and so imported all
         self._watched: int | None = None
-        modules = [*MODULES]
-        if engine in ("auto", "openvino"):
-            modules.append("app.inference.engines.openvino")
-        self._context.set_forkserver_preload(modules)
+        self._context.set_forkserver_preload([*MODULES, *engine_modules(settings)])
         try:
-            with _held_back():
-                resource_tracker.ensure_running()  # first: it would let signals through again
+            with _blocked_signals():
+                resource_tracker.ensure_running()  # first, since it unblocks signals
             self._ensure_running()
         except OSError as exc:
             raise ConfigError(
@@ -130,108 +129,108 @@ class WorkerForkServer:
             ) from exc
 
     async def fork(self, name: str, run: Callable[..., None], *args: Any) -> Child:
-        """A new process that runs `run(*args)`, forked once all is imported.
+        """Fork a process that runs `run(*args)`, once the imports are done.
 
-        A process to fork from that has ended or does not answer is replaced, once in each call.
+        A fork server that has ended or does not respond is replaced, once per call.
 
         Raises:
-            OSError, EOFError: it could not be forked.
+            OSError, EOFError: the process could not be forked.
         """
-        async with self._turn:
+        async with self._lock:
             try:
                 return await self._request(name, run, *args)
             except (EOFError, ConnectionError, FileNotFoundError, TimeoutError) as exc:
                 if self._closed:
                     raise
-                log.error("the process that forks workers is replaced: %r", exc)
+                log.error("fork server failed, replacing it: %r", exc)
             await self._end()
             return await self._request(name, run, *args)
 
     def close(self) -> None:
-        """Refuse further forks, and let go of one that is pending."""
+        """Refuse further forks and abort a pending one."""
         self._closed = True
         if self._pending:
             self._kill()
 
     def end(self) -> None:
-        """End the process that forks. Without it, nobody reports the exit codes of its children."""
+        """End the fork server. The exit codes of its children are not reported after that."""
         self._closed = True
         self._kill()
 
     async def _request(self, name: str, run: Callable[..., None], *args: Any) -> Child:
         if self._closed:
-            raise ConnectionAbortedError("the server stops")
+            raise ConnectionAbortedError("the server is stopping")
         self._ensure_running()
         forker = _forker()
         self._watch(forker)
-        process = self._context.Process(target=_born, args=(run, *args), name=name)
+        process = self._context.Process(target=_main, args=(run, *args), name=name)
         limit = FORK_S if forker == self._forked_by else IMPORT_S
         self._pending = True
         try:
             starting = run_in_daemon_thread(process.start)
             done, _ = await asyncio.wait({starting}, timeout=limit)
             if not done:
-                self._kill()  # which ends the pipe that the thread waits for
+                self._kill()  # this closes the pipe that the thread reads
                 done, _ = await asyncio.wait({starting}, timeout=END_S)
                 if not done or starting.exception():
-                    raise TimeoutError(f"process {forker} has not answered for {limit:g} s")
+                    raise TimeoutError(f"process {forker} did not respond within {limit:g} s")
             starting.result()
         finally:
             self._pending = False
         child = Child(process)
-        if _forker() != forker:  # it ended in between, and another began without our variables
-            child.send(signal.SIGKILL)
+        if _forker() != forker:  # it has ended, and multiprocessing started one without `variables`
+            child.send_signal(signal.SIGKILL)
             child.close()
             raise ConnectionResetError(f"process {forker} has ended")
         self._forked_by = forker
         return child
 
     def _ensure_running(self) -> None:
-        with self._outfitted():
+        with self._environment():
             forkserver.ensure_running()
 
     def _watch(self, forker: int | None) -> None:
-        """Replace it when it ends, so that the next worker need not wait for the imports."""
+        """Replace the fork server when it ends, so that the next fork need not wait for imports."""
         if forker is None or forker == self._watched:
             return
         self._watched = forker
         try:
-            itself = os.pidfd_open(forker)
-        except OSError:  # the kernel is of before 5.3: the next fork replaces it
+            pidfd = os.pidfd_open(forker)
+        except OSError:  # Linux is older than 5.3: the next fork replaces it
             return
-        asyncio.get_running_loop().add_reader(itself, self._ended, itself, forker)
+        asyncio.get_running_loop().add_reader(pidfd, self._ended, pidfd, forker)
 
-    def _ended(self, itself: int, forker: int) -> None:
-        asyncio.get_running_loop().remove_reader(itself)
-        os.close(itself)
-        # One that has not forked yet may never: the next fork tries, and says what is wrong.
+    def _ended(self, pidfd: int, forker: int) -> None:
+        asyncio.get_running_loop().remove_reader(pidfd)
+        os.close(pidfd)
+        # One that has never forked may never be able to; the next fork reports why.
         if not self._closed and not self._pending and forker == self._forked_by == _forker():
-            log.error("the process that forks workers has ended, starting another")
+            log.error("fork server ended, starting another")
             try:
                 self._ensure_running()
             except OSError as exc:
-                log.error("it cannot be started: %s", exc)
+                log.error("fork server cannot be started: %s", exc)
 
     def _kill(self) -> None:
         forker = _forker()
         if forker is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(forker, signal.SIGKILL)  # our child: its number is not another's
+                os.kill(forker, signal.SIGKILL)  # our child, so its id is not reused
 
     async def _end(self) -> None:
-        """Kill it, and wait until the kernel has, or it would be taken to be there still."""
+        """Kill the fork server and wait for its end; multiprocessing would else think it runs."""
         self._kill()
         deadline = asyncio.get_running_loop().time() + END_S
         while _is_running(_forker()) and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110  # nobody sets an event
             await asyncio.sleep(END_S / 100)
 
     @contextmanager
-    def _outfitted(self) -> Generator[None]:
-        """What is started meanwhile gets the variables, and not the signals."""
+    def _environment(self) -> Generator[None]:
+        """Processes started in this context get the variables, with signals blocked."""
         before = {name: os.environ.get(name) for name in self._variables}
         os.environ.update(self._variables)
         try:
-            with _held_back():
+            with _blocked_signals():
                 yield
         finally:
             for name, value in before.items():
@@ -241,15 +240,24 @@ class WorkerForkServer:
                     os.environ[name] = value
 
 
+def engine_modules(settings: Settings) -> list[str]:
+    """Module of the engine, if it may be imported before a fork: OpenVINO starts no threads."""
+    try:
+        engine = resolve(settings.engine, settings.precision)
+    except ConfigError:
+        return []
+    return [ENGINES[engine]] if engine == "openvino" else []
+
+
 def _forker() -> int | None:
-    """Process id of the one that forks."""
-    # Private, but there is no other way to end one that is stopped.
+    """Process id of the fork server."""
+    # Private, but there is no other way to end a stopped one.
     pid: int | None = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # typeshed has no private names
     return pid
 
 
 def _is_running(child: int | None) -> bool:
-    """Whether our child has not ended; leaves it to be waited for."""
+    """Whether our child is still running; does not reap it."""
     if child is None:
         return False
     try:
@@ -264,19 +272,19 @@ def _settle(future: asyncio.Future[None]) -> None:
 
 
 @contextmanager
-def _held_back() -> Generator[None]:
-    """What is started meanwhile does not get the signals; this process gets them afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, KEPT_FROM)
+def _blocked_signals() -> Generator[None]:
+    """Processes started in this context have signals blocked; this process gets them afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _born(run: Callable[..., None], *args: Any) -> None:
-    """In the new process."""
-    gc.freeze()  # a collection would write into all that is shared
+def _main(run: Callable[..., None], *args: Any) -> None:
+    """Entry point of the new process."""
+    gc.freeze()  # a collection would write to all shared pages
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, KEPT_FROM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
     run(*args)

@@ -1,9 +1,8 @@
-"""Files that are read anew while the service runs: API keys and certificates.
+"""Files that are reloaded while the service runs: API keys and certificates.
 
-A file counts as seen when what it holds has been loaded, not before: it is read once a second and
-compared with what is in use. Whatever fails on the way, from a want of descriptors to a key whose
-defense cannot be made, leaves what is in use, is counted, logged from time to time, and tried
-again.
+Each file is read once a second and compared with the contents in use. If anything fails, from
+reading the file to making the defense of a key, the current contents stay in use; the failure is
+counted, logged at intervals, and retried.
 """
 
 from __future__ import annotations
@@ -24,9 +23,13 @@ if TYPE_CHECKING:
 
 FileName = Literal["keys", "tls"]
 FILE_NAMES: tuple[FileName, ...] = get_args(FileName)
-TITLES: dict[FileName, str] = {"keys": "API keys", "tls": "TLS certificate"}
+# Adjective and noun in log lines: "API key reload failed; keeping the current keys".
+TITLES: dict[FileName, tuple[str, str]] = {
+    "keys": ("API key", "keys"),
+    "tls": ("TLS certificate", "certificate"),
+}
 POLL_S = 1.0
-RETRY_CAP_S = 10.0  # for a file that can be read and not used: to build it may cost much
+RETRY_CAP_S = 10.0  # for a file that is readable but invalid, since building may be expensive
 log = logging.getLogger("scumble")
 
 T = TypeVar("T")
@@ -37,7 +40,7 @@ class Contents:
     """What was read.
 
     Attributes:
-        read_at: when the reading began, on the monotonic clock that all processes share.
+        read_at: when reading began, on the monotonic clock, which is the same in all processes.
         parts: the bytes of each file.
     """
 
@@ -47,11 +50,11 @@ class Contents:
 
 @dataclass(frozen=True)
 class LastGood:
-    """What a process loaded, for one that cannot read it any more.
+    """Contents that another process has loaded, to fall back on.
 
     Attributes:
         contents: what was loaded.
-        checked_at: when the file could last be read, on the same clock.
+        checked_at: when the file could last be loaded, on the same clock.
     """
 
     contents: Contents
@@ -59,24 +62,24 @@ class LastGood:
 
 
 class WatchedFile(Generic[T]):
-    """A file, or several that belong together, and what was made of it.
+    """A file, or several that belong together, and the value built from it.
 
     Args:
-        name: of the file, in metrics.
-        read: gives the bytes of each file.
-        build: makes of them what is used.
-        last_good: what to use if the file cannot be loaded at first.
-        clock: seconds, the same for all processes.
+        name: label in metrics.
+        read: returns the bytes of each file.
+        build: makes the value from them.
+        last_good: used if the file cannot be loaded at first.
+        clock: monotonic seconds, the same in all processes.
 
     Attributes:
-        value: what `build` made last.
-        contents: of what it was made.
-        checked_at: when the file was last found to hold what is in use.
-        failing: the last attempt failed.
-        stale: it has failed for longer than the settings allow.
+        value: the last result of `build`.
+        contents: what `value` was built from.
+        checked_at: when the file was last known to equal `contents`.
+        failing: whether the last attempt failed.
+        stale: whether it has failed for longer than the settings allow.
 
     Raises:
-        Exception: whatever `read` and `build` raise, where there is nothing else to use.
+        Exception: anything that `read` or `build` raises, if there is no `last_good`.
     """
 
     value: T
@@ -107,7 +110,8 @@ class WatchedFile(Generic[T]):
         except Exception as exc:
             if last_good is None:
                 raise
-            log.error("the last good %s are used: %s", TITLES[name], exc)
+            title, noun = TITLES[name]
+            log.error("%s load failed; using the last good %s: %s", title, noun, exc)
             self.value = build(last_good.contents.parts)
             self.contents, self.checked_at = last_good.contents, last_good.checked_at
             self.failing = True
@@ -115,10 +119,10 @@ class WatchedFile(Generic[T]):
             self.contents, self.checked_at = Contents(read_at, parts), read_at
 
     def check(self) -> bool:
-        """Load the file if it holds something else than what is in use; whether it did.
+        """Load the file if it has changed; return whether it had.
 
         Raises:
-            Exception: whatever reading and building raise; what is in use stays.
+            Exception: anything that `read` or `build` raises; `value` is kept.
         """
         read_at = self._clock()
         parts = self._read()
@@ -141,26 +145,26 @@ class WatchedFile(Generic[T]):
 
 
 class Listener(Protocol):
-    """Who wants to know what becomes of the files."""
+    """Receives changes of watched files."""
 
     def loaded(self, name: FileName, contents: Contents) -> None:
-        """The file was loaded; called on a thread."""
+        """A file was loaded; called on a thread."""
         ...
 
     def failing(self, name: FileName, since: float | None) -> None:
-        """It cannot be loaded since then, or it can again (None); called on the event loop."""
+        """A file fails to load since then, or loads again (None); called on the event loop."""
         ...
 
 
 class FileWatcher:
-    """Keeps files loaded.
+    """Reloads files when they change.
 
     Args:
-        failures: counts attempts that failed, by file.
-        failing_s: shows for how long a file has failed, by file.
-        allowed_s: for how long it may before it is stale.
-        listener: is told of what changes, and of the state at the beginning.
-        clock: seconds.
+        failures: counts failed attempts, by file.
+        failing_s: shows how long each file has failed.
+        allowed_s: how long a file may fail before it is stale.
+        listener: receives the state at the start, and every change.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -179,19 +183,19 @@ class FileWatcher:
         self._clock = clock
         self._files: dict[FileName, WatchedFile[Any]] = {}
         self._checking: dict[FileName, asyncio.Task[None]] = {}
-        self._told: dict[FileName, bool] = {}
-        self._log_due = {name: Throttle(clock) for name in FILE_NAMES}
+        self._reported: dict[FileName, bool] = {}
+        self._throttles = {name: Throttle(clock) for name in FILE_NAMES}
 
     def add(self, file: WatchedFile[Any]) -> None:
-        """Keep this one loaded, too."""
+        """Watch another file."""
         self._files[file.name] = file
 
     def stale(self) -> list[FileName]:
-        """Files that could not be loaded for longer than allowed."""
+        """Files that have failed to load for longer than allowed."""
         return [name for name, file in self._files.items() if file.stale]
 
-    async def turn(self) -> None:
-        """Look at every file once. A disk that does not answer holds nothing but its own file."""
+    async def check_all(self) -> None:
+        """Check every file once. A disk that does not respond delays only the files on it."""
         for name, file in self._files.items():
             if name not in self._checking:
                 self._checking[name] = asyncio.create_task(self._check(file))
@@ -202,12 +206,12 @@ class FileWatcher:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Watch meanwhile."""
+        """Watch the files while the context is open."""
         for file in self._files.values():
             if self._listener is not None:
                 await asyncio.to_thread(self._listener.loaded, file.name, file.contents)
             self._note(file)
-        watching = asyncio.create_task(repeat("watching files", self.turn, POLL_S))
+        watching = asyncio.create_task(repeat("watching files", self.check_all, POLL_S))
         try:
             yield
         finally:
@@ -217,17 +221,17 @@ class FileWatcher:
         try:
             changed = await asyncio.to_thread(file.check)
             if changed:
-                log.info("%s read anew", TITLES[file.name])
+                log.info("%s reloaded", TITLES[file.name][1])
                 if self._listener is not None:
                     await asyncio.to_thread(self._listener.loaded, file.name, file.contents)
-        except Exception as exc:  # whatever it is, the next turn tries again
+        except Exception as exc:  # of any kind: the next check retries
             file.failing = True
             self._failures[file.name].inc()
-            if self._log_due[file.name]():
+            if self._throttles[file.name]():
                 known = isinstance(exc, ConfigError | OSError)
                 log.error(
-                    "the old %s stay: %s",
-                    TITLES[file.name],
+                    "%s reload failed; keeping the current %s: %s",
+                    *TITLES[file.name],
                     exc if known else repr(exc),
                     exc_info=None if known else exc,
                 )
@@ -237,12 +241,12 @@ class FileWatcher:
             del self._checking[file.name]
 
     def _note(self, file: WatchedFile[Any]) -> None:
-        """Show how the file stands."""
+        """Update the metrics of a file and report a change."""
         failing = file.failing or file.name in self._checking
         failing_s = max(0.0, self._clock() - file.checked_at) if failing else 0.0
         self._failing_s[file.name].set(failing_s)
         file.stale = failing_s > self._allowed_s
-        if failing != self._told.get(file.name):
-            self._told[file.name] = failing
+        if failing != self._reported.get(file.name):
+            self._reported[file.name] = failing
             if self._listener is not None:
                 self._listener.failing(file.name, file.checked_at if failing else None)

@@ -12,7 +12,7 @@ import pytest
 
 from app.errors import BundleError, ConfigError
 from app.main import create_app
-from app.processes.snapshot import take
+from app.processes.snapshot import copy_bundle
 from app.settings import Settings
 from tests.app import telling
 from tests.pictures import PNG
@@ -132,14 +132,14 @@ def test_a_card_names_files_of_its_own_folder_only(own_models, tmp_path, name):
     edit_card(own_models / "tiny", lambda card: card["files"].update({name: "0" * 64}))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BundleError, match=r"card\.json.*is malformed"):
-        take(settings(own_models), tmp_path / "copy")
+        copy_bundle(settings(own_models), tmp_path / "copy")
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["../other", "../models/tiny", ".", "..", "/", "tiny/", "a\0b"])
 def test_a_model_is_a_folder_of_the_model_folder(models, tmp_path, name):
     with pytest.raises(BundleError, match="there: tiny"):
-        take(settings(models, model=name), tmp_path / "copy")
+        copy_bundle(settings(models, model=name), tmp_path / "copy")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -151,7 +151,7 @@ def test_a_file_is_hashed_before_it_is_copied(own_models, tmp_path):
     aside.unlink()
     aside.symlink_to(secret)
     with pytest.raises(BundleError, match=r"int8\.onnx has sha256"):
-        take(settings(own_models), tmp_path / "copy")
+        copy_bundle(settings(own_models), tmp_path / "copy")
     assert not (tmp_path / "copy" / "tiny" / "int8.onnx").exists()
 
 

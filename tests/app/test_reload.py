@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from app.admin.application import create_admin
 from app.errors import BundleError, ConfigError
-from app.processes.snapshot import take
+from app.processes.snapshot import copy_bundle
 from app.settings import Settings
 from app.system.temporary import temporary_folder
 from app.telemetry.incidents import Incidents
@@ -154,7 +154,8 @@ def test_what_cannot_be_served_changes_nothing(serve, own_models, how):
 
 
 def test_sighup_reloads_and_an_idle_connection_gets_one_more_answer(serve, own_models):
-    server = serve(workers=1, model_dir=own_models)
+    # A reload under load may take longer than the default time of idle connections.
+    server = serve(workers=1, model_dir=own_models, http__keep_alive_s=60)
     with httpx2.Client(base_url=server.url, headers=IMAGE) as client:
         assert client.post("/v1/predict", content=PNG).json()["version"] == "1"
         set_version(own_models, "2")
@@ -193,14 +194,14 @@ def test_a_reload_without_a_server_says_so(tmp_path):
 def test_a_copy_is_whole_checked_and_without_what_is_not_needed(own_models, tmp_path):
     settings = Settings(model_dir=own_models, model="tiny")
     (own_models / "tiny" / "int8.onnx").unlink()
-    copy = take(settings, tmp_path / "copy")
+    copy = copy_bundle(settings, tmp_path / "copy")
     assert copy.model_dir == tmp_path / "copy"
     assert copy.secret == settings.secret
     names = {path.name for path in (copy.model_dir / "tiny").iterdir()}
     assert names == {"card.json", "float32.onnx", "golden.json"}
     tamper(own_models)
     with pytest.raises(BundleError, match="sha256"):
-        take(settings, tmp_path / "other")
+        copy_bundle(settings, tmp_path / "other")
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_a_full_disk_fails_a_reload_with_a_sentence_and_leaves_nothing(
 def test_a_copy_that_cannot_be_made_is_named(own_models, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be copied to"):
-        take(Settings(model_dir=own_models, model="tiny"), tmp_path / "file" / "copy")
+        copy_bundle(Settings(model_dir=own_models, model="tiny"), tmp_path / "file" / "copy")
 
 
 def test_the_console_shows_the_card_that_is_served(serve, own_models):

@@ -8,6 +8,7 @@ from typing import Any
 
 from app.errors import Unprocessable
 from app.inference.bundle import GOLDEN_COUNT, ONNX_FILE, Card, open_bundle
+from app.inference.engine_selection import resolve
 from app.inference.formats import FORMATS
 from app.settings import Settings, shown, variables
 
@@ -57,16 +58,12 @@ def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the bundle or the engine is gone.
     """
-    from app.inference import (
-        engines,  # here: with numpy, which the supervisor needs for nothing else
-    )
-
     card = open_bundle(model_dir, settings.model).card
     return {
         "model": {
             **card.model_dump(include={"name", "version", "labels", "input", "accuracy"}),
             "precision": settings.precision,
-            "engine": engines.resolve(settings.engine, settings.precision),
+            "engine": resolve(settings.engine, settings.precision),
             "served_file": ONNX_FILE[settings.precision],
             "files": card.files,
             "data_licence": card.data_licence,

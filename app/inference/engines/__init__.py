@@ -7,18 +7,19 @@ and not functions, so that an engine's library is imported only when that engine
 from __future__ import annotations
 
 import importlib
-import importlib.util
-from collections.abc import Callable, Iterable
-from typing import Literal, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from app.errors import ConfigError
-from app.inference.engines.processor import adds_int8_exactly
+from app.inference.engine_selection import ENGINES, EngineName, resolve
 from app.precision import Precision
 
-EngineName = Literal["openvino", "onnxruntime", "torch"]
+__all__ = [
+    "ENGINES", "FAST", "Batch", "Engine", "EngineName", "Probs", "load", "parts", "resolve",
+    "size_within",
+]  # fmt: skip
 Batch = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 Probs = npt.NDArray[np.float32]
 
@@ -54,14 +55,6 @@ class Loader(Protocol):
         ...
 
 
-# In order of preference: `auto` takes the first that is installed and exact.
-ENGINES: dict[EngineName, str] = {
-    "openvino": "app.inference.engines.openvino",
-    "onnxruntime": "app.inference.engines.onnxruntime",
-    "torch": "app.inference.engines.torch",
-}
-
-
 def size_within(n: int) -> int:
     """The largest of the `FAST` sizes that `n` images fill."""
     return max(size for size in FAST if size <= max(n, 1))
@@ -74,36 +67,6 @@ def parts(n: int) -> list[int]:
         sizes.append(size_within(n))
         n -= sizes[-1]
     return sizes
-
-
-def resolve(
-    name: str, precision: Precision = "float32", exact: Callable[[], bool] = adds_int8_exactly
-) -> EngineName:
-    """The engine that `name` stands for; `auto` is the first of the table that is installed.
-
-    OpenVINO's int8 saturates on x86 processors without VNNI, where ONNX Runtime can be told not to:
-    there `auto` takes that one for int8.
-
-    Args:
-        name: of an engine, or `auto`.
-        precision: that it will run.
-        exact: whether int8 does not saturate here.
-
-    Raises:
-        ConfigError: no such engine, or its library is not installed.
-    """
-    installed = [engine for engine in ENGINES if importlib.util.find_spec(engine)]
-    if name == "auto" and installed:
-        if precision == "int8" and "onnxruntime" in installed and not exact():
-            return "onnxruntime"
-        return installed[0]
-    for engine in ENGINES:
-        if engine == name and engine in installed:
-            return engine
-    raise ConfigError(
-        f"engine is {name!r}; installed here: {', '.join(installed) or 'none'} (or auto). "
-        "The torch engine needs the extra: pip install 'scumble[torch]'"
-    )
 
 
 def load(name: EngineName, model: bytes, *, threads: int, precision: Precision) -> Engine:

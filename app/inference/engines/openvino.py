@@ -31,7 +31,7 @@ finally:
 
 from app.errors import ConfigError  # noqa: E402  # see above
 from app.inference.engines import FAST, Batch, Probs, size_within  # noqa: E402  # see above
-from app.inference.engines.processor import adds_int8_exactly  # noqa: E402  # see above
+from app.inference.processor import adds_int8_exactly  # noqa: E402  # see above
 from app.precision import Precision  # noqa: E402  # see above
 
 log = logging.getLogger("scumble")

@@ -428,7 +428,7 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(client, keys_file, capl
     reload()
     reload()
     assert ask(client, "new").status_code == 200
-    assert "the old API keys stay: SCUMBLE_KEYS_FILE" in caplog.text
+    assert "API key reload failed; keeping the current keys: SCUMBLE_KEYS_FILE" in caplog.text
     assert samples(client)['scumble_reload_failures_total{"file": "keys"}'] >= 5
     write_keys(keys_file, KeyFile(keys=[row("plain")]))
     reload()

@@ -179,7 +179,7 @@ def test_the_public_port_as_a_unix_socket(models, tmp_path):
         assert httpx2.get(f"{server.admin}/readyz").status_code == 200
         again = start({"model_dir": models, "model": "tiny", "uds": path})
         assert again.wait(60) == 1
-        assert "another server is listening there" in again.log[-1]["event"]
+        assert "another server is listening on it" in again.log[-1]["event"]
         assert ask(path).status_code == 200
     assert not path.exists()
 
@@ -200,7 +200,7 @@ def test_no_other_file_is_replaced_by_a_socket(models, tmp_path):
     path.write_text("mine")
     server = start({"model_dir": models, "model": "tiny", "uds": path})
     assert server.wait(60) == 1
-    assert "there is a file that is not a socket" in server.log[-1]["event"]
+    assert "the path exists and is not a socket" in server.log[-1]["event"]
     assert path.read_text() == "mine"
 
 

@@ -1,4 +1,4 @@
-"""Connections are dealt evenly, none is lost, and who leaves gets no more."""
+"""Connections are spread evenly, none is lost, and retired workers get no more."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ class Count:
         self.value += 1
 
 
-class Table:
+class Setup:
     """A dispatcher on a free port, and workers that are nothing but their sockets."""
 
     def __init__(self, workers, **options):
@@ -36,22 +36,22 @@ class Table:
         self.dispatcher = ConnectionDispatcher(
             self.listener, workers, refusals=self.refusals, **options
         )
-        self.hands, self.taken, self.clients = {}, {}, []
+        self.channels, self.received, self.clients = {}, {}, []
         for number in range(workers):
             self.join(number)
 
     def join(self, number):
-        if number in self.hands:
-            self.rise(number)
-            self.dispatcher.gone(number)
-        self.hands[number] = self.dispatcher.channel(number)
-        self.hands[number].channel.setblocking(False)
-        self.taken[number] = []
+        if number in self.channels:
+            self.stop(number)
+            self.dispatcher.remove(number)
+        self.channels[number] = self.dispatcher.add(number)
+        self.channels[number].sock.setblocking(False)
+        self.received[number] = []
         self.dispatcher.activate(number)
 
-    def rise(self, number):
-        self.hands[number].channel.close()
-        for connection in filter(None, self.taken[number]):
+    def stop(self, number):
+        self.channels[number].sock.close()
+        for connection in filter(None, self.received[number]):
             connection.close()
 
     def connect(self, count):
@@ -59,35 +59,35 @@ class Table:
             client = socket.create_connection(self.address)
             self.clients.append(client)
 
-    def take(self, number):
+    def receive(self, number):
         """What has arrived; None in the end if no more will come."""
         with contextlib.suppress(BlockingIOError):
-            while (arrived := self.hands[number].take()) is not None:
-                self.taken[number] += arrived
-            self.taken[number].append(None)
-        return self.taken[number]
+            while (arrived := self.channels[number].receive()) is not None:
+                self.received[number] += arrived
+            self.received[number].append(None)
+        return self.received[number]
 
-    def hang_up(self, number, count):
+    def close_connections(self, number, count):
         for _ in range(count):
-            self.taken[number].pop().close()
-            self.hands[number].count_closed()
+            self.received[number].pop().close()
+            self.channels[number].count_closed()
 
     def close(self):
         self.dispatcher.close()
-        for number in self.hands:
-            self.rise(number)
-            self.dispatcher.gone(number)
+        for number in self.channels:
+            self.stop(number)
+            self.dispatcher.remove(number)
         for client in self.clients:
             client.close()
 
 
-def with_table(workers, **options):
-    """The test is a coroutine that takes a table for so many workers."""
+def with_dispatcher(workers, **options):
+    """The test is a coroutine that takes a dispatcher with this many workers."""
 
     def decorate(test):
         async def on_a_loop(**fixtures):
-            with contextlib.closing(Table(workers, **options)) as table:
-                await test(table, **fixtures)
+            with contextlib.closing(Setup(workers, **options)) as setup:
+                await test(setup, **fixtures)
 
         def run(**fixtures):
             asyncio.run(on_a_loop(**fixtures))
@@ -100,10 +100,10 @@ def with_table(workers, **options):
     return decorate
 
 
-def sorted_by_peer(table, connections):
+def sorted_by_peer(setup, connections):
     """For each client its connection, None for those that have none."""
     by_peer = {connection.getpeername(): connection for connection in connections}
-    return [by_peer.get(client.getsockname()) for client in table.clients]
+    return [by_peer.get(client.getsockname()) for client in setup.clients]
 
 
 async def settled():
@@ -111,129 +111,129 @@ async def settled():
         await asyncio.sleep(0.001)
 
 
-@with_table(3)
-async def test_connections_are_dealt_evenly(table):
-    table.connect(8)
+@with_dispatcher(3)
+async def test_connections_are_spread_evenly(setup):
+    setup.connect(8)
     await settled()
-    assert sorted(len(table.take(number)) for number in range(3)) == [2, 3, 3]
-    assert sum(table.dispatcher.open_connections().values()) == 8
+    assert sorted(len(setup.receive(number)) for number in range(3)) == [2, 3, 3]
+    assert sum(setup.dispatcher.open_connections().values()) == 8
 
 
-@with_table(2)
-async def test_who_has_fewest_gets_the_next(table):
-    table.connect(10)
+@with_dispatcher(2)
+async def test_the_worker_with_the_fewest_connections_gets_the_next(setup):
+    setup.connect(10)
     await settled()
-    assert len(table.take(0)) == len(table.take(1)) == 5
-    table.hang_up(1, 4)
-    table.connect(4)
+    assert len(setup.receive(0)) == len(setup.receive(1)) == 5
+    setup.close_connections(1, 4)
+    setup.connect(4)
     await settled()
-    assert (len(table.take(0)), len(table.take(1))) == (5, 5)
-    assert table.dispatcher.open_connections() == {0: 5, 1: 5}
+    assert (len(setup.receive(0)), len(setup.receive(1))) == (5, 5)
+    assert setup.dispatcher.open_connections() == {0: 5, 1: 5}
 
 
-@with_table(1)
-async def test_a_dealt_connection_works(table):
-    table.connect(1)
+@with_dispatcher(1)
+async def test_a_received_connection_works(setup):
+    setup.connect(1)
     await settled()
-    (connection,) = table.take(0)
-    table.clients[0].sendall(b"hello")
+    (connection,) = setup.receive(0)
+    setup.clients[0].sendall(b"hello")
     connection.setblocking(True)
     assert connection.recv(5) == b"hello"
     assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
-@with_table(2)
-async def test_who_left_gets_no_more_and_who_comes_starts_at_nothing(table):
-    table.connect(4)
+@with_dispatcher(2)
+async def test_a_retired_worker_gets_no_more_and_a_new_one_starts_at_zero(setup):
+    setup.connect(4)
     await settled()
-    table.take(0)
-    table.dispatcher.leave(0)
-    assert table.take(0)[-1] is None
-    table.connect(2)
+    setup.receive(0)
+    setup.dispatcher.retire(0)
+    assert setup.receive(0)[-1] is None
+    setup.connect(2)
     await settled()
-    assert len(table.take(1)) == 4
-    table.join(0)
-    assert table.dispatcher.open_connections() == {0: 0, 1: 4}
-    table.connect(4)
+    assert len(setup.receive(1)) == 4
+    setup.join(0)
+    assert setup.dispatcher.open_connections() == {0: 0, 1: 4}
+    setup.connect(4)
     await settled()
-    assert len(table.take(0)) == 4
+    assert len(setup.receive(0)) == 4
 
 
-@with_table(1)
-async def test_connections_wait_for_somebody_to_come(table):
-    table.dispatcher.leave(0)
-    table.connect(2)
+@with_dispatcher(1)
+async def test_connections_wait_for_a_worker(setup):
+    setup.dispatcher.retire(0)
+    setup.connect(2)
     await settled()
-    table.join(0)
+    setup.join(0)
     await settled()
-    assert len(table.take(0)) == 2
+    assert len(setup.receive(0)) == 2
 
 
-@with_table(2)
-async def test_closing_deals_what_the_kernel_has_and_refuses_the_rest(table):
-    table.connect(6)
-    table.dispatcher.close()  # the loop has not turned since
-    taken = [*table.take(0), *table.take(1)]
+@with_dispatcher(2)
+async def test_closing_dispatches_what_the_kernel_has_accepted_and_refuses_the_rest(setup):
+    setup.connect(6)
+    setup.dispatcher.close()  # the loop has not turned since
+    taken = [*setup.receive(0), *setup.receive(1)]
     assert taken.count(None) == 2
     assert len(taken) == 8
     with pytest.raises(ConnectionRefusedError):
-        table.connect(1)
+        setup.connect(1)
 
 
-@with_table(2)
-async def test_a_worker_that_died_unheard_is_passed_over(table):
-    table.hands[0].channel.close()
-    table.connect(4)
+@with_dispatcher(2)
+async def test_a_worker_that_has_died_unnoticed_is_skipped(setup):
+    setup.channels[0].sock.close()
+    setup.connect(4)
     await settled()
-    assert len(table.take(1)) == 4
+    assert len(setup.receive(1)) == 4
 
 
-@with_table(2)
-async def test_what_was_on_its_way_to_a_worker_that_died_is_dealt_to_another(table):
-    table.connect(6)
+@with_dispatcher(2)
+async def test_connections_on_their_way_to_a_dead_worker_go_to_another(setup):
+    setup.connect(6)
     await settled()
-    table.hands[0].take()[0].close()  # this one it had: it is lost with the worker
-    table.hands[0].channel.close()
-    table.dispatcher.gone(0)
-    assert len(table.take(1)) == 5
-    assert table.dispatcher.open_connections() == {1: 5}
+    setup.channels[0].receive()[0].close()  # this one it had: it is lost with the worker
+    setup.channels[0].sock.close()
+    setup.dispatcher.remove(0)
+    assert len(setup.receive(1)) == 5
+    assert setup.dispatcher.open_connections() == {1: 5}
     for client, connection in zip(
-        table.clients, sorted_by_peer(table, table.taken[1]), strict=True
+        setup.clients, sorted_by_peer(setup, setup.received[1]), strict=True
     ):
         if connection is not None:
             connection.sendall(b"hello")
             assert client.recv(5) == b"hello"
 
 
-@with_table(1)
-async def test_what_nobody_can_take_waits_for_who_comes(table):
-    table.connect(2)
+@with_dispatcher(1)
+async def test_connections_that_no_worker_can_receive_wait_for_a_new_one(setup):
+    setup.connect(2)
     await settled()
-    table.hands[0].channel.close()
-    table.dispatcher.gone(0)
-    table.join(0)
-    assert len(table.take(0)) == 2
+    setup.channels[0].sock.close()
+    setup.dispatcher.remove(0)
+    setup.join(0)
+    assert len(setup.receive(0)) == 2
 
 
-@with_table(1)
-async def test_a_connection_that_a_worker_ends_has_ended(table):
-    table.connect(1)
+@with_dispatcher(1)
+async def test_a_connection_that_a_worker_closes_is_closed(setup):
+    setup.connect(1)
     await settled()
-    table.take(0)
-    table.hang_up(0, 1)
+    setup.receive(0)
+    setup.close_connections(0, 1)
     await settled()  # the confirmation arrives: no copy holds it open
-    assert table.clients[0].recv(1) == b""
+    assert setup.clients[0].recv(1) == b""
 
 
-@with_table(2)
-async def test_who_leaves_still_takes_what_is_on_its_way(table):
-    table.connect(4)
+@with_dispatcher(2)
+async def test_a_retired_worker_still_receives_what_is_on_its_way(setup):
+    setup.connect(4)
     await settled()
-    table.dispatcher.leave(0)
-    assert len(table.take(0)) == 3  # two connections, and the end
-    table.rise(0)
-    table.dispatcher.gone(0)
-    assert len(table.take(1)) == 2
+    setup.dispatcher.retire(0)
+    assert len(setup.receive(0)) == 3  # two connections, and the end
+    setup.stop(0)
+    setup.dispatcher.remove(0)
+    assert len(setup.receive(1)) == 2
 
 
 REFUSED = b"HTTP/1.1 503 Service Unavailable\r\n\r\n"
@@ -248,85 +248,85 @@ async def read(client):
     return found
 
 
-def refused(table):
-    return {reason: count.value for reason, count in table.refusals.items() if count.value}
+def refused(setup):
+    return {reason: count.value for reason, count in setup.refusals.items() if count.value}
 
 
-@with_table(2, max_connections=3, answer=REFUSED)
-async def test_more_than_workers_may_have_are_answered_counted_and_forgotten(table):
-    table.connect(10)
+@with_dispatcher(2, max_connections=3, answer=REFUSED)
+async def test_connections_over_the_limit_are_answered_and_counted(setup):
+    setup.connect(10)
     for _ in range(20):  # as workers that are not busy
         await settled()
-        table.take(0), table.take(1)
-    assert table.dispatcher.open_connections() == {0: 3, 1: 3}
-    assert refused(table) == {"limit": 4}
-    for client in table.clients[6:]:
+        setup.receive(0), setup.receive(1)
+    assert setup.dispatcher.open_connections() == {0: 3, 1: 3}
+    assert refused(setup) == {"limit": 4}
+    for client in setup.clients[6:]:
         client.sendall(b"GET / HTTP/1.1\r\n\r\n")  # must not turn the answer into a reset
         assert await read(client) == REFUSED
     # After the flood, the spread is even again.
-    table.hang_up(0, 3), table.hang_up(1, 3)
-    table.connect(4)
+    setup.close_connections(0, 3), setup.close_connections(1, 3)
+    setup.connect(4)
     await settled()
-    assert len(table.take(0)) == len(table.take(1)) == 2
-    assert refused(table) == {"limit": 4}
+    assert len(setup.receive(0)) == len(setup.receive(1)) == 2
+    assert refused(setup) == {"limit": 4}
 
 
-@with_table(2, max_connections=3)
-async def test_a_worker_with_room_gets_what_another_has_no_room_for(table):
-    table.connect(6)
+@with_dispatcher(2, max_connections=3)
+async def test_a_worker_below_its_limit_gets_what_a_full_one_cannot(setup):
+    setup.connect(6)
     await settled()
-    table.take(0), table.take(1)
-    table.hang_up(1, 2)
+    setup.receive(0), setup.receive(1)
+    setup.close_connections(1, 2)
     await settled()
-    table.connect(2)
+    setup.connect(2)
     await settled()
-    assert len(table.take(0)) == len(table.take(1)) == 3
-    assert refused(table) == {}
+    assert len(setup.receive(0)) == len(setup.receive(1)) == 3
+    assert refused(setup) == {}
 
 
-@with_table(1, max_held=3)
-async def test_connections_that_a_busy_worker_has_not_taken_wait_in_the_kernel(table):
-    table.connect(8)
+@with_dispatcher(1, max_held=3)
+async def test_connections_that_a_busy_worker_has_not_received_wait_in_the_kernel(setup):
+    setup.connect(8)
     await settled()
-    assert refused(table) == {}
-    assert table.dispatcher.open_connections() == {0: 3}
+    assert refused(setup) == {}
+    assert setup.dispatcher.open_connections() == {0: 3}
 
 
-@with_table(2, answer=REFUSED)
-async def test_a_worker_out_of_descriptors_says_so_and_its_connections_do_not_count(table):
-    table.connect(10)
+@with_dispatcher(2, answer=REFUSED)
+async def test_connections_that_a_worker_without_descriptors_rejects_are_not_counted_as_open(setup):
+    setup.connect(10)
     await settled()
-    table.take(1)
+    setup.receive(1)
     with out_of_descriptors():
-        assert table.take(0) == []
+        assert setup.receive(0) == []
     await settled()
-    assert table.dispatcher.open_connections() == {0: 0, 1: 5}
-    assert refused(table) == {"descriptors": 5}
-    answers = [client for client in table.clients if not sorted_by_peer(table, table.taken[1])]
+    assert setup.dispatcher.open_connections() == {0: 0, 1: 5}
+    assert refused(setup) == {"descriptors": 5}
+    answers = [client for client in setup.clients if not sorted_by_peer(setup, setup.received[1])]
     assert all([await read(client) == REFUSED for client in answers])
-    table.connect(6)
+    setup.connect(6)
     await settled()
-    assert (len(table.take(0)), len(table.take(1))) == (6, 5)
+    assert (len(setup.receive(0)), len(setup.receive(1))) == (6, 5)
 
 
-@with_table(1)
-async def test_connections_wait_while_no_descriptor_is_free_to_accept_them(table):
-    table.connect(3)
+@with_dispatcher(1)
+async def test_connections_wait_while_no_descriptor_is_free_to_accept_them(setup):
+    setup.connect(3)
     with out_of_descriptors():
         await settled()
-    assert refused(table).keys() == {"descriptors"}
+    assert refused(setup).keys() == {"descriptors"}
     await asyncio.sleep(2 * PAUSE_S)
-    assert len(table.take(0)) == 3
+    assert len(setup.receive(0)) == 3
 
 
-@with_table(1, max_connections=1)
-async def test_refusals_are_one_line_in_the_log(table, caplog):
-    table.connect(5)
+@with_dispatcher(1, max_connections=1)
+async def test_refusals_are_logged_as_one_line(setup, caplog):
+    setup.connect(5)
     for _ in range(5):
         await settled()
-        table.take(0)
-    assert refused(table) == {"limit": 4}
-    assert [record.message for record in caplog.records] == ["connections are refused"]
+        setup.receive(0)
+    assert refused(setup) == {"limit": 4}
+    assert [record.message for record in caplog.records] == ["refusing connections"]
 
 
 @contextlib.contextmanager
@@ -372,7 +372,7 @@ def test_a_flood_of_connections_is_refused_and_the_spread_is_even_afterwards(ser
 
 
 @pytest.mark.server
-def test_a_worker_without_descriptors_loses_nobody_who_is_served_already(serve):
+def test_a_worker_without_descriptors_keeps_its_open_connections(serve):
     server = serve(workers=2, http__header_timeout_s=1)
     with contextlib.ExitStack() as stack:  # what each imports with its first image needs files, too
         for _ in range(2):
@@ -395,7 +395,7 @@ def test_a_worker_without_descriptors_loses_nobody_who_is_served_already(serve):
     assert set(codes) == {200, 503}
     refused = server.metrics()['scumble_connections_refused_total{reason="descriptors"}']
     assert codes.count(503) == refused > 0
-    assert any(entry["event"] == "connections are refused" for entry in server.log)
+    assert any(entry["event"] == "refusing connections" for entry in server.log)
     resource.prlimit(victim, resource.RLIMIT_NOFILE, (soft, hard))
     deadline = time.monotonic() + 10
     while sum(opened(server)) and time.monotonic() < deadline:

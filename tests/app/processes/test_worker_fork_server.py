@@ -1,4 +1,4 @@
-"""The process that workers are forked from: what it must not be, and what its end means."""
+"""The fork server: it stays single-threaded, and its end interrupts nothing."""
 
 import contextlib
 import os
@@ -30,14 +30,14 @@ def ready(server) -> bool:
     return httpx2.get(f"{server.admin}/readyz").status_code == 200
 
 
-def test_it_has_one_thread_or_a_fork_could_take_a_lock_along(serve):
+def test_it_has_one_thread_so_that_forks_copy_no_held_lock(serve):
     server = serve(workers=2, defense="dcp", defense_params={"beta": 1.2})
     (forker,) = server.forkers()
     assert len(list(Path(f"/proc/{forker}/task").iterdir())) == 1
     assert len(server.workers()) == 2
 
 
-def test_workers_hold_less_than_they_would_alone(serve):
+def test_workers_share_the_memory_of_what_it_imported(serve):
     server = serve(workers=1)
     (worker,) = server.workers()
     lines = Path(f"/proc/{worker}/smaps_rollup").read_text().splitlines()
@@ -66,7 +66,7 @@ def test_a_request_is_answered_when_all_are_told_to_end(stubborn):  # noqa: F811
     assert server.wait() == 0
 
 
-def test_when_it_is_killed_its_workers_go_on_and_another_makes_new_ones(serve):
+def test_when_it_is_killed_workers_continue_and_another_forks_new_ones(serve):
     server = serve(workers=2)
     before, (forker,) = server.workers(), server.forkers()
     os.kill(forker, signal.SIGKILL)
@@ -88,7 +88,7 @@ def events(server) -> str:
 
 @contextlib.contextmanager
 def stopped(pid):
-    """Meanwhile the process does nothing; whoever waits for it waits for ever."""
+    """The process is stopped while the context is open."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -97,19 +97,19 @@ def stopped(pid):
             os.kill(pid, signal.SIGCONT)
 
 
-def test_while_it_is_stopped_all_is_served_and_it_is_replaced_when_a_worker_is_needed(serve):
+def test_while_it_is_stopped_requests_are_answered_and_it_is_replaced_when_needed(serve):
     server = serve(workers=2)
     before, (forker,) = server.workers(), server.forkers()
     with stopped(forker):
         os.kill(before[0], signal.SIGKILL)
         codes = set()
-        while "starting another" not in events(server) or server.forkers() == [forker]:
+        while "replacing it" not in events(server) or server.forkers() == [forker]:
             codes |= {post(server).status_code, httpx2.get(f"{server.admin}/livez").status_code}
         wait_for(lambda: ready(server))
         assert codes == {200}
         assert stat(forker) is None
         assert Path(f"/proc/{before[1]}").exists()
-        assert "has not answered for" in events(server)
+        assert "did not respond within" in events(server)
         assert server.stop() == 0
 
 
@@ -161,13 +161,14 @@ def start_that_cannot_fork(models, *calls: int) -> Server:
     return start_script([CANNOT_FORK, " ".join(map(str, calls))], settings)
 
 
-def start_script(arguments, settings) -> Server:
+def start_script(arguments, settings, *, new_session=False) -> Server:
     """Start a script that serves, with settings, on free ports."""
     process = subprocess.Popen(
         [sys.executable, "-c", *arguments],
         env={**os.environ, **variables({"port": 0, "admin_port": 0, **settings})},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=new_session,
     )
     server = Server(process, time.perf_counter())
     threading.Thread(target=server.read_log, args=(process.stderr,), daemon=True).start()
@@ -175,15 +176,15 @@ def start_script(arguments, settings) -> Server:
 
 
 @pytest.mark.parametrize("call", [1, 2])
-def test_no_fork_at_the_start_is_a_sentence_and_exit_1(models, call):
+def test_a_failed_fork_at_the_start_is_logged_and_exits_1(models, call):
     server = start_that_cannot_fork(models, call)
     assert server.wait() == 1
     text = " ".join(entry["event"] for entry in server.log)
-    assert "a worker cannot be forked: BlockingIOError" in text
+    assert "worker cannot be forked: BlockingIOError" in text
     assert "Traceback" not in text
 
 
-def test_no_fork_for_a_successor_is_tried_again(models):
+def test_a_failed_fork_of_a_replacement_is_retried(models):
     server = start_that_cannot_fork(models, 3, 4)
     server.wait_ready()
     os.kill(server.workers()[0], signal.SIGKILL)
@@ -192,7 +193,7 @@ def test_no_fork_for_a_successor_is_tried_again(models):
     assert server.stop() == 0
 
 
-def test_no_fork_in_a_reload_leaves_all_as_it_was_and_the_next_one_works(models):
+def test_a_failed_fork_in_a_reload_changes_nothing_and_the_next_reload_works(models):
     server = start_that_cannot_fork(models, 4)
     server.wait_ready()
     before = server.workers()
@@ -212,16 +213,16 @@ main(["serve"])
 """
 
 
-def test_a_worker_that_never_loads_is_killed_and_said(models, tmp_path):
+def test_a_worker_that_never_loads_is_killed(models, tmp_path):
     defense = tmp_path / "endless.py"
     defense.write_text("import time\ntime.sleep(3600)\n")
     settings = {"model_dir": models, "model": "tiny", "workers": 1, "defense": f"{defense}:Defense"}
     server = start_script([NEVER_LOADS], settings)
     assert server.wait() == 1
-    assert "has not loaded for 1 s" in events(server)
+    assert "has not loaded within 1 s" in events(server)
 
 
-def test_what_lies_in_the_current_folder_is_not_imported(models, tmp_path):
+def test_modules_in_the_current_folder_are_not_imported(models, tmp_path):
     """Many a service is a file `app.py`."""
     (tmp_path / "app.py").write_text("raise SystemExit('not this one')")
     process = subprocess.Popen(
@@ -241,12 +242,22 @@ def test_what_lies_in_the_current_folder_is_not_imported(models, tmp_path):
     assert server.stop() == 0
 
 
-def test_ctrl_c_while_the_model_is_read_exits_130_without_a_traceback(own_models):
-    card = own_models / "tiny" / "card.json"
-    card.unlink()
-    os.mkfifo(card)  # to read it takes for ever
-    server = start({"model_dir": own_models, "model": "tiny", "workers": 2}, new_session=True)
-    wait_for(server.forkers)
+SLOW_DISK = """
+import sys, time
+from app.processes import serve
+def copy_bundle(settings, folder):
+    print("reading the model", file=sys.stderr, flush=True)
+    time.sleep(3600)
+serve.copy_bundle = copy_bundle
+from scumble.cli import main
+main(["serve"])
+"""
+
+
+def test_ctrl_c_while_the_model_is_read_exits_130_without_a_traceback(models):
+    settings = {"model_dir": models, "model": "tiny", "workers": 2}
+    server = start_script([SLOW_DISK], settings, new_session=True)
+    wait_for(lambda: "reading the model" in events(server))
     os.killpg(server.process.pid, signal.SIGINT)
     assert server.wait() == 130
     assert "Traceback" not in events(server)

@@ -1,4 +1,4 @@
-"""Files that are read anew: seen means loaded, and no failure ends the watching."""
+"""Watched files are reloaded on change, and no failure ends the watching."""
 
 import threading
 
@@ -6,7 +6,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from app.errors import ConfigError
-from app.processes.last_good import CHUNK, LastGoodFiles, Reporter
 from app.system.file_watcher import Contents, FileWatcher, LastGood, WatchedFile
 from app.telemetry.metrics import Metrics
 
@@ -44,8 +43,8 @@ class Disk:
         return parts[0]
 
 
-class Heard:
-    """A listener that remembers."""
+class RecordingListener:
+    """Remembers every call."""
 
     def __init__(self) -> None:
         self.all: list[tuple] = []
@@ -67,12 +66,12 @@ class Watch:
             "keys", self.disk.read, self.disk.build, clock=lambda: self.now, **options
         )
         self.metrics = Metrics(CollectorRegistry())
-        self.heard = Heard()
+        self.listener = RecordingListener()
         self.watcher = FileWatcher(
             failures=self.metrics.reload_failures,
             failing_s=self.metrics.reload_failing_s,
             allowed_s=60,
-            listener=self.heard,
+            listener=self.listener,
             clock=lambda: self.now,
         )
         self.watcher.add(self.file)
@@ -80,7 +79,7 @@ class Watch:
     async def turns(self, count: int = 1) -> None:
         for _ in range(count):
             self.now += 1
-            await self.watcher.turn()
+            await self.watcher.check_all()
 
     def sample(self, name: str) -> float:
         return self.metrics.registry.get_sample_value(f"scumble_reload_{name}", {"file": "keys"})
@@ -107,7 +106,7 @@ async def test_what_failed_is_tried_again_until_it_is_loaded(which, where, caplo
     assert watch.file.value == b"1"
     assert watch.sample("failures_total") == 30
     assert watch.sample("failing_seconds") == 30
-    assert caplog.text.count("the old API keys stay") == 3
+    assert caplog.text.count("API key reload failed; keeping the current keys") == 3
     assert str(FAILURES[which]) in caplog.text
     setattr(watch.disk, where, None)
     await watch.turns(10)
@@ -145,7 +144,7 @@ async def test_it_is_stale_after_the_time_that_the_settings_allow_and_then_well_
     watch.disk.failure = None
     await watch.turns()
     assert watch.watcher.stale() == []
-    assert watch.heard.all == [("keys", 0.0), ("keys", None)]
+    assert watch.listener.all == [("keys", 0.0), ("keys", None)]
 
 
 async def test_a_read_that_never_returns_counts_as_failing_and_is_not_begun_twice():
@@ -169,57 +168,3 @@ async def test_while_the_file_is_broken_the_last_good_one_is_used():
     given = LastGood(Contents(1.0, (b"good",)), checked_at=5.0)
     file = WatchedFile("keys", broken.read, broken.build, last_good=given)
     assert (file.value, file.checked_at, file.failing) == (b"good", 5.0, True)
-
-
-class Pipe:
-    """Both ends of a supervisor's pipe, for one worker."""
-
-    def __init__(self, files: LastGoodFiles, worker: int) -> None:
-        self.files, self.worker, self.sizes = files, worker, []
-
-    def send(self, message) -> None:
-        self.sizes.append(len(getattr(message, "content", b"")))
-        self.files.heard(self.worker, message)
-
-
-@pytest.mark.parametrize("parts", [(b"",), (b"x" * 100_000, b"", b"y"), (b"a" * CHUNK, b"b")])
-def test_the_supervisor_keeps_what_workers_loaded_whole_and_the_latest(parts):
-    files = LastGoodFiles(clock=lambda: 9.0)
-    pipes = [Pipe(files, number) for number in range(2)]
-    Reporter(pipes[0]).loaded("keys", Contents(2.0, parts))
-    assert files.given() == {"keys": LastGood(Contents(2.0, parts), 9.0)}
-    assert max(pipes[0].sizes) <= CHUNK
-    Reporter(pipes[1]).loaded("keys", Contents(1.0, (b"older",)))
-    assert files.given()["keys"].contents.parts == parts
-    Reporter(pipes[1]).loaded("keys", Contents(3.0, (b"newer",)))
-    assert files.given()["keys"].contents.parts == (b"newer",)
-
-
-def test_half_of_what_a_worker_loaded_is_dropped_with_it():
-    files = LastGoodFiles(clock=lambda: 9.0)
-    sent = []
-    pipe = Pipe(files, 0)
-    pipe.send = sent.append
-    Reporter(pipe).loaded("keys", Contents(2.0, (b"x" * 20_000,)))
-    files.heard(0, sent[0])
-    files.gone(0)
-    assert files.given() == {}
-    for message in sent:
-        files.heard(1, message)
-    assert files.given()["keys"].contents.parts == (b"x" * 20_000,)
-
-
-def test_a_successor_learns_since_when_its_file_fails():
-    now = [100.0]
-    files = LastGoodFiles(clock=lambda: now[0])
-    first, second = (Reporter(Pipe(files, number)) for number in range(2))
-    first.loaded("keys", Contents(1.0, (b"good",)))
-    first.failing("keys", 40.0)
-    assert files.stale(50) == ["keys"]
-    assert files.stale(70) == []
-    files.gone(0)
-    assert files.given()["keys"].checked_at == 40.0
-    assert files.stale(50) == []  # nobody says so any more
-    first.failing("keys", None)
-    second.failing("keys", None)
-    assert files.given()["keys"].checked_at == 100.0

@@ -14,9 +14,9 @@ from onnx import TensorProto, helper
 from app.errors import ConfigError
 from app.inference.bundle import Bundle, InputShape, golden_inputs, open_bundle
 from app.inference.engines import ENGINES, FAST, load, resolve
-from app.inference.engines.processor import adds_int8_exactly
 from app.inference.graph import tensor_input
 from app.inference.pipeline import self_test
+from app.inference.processor import adds_int8_exactly
 from scumble.training.export import to_onnx
 from scumble.training.nets import NETS, Normalize
 
