@@ -100,13 +100,15 @@ def _package(module: str) -> str:
 
 
 COMMANDS = {
-    "serve": Row("app.commands.serve:serve", "Serve a model over HTTP."),
-    "reload": Row("app.commands.serve:reload", "Let a server take its model anew."),
-    "check": Row("app.commands.serve:check", "Show the settings a server would start with."),
-    "keys": Row("app.commands.keys:keys", "Make, list and revoke API keys."),
-    "audit": Row("app.commands.audit:audit", "Check audit logs."),
+    "serve": Row("app.commands.serve:serve", "Serve a model over HTTP.", "serve"),
+    "reload": Row("app.commands.serve:reload", "Let a server take its model anew.", "serve"),
+    "check": Row(
+        "app.commands.serve:check", "Show the settings a server would start with.", "serve"
+    ),
+    "keys": Row("app.commands.keys:keys", "Make, list and revoke API keys.", "serve"),
+    "audit": Row("app.commands.audit:audit", "Check audit logs.", "serve"),
     "predict": Row(
-        "scumble.client.commands:predict", "Classify image files with a running server."
+        "scumble.client.commands:predict", "Classify image files with a running server.", "client"
     ),
     "attack": Row(
         "scumble.attacker.commands:attack", "Steal a served model, to know its worth.", "attack"

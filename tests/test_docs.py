@@ -19,7 +19,7 @@ from scumble.attacker.transports import TRANSPORTS
 from scumble.cli import COMMANDS
 from scumble.data.image_sets import DIGITS, TORCHVISION
 from scumble.defenses import available
-from scumble.evaluation.steal import CELLS, RESULTS
+from scumble.evaluation.steal import CELLS
 from tests.exported import metric_names
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +175,7 @@ def steal_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for name in CELLS:
-        result = read(RESULTS / f"{name}.json")
+        result = read(ROOT / "docs" / "results" / "records" / "steal" / f"{name}.json")
         way = "; ".join(f"{p.queries:,}: {p.accuracy:.1%}" for p in milestones(result.curve))
         rows.append(
             f"| `{name}` | {result.ledger.spent:,} | {result.scores.victim_accuracy:.1%} "

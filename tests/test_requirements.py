@@ -14,6 +14,8 @@ from cyclonedx.validation.json import JsonStrictValidator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from scumble.cli import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "requirements"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -23,8 +25,8 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 CUDA = re.compile(r"torch|torchvision|triton|(nvidia|cuda)-.+")
 # Of each file, the extras that it holds.
 LOCKED = {
-    "base": [],
-    "service": ["redis", "otel"],
+    "base": ["serve", "client"],
+    "service": ["serve", "redis", "otel"],
     "attacker": ["evaluate"],
     "dev": ["dev"],
 }
@@ -139,3 +141,62 @@ def test_the_bill_of_materials_has_each_locked_package_with_its_hashes(name, tmp
         version, listed, purl = found[package]
         assert (version, listed) == (pin.version, hashes)
         assert purl.startswith(f"pkg:pypi/{package}@")
+
+
+# Whose import names are not those of their distributions.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "google": "protobuf",
+    "python_multipart": "python-multipart",
+    "pythonjsonlogger": "python-json-logger",
+    "sklearn": "scikit-learn",
+}
+# Loaded on demand, with a message that names the extra.
+OPTIONAL = {
+    "app.access.stores.redis": "redis",
+    "app.inference.engines.torch": "torch",
+    "app.telemetry.tracing": "otel",
+}
+INSTALLED = {
+    "scumble.cli": [],
+    "scumble.defenses": [],
+    "scumble.client.http_client": ["client"],
+    "app.main": ["serve"],
+    "app.processes.supervisor": ["serve"],
+    "app.processes.worker": ["serve"],
+    "scumble.evaluation.demo": ["evaluate"],
+    **{row.target.partition(":")[0]: [row.extra] for row in COMMANDS.values()},
+}
+IMPORTS = """
+import sys, grimp
+graph = grimp.build_graph(
+    "app", "scumble", include_external_packages=True, exclude_type_checking_imports=True
+)
+for module in sys.argv[1:]:
+    names = graph.find_upstream_modules(module) | {module}
+    ours = {name for name in names if name.partition(".")[0] in ("app", "scumble")}
+    for name in sorted(ours):
+        for imported in sorted(graph.find_modules_directly_imported_by(name)):
+            if imported.partition(".")[0] not in ("app", "scumble", *sys.stdlib_module_names):
+                print(module, name, imported)
+"""
+
+
+def test_what_a_command_imports_its_extra_declares():
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, *INSTALLED],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    undeclared = set()
+    for line in done.stdout.splitlines():
+        command, module, imported = line.split()
+        extras = [*INSTALLED[command], *filter(None, [OPTIONAL.get(module)])]
+        names = {canonicalize_name(asked.name) for asked in declared(extras)}
+        if imported == "opentelemetry":  # a package of several distributions
+            covered = "opentelemetry-sdk" in names
+        else:
+            covered = canonicalize_name(DISTRIBUTIONS.get(imported, imported)) in names
+        if not covered:
+            undeclared.add((command, module, imported))
+    assert done.stdout
+    assert undeclared == set()

@@ -42,7 +42,7 @@ from scumble.training.auxiliary import surrogate_of
 
 # Two engines of the very same graph differ by some percent: where their memory lies is chance.
 PAIRS = 7
-OUT = Path("docs/results/records/bench.json")
+OUT = Path("runs/records/bench.json")
 EPSILON = 1.0
 COMPARED = [
     Defended("dcp", {"beta": 1.2, "gamma": 0.2}),
@@ -78,7 +78,8 @@ def bench() -> None:
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default=OUT,
-    help="File of the figures.  [default: docs/results/records/bench.json]",
+    show_default=True,
+    help="File of the figures.",
 )
 def defenses(models: str, precisions: str, rounds: int, slow_rounds: int, out: Path) -> None:
     """Milliseconds per image that each defense adds, as ratios to dcp and to inference."""

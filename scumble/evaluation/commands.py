@@ -30,7 +30,7 @@ from scumble.evaluation.summary import summarise
 from scumble.evaluation.tables import ordered
 from scumble.training.auxiliary import TRANSFER
 
-RESULTS = Path("docs/results/records/cells")
+RESULTS = Path("runs/records/cells")
 RUNS = Path("runs/evaluate")
 
 

@@ -3,7 +3,7 @@
     python -m scumble.evaluation.steal            all cells that have no result yet
     python -m scumble.evaluation.steal dfme       those whose name starts with "dfme"
 
-Writes `docs/results/records/steal/<cell>.json`.
+Writes `OUT/<cell>.json`. The committed results were made with `--out docs/results/records/steal`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scumble.attacker.run import run
 from scumble.evaluation.cells import Cell
 from scumble.evaluation.referee import job, server
 
-RESULTS = Path("docs/results/records/steal")
+RESULTS = Path("runs/records/steal")
 RUNS = Path("runs/steal")
 
 
@@ -65,22 +65,30 @@ CELLS: dict[str, Cell] = {**OWN_IMAGES, **DATA_FREE}
     show_default=True,
     help="Of torch; another number gives slightly other copies.",
 )
-def main(names: tuple[str, ...], data: Path, threads: int) -> None:
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=RESULTS,
+    show_default=True,
+    help="Folder of the results; cells that have one are not run.",
+)
+def main(names: tuple[str, ...], data: Path, threads: int, out: Path) -> None:
     """Run the cells whose names start with one of NAMES; all by default."""
-    run_cells({n: cell for n, cell in CELLS.items() if n.startswith(names or ("",))}, data, threads)
+    chosen = {name: cell for name, cell in CELLS.items() if name.startswith(names or ("",))}
+    run_cells(chosen, data, threads, out)
 
 
-def run_cells(cells: Mapping[str, Cell], data: Path, threads: int) -> None:
+def run_cells(cells: Mapping[str, Cell], data: Path, threads: int, out: Path) -> None:
     """Measure the cells that have no result yet."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for name, cell in cells.items():
-        if (RESULTS / f"{name}.json").exists():
+        if (out / f"{name}.json").exists():
             continue
         click.echo(name)
-        measure(name, cell, data, threads)
+        measure(name, cell, data, threads, out)
 
 
-def measure(name: str, cell: Cell, data: Path, threads: int) -> None:
+def measure(name: str, cell: Cell, data: Path, threads: int, out: Path) -> None:
     """Start the server, attack it, keep the result."""
     folder = RUNS / name
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run, whose server is gone
@@ -89,7 +97,7 @@ def measure(name: str, cell: Cell, data: Path, threads: int) -> None:
         attack = job(cell, victim.url, victim.admin, data, threads)
         result = run(attack, folder, command=command)
     click.echo(f"  {result.scores!r}, ledgers {result.ledger!r}, {result.timing.wall_s:.0f} s")
-    shutil.copyfile(folder / "result.json", RESULTS / f"{name}.json")
+    shutil.copyfile(folder / "result.json", out / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -88,13 +88,13 @@ def test_a_cell_leaves_a_checked_result(tmp_path, monkeypatch, capsys):
     Path("models").symlink_to(ROOT / "models")
     changes = ("attack.batch=8", "attack.width=8", "attack.views=2")
     cells = {"small": steal.Cell("mnist", attack="dfme", budget=200, changes=changes)}
-    steal.run_cells(cells, ROOT.parent / "shared" / "data", threads=1)
+    steal.run_cells(cells, ROOT.parent / "shared" / "data", threads=1, out=steal.RESULTS)
     assert capsys.readouterr().out.startswith("small\n")
     result = read(steal.RESULTS / "small.json")
     assert result.command == "python -m scumble.evaluation.steal small"
     assert (result.ledger.spent, result.ledger.difference) == (168, 0)
     assert len(result.curve) == 2
-    steal.run_cells(cells, Path("no data"), threads=1)
+    steal.run_cells(cells, Path("no data"), threads=1, out=steal.RESULTS)
     assert capsys.readouterr().out == ""  # nothing is left to do
 
 
