@@ -203,9 +203,12 @@ def make_defense(settings: Settings, bundle: Bundle) -> defenses.Defense:
             the bundle lacks.
     """
     try:
-        return configure(settings, bundle, settings.defense, settings.defense_params)
+        defense = configure(settings, bundle, settings.defense, settings.defense_params)
     except defenses.DefenseError as exc:
         raise ConfigError(f"defense {settings.defense!r}: {exc}") from exc
+    if not settings.defense_params and settings.defense in bundle.card.recommended:
+        log.info("using the recommended parameters", extra={"defense": repr(defense)})
+    return defense
 
 
 def configure(
@@ -219,7 +222,7 @@ def configure(
     """
     return defenses.configure(
         name,
-        params,
+        bundle.card.defense_params(name, params),
         bundle=Auxiliaries(bundle, settings.engine, settings.precision),
         secret=settings.secret.get_secret_value().encode(),
     )

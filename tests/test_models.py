@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from app.inference.auxiliary import Auxiliaries
-from app.inference.bundle import AUXILIARY_FILES, Bundle, golden_inputs
+from app.inference.bundle import AUXILIARY_FILES, Bundle, golden_inputs, open_bundle
 from app.inference.engines import load, resolve
 from app.inference.pipeline import self_test
 from docs.generators.bundles import codebooks, tables
+from docs.generators.recommended import recommended
 from scumble.data.image_sets import load as load_data
 from scumble.defenses import make
 
@@ -170,3 +171,11 @@ def test_a_codebook_keeps_labels_and_confidences(name, precision):
     assert best["auc"] >= clean["auc"] - 0.03
     defense = make("codebook", bundle=Auxiliaries(bundle(name), precision=precision))
     assert len(defense.stored.borders[0]) == 3
+
+
+def test_cards_recommend_what_the_records_show():
+    shown = {
+        name: open_bundle(ROOT / "models", name).card.recommended for name in recommended()
+    }  # fmt: skip
+    assert shown == recommended(), "run python -m docs.generators.recommended"
+    assert set(shown) == {path.parent.name for path in (ROOT / "models").glob("*/card.json")}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.errors import BundleError
 from app.precision import Precision
+from app.system.json_values import Parameters
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +100,12 @@ class Card(Frozen):
     quantization: dict[str, Any] = {}
     training: dict[str, Any] = {}
     auxiliary: dict[str, Any] = {}
+    recommended: dict[str, Parameters] = {}
     data_licence: str = ""
+
+    def defense_params(self, defense: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`given`, or the parameters that are recommended for the model if none are given."""
+        return given or self.recommended.get(defense, {})
 
 
 class Golden(Frozen):

@@ -288,6 +288,21 @@ class Advice:
         return max(self.lost.values()) <= POINT
 
 
+def default_strengths(found: Iterable[Advice]) -> dict[str, float]:
+    """Strength of dcp that the service uses by default, by victim.
+
+    Of the recommended strengths, the one that the most attackers were measured not to break; the
+    strongest of several.
+    """
+    best_of: dict[str, Advice] = {}
+    for one in found:
+        known = best_of.get(one.victim)
+        rank = (len(one.held), one.beta)
+        if one.recommended and (known is None or rank > (len(known.held), known.beta)):
+            best_of[one.victim] = one
+    return {victim: one.beta for victim, one in best_of.items()}
+
+
 def advice(lines: list[Line]) -> list[Advice]:
     """For each victim and strength of dcp: the price, and who is kept out."""
     found = []

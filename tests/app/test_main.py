@@ -10,10 +10,13 @@ import numpy as np
 import onnx
 import pytest
 
+from app.admin.console.facts import about
 from app.errors import BundleError, ConfigError
-from app.main import create_app
+from app.inference.bundle import open_bundle
+from app.main import configure, create_app, make_defense
 from app.processes.snapshot import copy_bundle
 from app.settings import Settings
+from scumble.defenses import make
 from tests.app import telling
 from tests.pictures import PNG
 
@@ -52,6 +55,30 @@ def test_dcp_changes_the_answer_as_its_formula_says(make_client):
     found = ask(make_client(defense="dcp", defense_params={"beta": beta, "gamma": gamma}))
     np.testing.assert_allclose(found, moved / moved.sum(), atol=2e-6)
     assert np.abs(found - clean).sum() > 0.3
+
+
+def test_a_defense_without_parameters_has_those_that_its_card_recommends(own_models, caplog):
+    """In the service, in the keys' policies and on the console alike."""
+    edit_card(own_models / "tiny", lambda card: card.update(recommended={"dcp": {"beta": 1.25}}))
+    served = settings(own_models, defense="dcp")
+    bundle = open_bundle(own_models, "tiny")
+    caplog.set_level("INFO", "scumble")
+    assert make_defense(served, bundle) == make("dcp", beta=1.25)
+    assert "using the recommended parameters" in caplog.text
+    assert configure(served, bundle, "dcp", {}) == make("dcp", beta=1.25)
+    assert about(served, own_models)["policy"] == {"defense": "dcp", "params": {"beta": 1.25}}
+    caplog.clear()
+    given = settings(own_models, defense="dcp", defense_params={"beta": 0.5})
+    assert make_defense(given, bundle) == make("dcp", beta=0.5)
+    assert caplog.text == ""
+
+
+def test_recommended_parameters_are_all_or_none(own_models):
+    """A strength was not measured together with another slope."""
+    edit_card(own_models / "tiny", lambda card: card.update(recommended={"dcp": {"beta": 1.25}}))
+    gamma = settings(own_models, defense="dcp", defense_params={"gamma": 0.1})
+    with pytest.raises(ConfigError, match="needs the parameter 'beta'"):
+        make_defense(gamma, open_bundle(own_models, "tiny"))
 
 
 def test_the_same_image_gets_the_same_random_answer_on_every_replica(make_client):

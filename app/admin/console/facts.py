@@ -68,7 +68,10 @@ def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
             "files": card.files,
             "data_licence": card.data_licence,
         },
-        "policy": {"defense": settings.defense, "params": settings.defense_params},
+        "policy": {
+            "defense": settings.defense,
+            "params": card.defense_params(settings.defense, settings.defense_params),
+        },
         "defenses": offered(settings, card),
         "golden": GOLDEN_COUNT,
         "formats": sorted(FORMATS),
@@ -85,7 +88,8 @@ def offered(settings: Settings, card: Card) -> list[dict[str, Any]]:
     rows = []
     for name, knob in KNOBS.items():
         high = len(card.labels) if knob.high is None else knob.high
-        params = settings.defense_params if name == settings.defense else {}
+        given = settings.defense_params if name == settings.defense else {}
+        params = card.defense_params(name, given)
         start = params.get(knob.parameter or "", min(knob.start, high))
         span = {"high": max(high, start), "start": start}
         rows.append({**asdict(knob), **span, "name": name, "params": params})

@@ -94,7 +94,7 @@ class Previewer:
         try:
             return defenses.configure(
                 question.defense,
-                question.params,
+                self._bundle.card.defense_params(question.defense, question.params),
                 bundle=self._auxiliaries,
                 secret=self._settings.secret.get_secret_value().encode(),
             )

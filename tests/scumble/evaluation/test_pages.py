@@ -9,7 +9,7 @@ import pytest
 
 from docs.generators import results
 from scumble.evaluation.cells import Defended
-from scumble.evaluation.claims import CLAIMS, advice
+from scumble.evaluation.claims import CLAIMS, Advice, advice, default_strengths
 from scumble.evaluation.plans import dcp
 from scumble.evaluation.scores import Spread
 from scumble.evaluation.summary import Line, load
@@ -112,6 +112,26 @@ def test_verdicts(claim):
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.words)
 def test_what_was_not_measured_is_not_judged(claim):
     assert claim([], {}) == ("not measured", [])
+
+
+@pytest.mark.parametrize(
+    ("strengths", "expected"),
+    [
+        ({1.0: (0.0, 1), 1.2: (0.005, 3), 1.5: (0.008, 2)}, {"mnist": 1.2}),
+        ({1.0: (0.0, 2), 1.2: (0.005, 2)}, {"mnist": 1.2}),
+        ({1.0: (0.0, 1), 1.2: (0.02, 3)}, {"mnist": 1.0}),
+        ({1.0: (0.02, 1)}, {}),
+    ],
+    ids=["most attackers", "strongest of equals", "users lose too much", "none"],
+)
+def test_the_default_strength_is_the_recommended_one_that_most_attackers_fail_at(
+    strengths, expected
+):
+    found = [
+        Advice("mnist", beta, {"float32": lost}, 1.0, {str(i): 0.1 for i in range(held)}, {})
+        for beta, (lost, held) in strengths.items()
+    ]
+    assert default_strengths(found) == expected
 
 
 def test_advice_says_whom_a_strength_keeps_out():
