@@ -66,9 +66,10 @@ sbom: .venv/.dev ## CycloneDX bills of materials of what the images install, in 
 
 check: .venv/.dev lint test ## linters and suite
 
-lint: .venv/.dev ## ruff, mypy, import contracts, hadolint, shellcheck, yamllint
+lint: .venv/.dev ## ruff, codespell, mypy, import contracts, hadolint, shellcheck, yamllint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
