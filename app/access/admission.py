@@ -15,17 +15,17 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 from prometheus_client import Counter
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from app.access import quotas
 from app.access.grants import Grant, Grants
 from app.access.keys import digest
-from app.access.stores import Charge, StateStore, StoreError
+from app.access.quotas import Admission
+from app.access.stores import StateStore, StoreError
+from app.context import request_context
 from app.endpoint import Endpoint
 from app.errors import OverBudget, Unauthorized, Unavailable
 from app.system.file_watcher import WatchedFile
@@ -34,56 +34,6 @@ from app.telemetry.clients import Clients
 SAY_S = 10.0  # how often the log says that the store is away
 OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 log = logging.getLogger("scumble")
-
-
-@dataclass
-class Admission:
-    """One admitted request and what it was charged."""
-
-    grant: Grant
-    access: Access
-    images: int = 0
-    charged: Charge | None = None
-    asked: Charge | None = None  # granted or not
-    headers: dict[str, str] = field(default_factory=dict)
-
-    async def charge(self, images: int) -> None:
-        """Take the images from the budgets.
-
-        Raises:
-            OverBudget: they are not there; nothing was taken.
-            Unavailable: the store is away and the key fails closed.
-        """
-        buckets = self.grant.buckets
-        if not buckets:
-            return
-        try:
-            charge = await self.access.store.charge(buckets, images)
-        except StoreError as exc:
-            self.access.missed(exc)
-            if self.grant.closed:
-                raise Unavailable("budgets cannot be counted at the moment") from exc
-            return
-        self.asked = charge
-        if self.grant.client:
-            for name, bucket, left in quotas.by_client(buckets, charge):
-                # Keys of one client may have windows of different lengths: each is its own series.
-                budget = f"{name}_{bucket.window_s}s" if bucket.window_s else name
-                self.access.clients.budget(self.grant.client, budget, limit=bucket.limit, left=left)
-        self.headers = quotas.fields(buckets, charge)
-        if not charge.granted:
-            raise OverBudget(*quotas.refusal(buckets, charge, images))
-        self.images, self.charged = images, charge
-
-    async def refund(self) -> None:
-        """Give back what was charged: the client got nothing for it."""
-        if self.charged is None:
-            return
-        charge, self.charged = self.charged, None
-        try:
-            await self.access.store.refund(self.grant.buckets, self.images, charge)
-        except StoreError as exc:  # counted and not served: never the other way round
-            self.access.missed(exc)
 
 
 class Access:
@@ -150,8 +100,9 @@ class Access:
             return endpoint
 
         async def guarded(request: Request) -> Response:
-            admission = Admission(self.known(request.scope), self)
-            request.scope["state"]["admission"] = admission
+            admission = Admission(self.known(request.scope), self.store, self.clients, self.missed)
+            context = request_context(request.scope)
+            context.admission = admission
             admission.grant.check(request.scope["path"])
             try:
                 response = await endpoint(request)
@@ -165,9 +116,8 @@ class Access:
                 raise
             if admission.headers:
                 response.headers.update(admission.headers)
-            images = request.scope["state"].get("images", 0)
-            if images and admission.grant.client:
-                self.clients.answered(admission.grant.client, images)
+            if context.images and admission.grant.client:
+                self.clients.answered(admission.grant.client, context.images)
             return response
 
         return guarded

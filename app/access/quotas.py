@@ -1,4 +1,4 @@
-"""Budgets as clients see them: RateLimit fields, and the sentence of a 429.
+"""The budgets of one request: its charge, its refund, and what the client is told of them.
 
 Source: draft-ietf-httpapi-ratelimit-headers-10 (RateLimit-Policy and RateLimit as lists of
 strings with parameters). Only the client's own buckets are shown: how full everybody's is would
@@ -8,12 +8,80 @@ tell one client of the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from app.access.stores import Bucket, Charge
+from app.access.grants import Grant
+from app.access.stores import Bucket, Charge, StateStore, StoreError
+from app.errors import OverBudget, Unavailable
+from app.telemetry.clients import Clients
 
 EVERYBODY = "all:"  # beginning of the names of the buckets that all clients share
 SPENT_S = 86400  # Retry-After where only a person can help; clients take a day for "not again"
+
+
+@dataclass(slots=True)
+class Admission:
+    """One admitted request and its charge.
+
+    Attributes:
+        grant: of the client's key.
+        store: counts the images.
+        clients: metrics of clients with keys.
+        missed: called when the store did not respond.
+        images: charged.
+        charged: by the store; None before the charge and after a refund.
+        left: images left of the client's budgets, by name; None where nothing was asked of a store.
+        headers: RateLimit fields of the response.
+    """
+
+    grant: Grant
+    store: StateStore
+    clients: Clients
+    missed: Callable[[StoreError], None]
+    images: int = 0
+    charged: Charge | None = None
+    left: dict[str, int] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    async def charge(self, images: int) -> None:
+        """Take the images from the budgets.
+
+        Raises:
+            OverBudget: a budget has fewer images left; nothing was taken.
+            Unavailable: the store did not respond and the key fails closed.
+        """
+        buckets = self.grant.buckets
+        if not buckets:
+            return
+        try:
+            charge = await self.store.charge(buckets, images)
+        except StoreError as exc:
+            self.missed(exc)
+            if self.grant.closed:
+                raise Unavailable("budgets cannot be counted at the moment") from exc
+            return
+        self.left = {}
+        for name, bucket, left in by_client(buckets, charge):
+            self.left[name] = left
+            if self.grant.client:
+                # Windows of different lengths are different budgets, even of one client.
+                budget = f"{name}_{bucket.window_s}s" if bucket.window_s else name
+                self.clients.budget(self.grant.client, budget, limit=bucket.limit, left=left)
+        self.headers = fields(buckets, charge)
+        if not charge.granted:
+            raise OverBudget(*refusal(buckets, charge, images))
+        self.images, self.charged = images, charge
+
+    async def refund(self) -> None:
+        """Give back what was charged, because the client got no answer for it."""
+        if self.charged is None:
+            return
+        charge, self.charged = self.charged, None
+        try:
+            await self.store.refund(self.grant.buckets, self.images, charge)
+        except StoreError as exc:  # the client loses images; it never gets more than its budget
+            self.missed(exc)
 
 
 def client_buckets(
@@ -44,11 +112,6 @@ def fields(buckets: Sequence[Bucket], charge: Charge) -> dict[str, str]:
     if not policies:
         return {}
     return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(limits)}
-
-
-def left(buckets: Sequence[Bucket], charge: Charge) -> dict[str, int]:
-    """Images that are left of the client's own budgets, by their names."""
-    return {name: images for name, _, images in by_client(buckets, charge)}
 
 
 def by_client(buckets: Sequence[Bucket], charge: Charge) -> Iterator[tuple[str, Bucket, int]]:

@@ -23,8 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from app.access import quotas
-from app.access.admission import Admission
+from app.context import request_context
 from app.endpoint import Endpoint
 from app.errors import Internal, RequestError, Unavailable
 from app.system.timestamps import timestamp
@@ -105,7 +104,7 @@ class Audit:
                 await self._note(request.scope, route, error.status, error.reason)
                 raise
             if not await self._note(request.scope, route, response.status_code):
-                admission: Admission | None = request.scope["state"].get("admission")
+                admission = request_context(request.scope).admission
                 if admission is not None:
                     await admission.refund()
                 raise Unavailable(FAILS)
@@ -186,27 +185,27 @@ class Audit:
         self._sink.append([entry | {"time": timestamp(entry["time"])} for entry in [*said, *batch]])
 
     def _entry(self, scope: Scope, route: str, status: int, refusal: str | None) -> dict[str, Any]:
-        state = scope["state"]
-        admission: Admission | None = state.get("admission")
-        entry = {
+        context = request_context(scope)
+        admission = context.admission
+        entry: dict[str, Any] = {
             "kind": "prediction",
             "time": self._now(),
-            "id": state["id"],
+            "id": context.id,
             "route": route,
             "status": status,
-            "images": state.get("images", 0),
+            "images": context.images,
             **self._facts,
             "client": None,
             "policy": self._policy,
         }
         if admission is not None:
             entry |= {"client": admission.grant.client or None, "policy": admission.grant.policy}
-            if admission.asked is not None:
-                entry["left"] = quotas.left(admission.grant.buckets, admission.asked)
+            if admission.left is not None:
+                entry["left"] = admission.left
         if refusal is not None:
             entry["refusal"] = refusal
-        if state["traceparent"] is not None:
-            entry["traceparent"] = state["traceparent"]
+        if context.traceparent is not None:
+            entry["traceparent"] = context.traceparent
         return entry
 
     def _lose(self, lines: int) -> None:

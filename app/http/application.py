@@ -26,13 +26,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors
 from app.access import admission
+from app.context import request_context
 from app.endpoint import Endpoint
-from app.http import schemas, v2_routes
-from app.http.middleware import Observe
+from app.http import schemas, v1, v2_routes
+from app.http.middleware import Dispatch, Observe
 from app.http.prediction import Service
 from app.http.prefix_and_cors import Cors, Prefix
-from app.http.routing import DEADLINE_PARAMETER, Route, problems
-from app.inference.formats import FORMATS
+from app.http.routing import Route, problems
 
 if TYPE_CHECKING:
     from app.telemetry.tracing import Tracing
@@ -41,11 +41,11 @@ log = logging.getLogger("scumble")
 
 
 class Fronted(FastAPI):
-    """FastAPI behind a table of routes that are answered without its machinery.
+    """FastAPI behind a table of routes that are answered without its stack and router.
 
     Attributes:
-        hot: (method, path) -> endpoint; the same endpoints are FastAPI's routes as well.
-        front: what is called with every request.
+        hot: (method, path) -> endpoint; the same endpoints are also routes of FastAPI.
+        front: called with every request.
     """
 
     hot: Mapping[tuple[str, str], Endpoint]
@@ -53,24 +53,17 @@ class Fronted(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI call."""
-        # Clients of the V2 protocol write its paths with and without a slash at the end.
+        # Clients of the V2 protocol write its paths with and without a trailing slash.
         path = scope.get("path", "")
         if path[-1:] == "/" and len(path) > 1:
             scope = {**scope, "path": path.rstrip("/") or "/"}
         await self.front(scope, receive, send)
 
-    async def dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The endpoint of a hot route, or FastAPI."""
-        endpoint = None
-        if scope["type"] == "http":
-            endpoint = self.hot.get((scope["method"], scope["path"]))
-        if endpoint is None:
-            if scope.get("method") == "HEAD":  # the server leaves the answer's body away
-                scope = {**scope, "method": "GET"}
-            await super().__call__(scope, receive, send)
-            return
-        response = await endpoint(Request(scope, receive))
-        await response(scope, receive, send)
+    async def route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request to FastAPI."""
+        if scope.get("method") == "HEAD":  # the server drops the body of the answer
+            scope = {**scope, "method": "GET"}
+        await super().__call__(scope, receive, send)
 
 
 class Direct(APIRoute):
@@ -119,14 +112,14 @@ def build(
     async def refused(request: Request, exc: Exception) -> Response:
         error = exc if isinstance(exc, errors.RequestError) else _translated(exc, request)
         service.metrics.rejections[error.reason].inc()
-        request.scope["state"]["refusal"] = error.reason
+        request_context(request.scope).refusal = error.reason
         return Response(error.body(), error.status, error.headers, media_type=errors.MEDIA_TYPE)
 
     def guarded(endpoint: Endpoint) -> Endpoint:
         async def answer(request: Request) -> Response:
             try:
                 return await endpoint(request)
-            except Exception as exc:  # noqa: BLE001  # a fault of ours has the same shape as any other
+            except Exception as exc:  # noqa: BLE001  # our faults are answered like refusals
                 return await refused(request, exc)
 
         return answer
@@ -149,15 +142,15 @@ def build(
             _describe_access(path, description)
         if service.audit is not None and method == "POST":
             endpoint = service.audit.guard(path, endpoint)
-        endpoint = guarded(endpoint)  # the bare one must not be used
-        app.add_api_route(path, endpoint, methods=[method], **description)
+        app.add_api_route(path, guarded(endpoint), methods=[method], **description)
         plain = path.format(model=service.card.name, version=service.card.version)
         labels[plain] = path
         if method == "POST":
             hot[method, plain] = endpoint
     app.hot = hot
+    dispatch = Dispatch(hot, refused, app.route)
     observed = Observe(
-        Cors(app.dispatch, cors_origins) if cors_origins else app.dispatch,
+        Cors(dispatch, cors_origins) if cors_origins else dispatch,
         metrics=service.metrics,
         routes=labels,
         access_log=access_log,
@@ -175,33 +168,7 @@ def build(
 def routes(service: Service) -> list[Route]:
     """All of them."""
     return [
-        (
-            "/v1/predict",
-            "POST",
-            service.predict,
-            {
-                "summary": "Probabilities of images",
-                "operation_id": "predict",
-                "responses": {
-                    200: {
-                        "model": schemas.PredictAnswer,
-                        "description": "one prediction per image",
-                    },
-                    **problems(400, 413, 415, 422, 503, 504),
-                },
-                "openapi_extra": _predict_extra(len(service.card.labels)),
-            },
-        ),
-        (
-            "/v1/model",
-            "GET",
-            service.model,
-            {
-                "summary": "Labels, input and limits of the model",
-                "operation_id": "model",
-                "responses": {200: {"model": schemas.ModelInfo}},
-            },
-        ),
+        *v1.routes(service),
         (
             "/livez",
             "GET",
@@ -241,7 +208,7 @@ def _translated(exc: Exception, request: Request) -> errors.RequestError:
             detail = f"method {request.method[:20]} is not allowed here; allowed: {allowed}"
             return errors.MethodNotAllowed(detail, {"Allow": allowed})
         return errors.BadFraming(str(exc.detail))
-    log.error("unexpected error", exc_info=exc, extra={"id": request.scope["state"]["id"]})
+    log.error("unexpected error", exc_info=exc, extra={"id": request_context(request.scope).id})
     return errors.Internal("unexpected error; the log has the details under this request's id")
 
 
@@ -250,37 +217,6 @@ def _describe_access(path: str, description: dict[str, Any]) -> None:
     if path not in admission.OPEN:
         description.setdefault("responses", {}).update(problems(401, 403, 429, 503))
         description.setdefault("openapi_extra", {})["security"] = [{"bearer": []}, {"header": []}]
-
-
-def _predict_extra(classes: int) -> dict[str, Any]:
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    return {
-        "parameters": [
-            {
-                "name": "top_k",
-                "in": "query",
-                "required": False,
-                "description": "send the k most probable classes instead of all probabilities",
-                "schema": {"type": "integer", "minimum": 1, "maximum": classes},
-            },
-            {
-                "name": "X-Request-ID",
-                "in": "header",
-                "required": False,
-                "description": "taken over as the id and echoed; one of another form is replaced",
-                "schema": {"type": "string"},
-            },
-            DEADLINE_PARAMETER,
-        ],
-        "requestBody": {
-            "required": True,
-            "content": {
-                **dict.fromkeys(sorted(FORMATS), binary),
-                "multipart/form-data": {"schema": {"$ref": "#/components/schemas/PredictForm"}},
-                "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
-            },
-        },
-    }
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

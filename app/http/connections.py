@@ -32,8 +32,8 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
+from app.context import KEY, ClientConnection, RequestContext
 from app.errors import MEDIA_TYPE, BadFraming, HeadersTooLarge, RequestError, TooSlow, Unavailable
-from app.inference.deadline import ClientConnection
 from app.settings import HttpSettings
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
-        self.scope["state"]["client"] = self._client
+        self.scope["state"][KEY] = RequestContext(self._client)
         self._since = self.loop.time()
 
     def on_header(self, name: bytes, value: bytes) -> None:

@@ -6,12 +6,16 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.context import ensure_context
+from app.endpoint import Endpoint
 from app.telemetry.metrics import Metrics
 from app.telemetry.traceparent import read_traceparent
 
@@ -65,11 +69,10 @@ class Observe:
             await self._app(scope, receive, send)
             return
         start = self._clock()
-        request_id = self._request_id(scope)
-        state = scope.setdefault("state", {})
-        state["id"] = request_id
+        context = ensure_context(scope)
+        context.id = request_id = self._request_id(scope)
         if self._linked:
-            state["traceparent"] = read_traceparent(scope["headers"])
+            context.traceparent = read_traceparent(scope["headers"])
         header = (b"x-request-id", request_id.encode())
         status = 500
 
@@ -102,7 +105,7 @@ class Observe:
                         "route": route,
                         "status": status,
                         "ms": round(seconds * 1000, 3),
-                        "traceparent": state["traceparent"],
+                        "traceparent": context.traceparent,
                     },
                 )
 
@@ -118,3 +121,38 @@ class Observe:
             if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
                 return str(value, "ascii")
         return f"{self._draw(64):016x}"
+
+
+class Dispatch:
+    """Calls the endpoint of a hot route; all other requests go on to the router.
+
+    Args:
+        hot: (method, path) -> endpoint.
+        refused: makes the response to an exception.
+        router: answers the other requests.
+    """
+
+    def __init__(
+        self,
+        hot: Mapping[tuple[str, str], Endpoint],
+        refused: Callable[[Request, Exception], Awaitable[Response]],
+        router: ASGIApp,
+    ) -> None:
+        self._hot = hot
+        self._refused = refused
+        self._router = router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI call."""
+        endpoint = None
+        if scope["type"] == "http":
+            endpoint = self._hot.get((scope["method"], scope["path"]))
+        if endpoint is None:
+            await self._router(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            response = await endpoint(request)
+        except Exception as exc:  # noqa: BLE001  # our faults are answered like refusals
+            response = await self._refused(request, exc)
+        await response(scope, receive, send)

@@ -12,35 +12,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.access.admission import Access, Admission
+from app.access.admission import Access
 from app.audit.log import Audit
-from app.errors import ClientGone, NotFound, TooLarge, TooLate, Unavailable, Unprocessable
-from app.http.bodies import (
-    INLINE_BYTES,
-    Headers,
-    read_buffer,
-    read_images,
-    refuse_encoding,
-    small_number,
-)
-from app.http.responses import Answer, health, json_response
-from app.http.schemas import LimitsInfo
-from app.http.v2 import json_length, read_infer, write_infer
+from app.context import ClientConnection, RequestContext, request_context
+from app.endpoint import Endpoint
+from app.errors import ClientGone, TooLarge, TooLate, Unavailable, Unprocessable
+from app.http.bodies import Headers, small_number
+from app.http.responses import health, json_response
 from app.inference.async_lazy import RETRY_S, AsyncLazy
 from app.inference.batching import Batcher, Batchers, BatchResult
 from app.inference.bundle import Card, InputShape, Preprocessing
-from app.inference.deadline import ALWAYS_CONNECTED, LATE, Deadline
+from app.inference.deadline import LATE, Deadline
 from app.inference.decode import Header, Pixels, decode, inspect
 from app.inference.engines import Batch, Probs
 from app.inference.executor import BoundedExecutor
-from app.inference.formats import FORMATS
 from app.settings import LimitSettings
 from app.system.file_watcher import FileWatcher
 from app.system.heap import trim_heap
@@ -54,6 +45,34 @@ INLINE_WORK = 200_000
 INLINE_VALUES = 20_000  # of an answer that is written on the event loop
 NOT_PLAIN = 4  # times the work of a plain file of as many pixels and bytes
 log = logging.getLogger("scumble")
+
+
+class Asked(Protocol):
+    """A request as a codec has read it."""
+
+    @property
+    def images(self) -> Batch | list[bytes]:
+        """Pixels of all images, or their encoded files."""
+        ...
+
+
+A = TypeVar("A", bound=Asked)
+
+
+class Codec(Protocol[A]):
+    """Reads requests and writes answers of one protocol."""
+
+    async def read(self, request: Request, headers: Headers, deadline: Deadline) -> A:
+        """Read and check a request; no image is decoded.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+        ...
+
+    def write(self, asked: A, probabilities: Probs, request_id: str) -> Response:
+        """The answer; a large one is written on a thread."""
+        ...
 
 
 @dataclass
@@ -127,76 +146,33 @@ class Service:
     state: State = field(default_factory=State)
     clock: Callable[[], float] = time.perf_counter
 
-    async def predict(self, request: Request) -> Response:
-        """`POST /v1/predict`.
+    def endpoint(self, codec: Codec[A]) -> Endpoint:
+        """The endpoint that answers predictions of one protocol."""
+        return partial(self._predict, codec)
+
+    async def _predict(self, codec: Codec[A], request: Request) -> Response:
+        """Read, check, charge, decode, batch, encode.
 
         Raises:
             RequestError: the request is refused; nothing is counted as answered.
         """
         start = self.clock()
-        top_k = self._top_k(request)
+        context = request_context(request.scope)
         headers = dict(request.scope["headers"])
-        deadline = self._deadline(request, headers, start)
-        images = await read_images(
-            headers,
-            request.receive,
-            max_bytes=self.limits.max_body_bytes,
-            max_images=self.limits.max_images,
-            executor=self.executor,
-            deadline=deadline,
-        )
+        deadline = self._deadline(context.client, headers, start)
+        asked = await codec.read(request, headers, deadline)
         read = self.clock()
-        answered = await self._answer(request, images, deadline, read)
-        back = self.clock()
-        probabilities = answered.served.probabilities
-        body = self._encode(request.scope["state"]["id"], probabilities, top_k)
-        self._count(request, answered, start, read, back)
-        return Answer(body, b"application/json")
-
-    async def infer(self, request: Request) -> Response:
-        """`POST /v2/models/{model}/infer`, and of its version.
-
-        Raises:
-            RequestError: the request is refused; nothing is counted as answered.
-        """
-        self.check_path(request)
-        start = self.clock()
-        headers = dict(request.scope["headers"])
-        deadline = self._deadline(request, headers, start)
-        refuse_encoding(headers)
-        body = await read_buffer(headers, request.receive, self.limits.max_body_bytes)
-        if json_length(headers, body) <= INLINE_BYTES:
-            asked = read_infer(headers, body, self.card, self.limits)
-        else:
-            task = partial(read_infer, headers, body, self.card, self.limits)
-            (asked,) = await self.executor([task], len(body), deadline)
-        read = self.clock()
-        answered = await self._answer(request, asked.images, deadline, read)
+        answered = await self._answer(context, asked.images, deadline, read)
         back = self.clock()
         probabilities = answered.served.probabilities
         if probabilities.size <= INLINE_VALUES:
-            answer, headers = write_infer(self.card, asked, probabilities)
+            response = codec.write(asked, probabilities, context.id)
         else:
-            write = partial(write_infer, self.card, asked, probabilities)
-            finish = deadline._replace(at=math.inf)  # what has begun is answered
-            ((answer, headers),) = await self.executor([write], 0, finish)
-        self._count(request, answered, start, read, back)
-        return Response(answer, headers=headers)
-
-    def check_path(self, request: Request) -> None:
-        """Of the V2 protocol. A hot route has no parameters: its path is the served model's.
-
-        Raises:
-            NotFound: the path names another model or version.
-        """
-        name = request.path_params.get("model", self.card.name)
-        if name != self.card.name:
-            raise NotFound(f"no model {name[:64]!r} here; there is {self.card.name!r}")
-        version = request.path_params.get("version", self.card.version)
-        if version != self.card.version:
-            raise NotFound(
-                f"no version {version[:64]!r} of {name!r}; there is {self.card.version!r}"
-            )
+            write = partial(codec.write, asked, probabilities, context.id)
+            unlimited = deadline._replace(at=math.inf)  # the inference is done: always answer
+            (response,) = await self.executor([write], 0, unlimited)
+        self._count(context, answered, start, read, back)
+        return response
 
     def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
         """What the first requests need not wait for, until told to stop; on another thread."""
@@ -217,21 +193,6 @@ class Service:
         """For how long the oldest batch, or the decoding of one image, has been running."""
         batches = max(batcher.running_s for batcher in self._batchers())
         return max(batches, self.executor.running_s)
-
-    async def model(self, request: Request) -> Response:
-        """`GET /v1/model`: what a client must know, nothing about the defense."""
-        del request
-        card = self.card
-        return json_response(
-            {
-                "name": card.name,
-                "version": card.version,
-                "labels": card.labels,
-                "input": card.input.model_dump(),
-                "formats": sorted(FORMATS),
-                "limits": self.limits.model_dump(include=set(LimitsInfo.model_fields)),
-            }
-        )
 
     async def live(self, request: Request) -> Response:
         """`GET /livez`: the event loop turns."""
@@ -310,17 +271,16 @@ class Service:
                 "float tensors cannot be answered at the moment; UINT8 can", round(RETRY_S)
             ) from exc
 
-    def _deadline(self, request: Request, headers: Headers, start: float) -> Deadline:
+    def _deadline(self, client: ClientConnection, headers: Headers, start: float) -> Deadline:
         """How long the request may wait: as the settings say, or less if the client says so."""
         allowed_ms = self.limits.deadline_ms or math.inf
         asked = headers.get(DEADLINE_HEADER)
         if asked is not None:
             allowed_ms = min(allowed_ms, _milliseconds(asked))
-        client = request.scope["state"].get("client", ALWAYS_CONNECTED)
         return Deadline(start + allowed_ms / 1000, client)
 
     async def _answer(
-        self, request: Request, images: Batch | list[bytes], deadline: Deadline, read: float
+        self, context: RequestContext, images: Batch | list[bytes], deadline: Deadline, read: float
     ) -> Answered:
         """What the client gets, if it is still there to get it: what it cannot see is free.
 
@@ -328,7 +288,7 @@ class Service:
         decoded is refunded, as everything else that is not answered.
 
         Args:
-            request: whose state has who is charged.
+            context: of the request; its admission is charged.
             images: files to decode, or their pixels.
             deadline: looked at before the charge, while the request waits, and at the end.
             read: the time at which `images` were there.
@@ -337,9 +297,8 @@ class Service:
         ended = deadline.ended(read)
         if ended is not None:
             raise ended
-        state = request.scope["state"]
-        state["images"] = len(images)
-        admission: Admission | None = state.get("admission")
+        context.images = len(images)
+        admission = context.admission
         defense = None
         decode_start = read
         if admission is not None:
@@ -382,7 +341,7 @@ class Service:
         )
 
     def _count(
-        self, request: Request, answered: Answered, start: float, read: float, back: float
+        self, context: RequestContext, answered: Answered, start: float, read: float, back: float
     ) -> None:
         end = self.clock()
         served, decode_start, decoded = answered
@@ -395,43 +354,7 @@ class Service:
         stage["encode"].observe(end - back)
         self.count_images(len(served.probabilities))
         if self.traced:
-            request.scope["state"]["stages"] = Stages(
-                start, read, decode_start, decoded, back, end, *served[1:]
-            )
-
-    def _top_k(self, request: Request) -> int | None:
-        if not request.scope["query_string"]:
-            return None
-        text = request.query_params.get("top_k")
-        if text is None:
-            return None
-        classes = len(self.card.labels)
-        top_k = small_number(text)
-        if top_k is None or not 1 <= top_k <= classes:
-            raise Unprocessable(f"top_k is {text[:20]!r}; allowed: 1 to {classes}")
-        return top_k
-
-    def _encode(self, request_id: str, probabilities: Probs, top_k: int | None) -> bytes:
-        labels = self.card.labels
-        predictions = []
-        for row in probabilities:
-            best = int(row.argmax())
-            prediction = {"label": labels[best], "index": best, "probability": row[best]}
-            if top_k is None:
-                prediction["probabilities"] = row
-            else:
-                order = np.argsort(-row, kind="stable")[:top_k].tolist()
-                prediction["top"] = [
-                    {"label": labels[k], "index": k, "probability": row[k]} for k in order
-                ]
-            predictions.append(prediction)
-        answer = {
-            "model": self.card.name,
-            "version": self.card.version,
-            "id": request_id,
-            "predictions": predictions,
-        }
-        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+            context.stages = Stages(start, read, decode_start, decoded, back, end, *served[1:])
 
 
 def _work(data: bytes, header: Header) -> int:

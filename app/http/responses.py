@@ -8,22 +8,6 @@ import orjson
 from starlette.responses import Response
 
 
-class Answer(Response):
-    """Starlette's response without its rendering of bodies, media types, charsets and cookies.
-
-    Args:
-        body: what to send.
-        kind: its media type.
-    """
-
-    def __init__(self, body: bytes, kind: bytes) -> None:
-        # Not its own __init__, which takes as long as the rest of an answer does.
-        self.status_code = 200
-        self.background = None
-        self.body = body
-        self.raw_headers = [(b"content-length", b"%d" % len(body)), (b"content-type", kind)]
-
-
 def json_response(document: object, status: int = 200) -> Response:
     """A small JSON answer."""
     return Response(orjson.dumps(document), status, media_type="application/json")

@@ -14,16 +14,29 @@ classification.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import orjson
+from starlette.requests import Request
+from starlette.responses import Response
 
-from app.errors import BadFraming, Unprocessable
-from app.http.bodies import Headers, brief, load_json, small_number
+from app.errors import BadFraming, NotFound, Unprocessable
+from app.http.bodies import (
+    INLINE_BYTES,
+    Headers,
+    brief,
+    load_json,
+    read_buffer,
+    refuse_encoding,
+    small_number,
+)
 from app.http.v2_tensors import FILES, PIXELS, PREFIX, read_tensor, shapes
 from app.inference.bundle import Card
+from app.inference.deadline import Deadline
 from app.inference.engines import Batch, Probs
+from app.inference.executor import BoundedExecutor
 from app.settings import LimitSettings
 
 LENGTH = "inference-header-content-length"
@@ -45,6 +58,57 @@ class InferRequest:
     id: str | None = None
     binary: bool = False
     classes: int = 0
+
+
+@dataclass(frozen=True)
+class V2:
+    """The codec of `POST /v2/models/{model}/infer`.
+
+    Attributes:
+        card: the model's.
+        limits: of a request.
+        executor: parses large JSON.
+    """
+
+    card: Card
+    limits: LimitSettings
+    executor: BoundedExecutor
+
+    async def read(self, request: Request, headers: Headers, deadline: Deadline) -> InferRequest:
+        """Read the input tensor and what is asked of the output.
+
+        Raises:
+            RequestError: the path names another model, or the body is invalid.
+        """
+        self.check_path(request)
+        refuse_encoding(headers)
+        body = await read_buffer(headers, request.receive, self.limits.max_body_bytes)
+        if json_length(headers, body) <= INLINE_BYTES:
+            return read_infer(headers, body, self.card, self.limits)
+        task = partial(read_infer, headers, body, self.card, self.limits)
+        (asked,) = await self.executor([task], len(body), deadline)
+        return asked
+
+    def write(self, asked: InferRequest, probabilities: Probs, request_id: str) -> Response:
+        """The output tensor; the id in it is the one in the body of the request."""
+        del request_id
+        body, headers = write_infer(self.card, asked, probabilities)
+        return Response(body, headers=headers)
+
+    def check_path(self, request: Request) -> None:
+        """Refuse other models and versions. Hot routes have no parameters, only the served model.
+
+        Raises:
+            NotFound: the path names another model or version.
+        """
+        name = request.path_params.get("model", self.card.name)
+        if name != self.card.name:
+            raise NotFound(f"unknown model {name[:64]!r}; available: {self.card.name!r}")
+        version = request.path_params.get("version", self.card.version)
+        if version != self.card.version:
+            raise NotFound(
+                f"unknown version {version[:64]!r} of {name!r}; available: {self.card.version!r}"
+            )
 
 
 def metadata(card: Card, *, floats: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from app.http import schemas
 from app.http.prediction import Service
 from app.http.responses import json_response
 from app.http.routing import DEADLINE_PARAMETER, Route, problems
-from app.http.v2 import metadata
+from app.http.v2 import V2, metadata
 
 EXTENSIONS = ["binary_tensor_data", "classification"]
 
@@ -29,10 +29,12 @@ class Inquiry:
 
     Attributes:
         service: which is asked about.
+        codec: knows the paths of the model.
         release: of this software.
     """
 
     service: Service
+    codec: V2
     release: str
 
     async def about(self, request: Request) -> Response:
@@ -60,7 +62,7 @@ class Inquiry:
         Raises:
             NotFound: another model or version.
         """
-        self.service.check_path(request)
+        self.codec.check_path(request)
         return json_response(metadata(self.service.card, floats=self.service.tensors is not None))
 
     async def model_ready(self, request: Request) -> Response:
@@ -70,7 +72,7 @@ class Inquiry:
             NotFound: another model or version.
             Unavailable: draining, or budgets cannot be counted.
         """
-        self.service.check_path(request)
+        self.codec.check_path(request)
         await self._refuse_unless_ready()
         return json_response({"name": self.service.card.name, "ready": True})
 
@@ -82,7 +84,8 @@ class Inquiry:
 
 def routes(service: Service) -> list[Route]:
     """Those without a model, and those of the model, which stand twice: the version is optional."""
-    inquiry = Inquiry(service, version("scumble"))
+    codec = V2(service.card, service.limits, service.executor)
+    inquiry = Inquiry(service, codec, version("scumble"))
     return [
         _get("/v2", inquiry.about, "Name, version and extensions", "v2", schemas.About),
         _get("/v2/health/live", inquiry.live, "The process answers", "v2_live", schemas.V2Health),
@@ -128,7 +131,7 @@ def _of_model(inquiry: Inquiry, path: str, suffix: str) -> list[Route]:
         (
             f"{path}/infer",
             "POST",
-            inquiry.service.infer,
+            inquiry.service.endpoint(inquiry.codec),
             {
                 "summary": "Probabilities of a tensor of images (Open Inference Protocol v2)",
                 "operation_id": f"infer{suffix}",

@@ -80,6 +80,8 @@ class Batcher:
         self._max_queue = max_queue
         self._max_wait_s = max_wait_s
         self._batch_limit = AdaptiveBatchLimit(target_s, max_size)
+        # By the images that may run: the largest size that engines are fast at.
+        self._fast = [size_within(n) for n in range(max_size + 1)]
         self._clock = clock
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
@@ -221,7 +223,7 @@ class Batcher:
         size, dropped = 0, 0
         # No more than fill a size that engines are fast at: the others are the first of the next
         # batch, together with whatever has arrived by then.
-        allowed = size_within(min(self._batch_limit(), self._waiting))
+        allowed = self._fast[min(self._batch_limit(), self._waiting)]
         while self._jobs and (not jobs or size + len(self._jobs[0].batch) <= allowed):
             job = self._jobs.popleft()
             ended = job.deadline.ended(now)

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from app.context import ALWAYS_CONNECTED, ClientConnection
 from app.errors import ClientGone, RequestError, TooLate
 
 LATE = "the deadline passed before it was the request's turn"
-
-
-@dataclass(slots=True)
-class ClientConnection:
-    """A client's connection, as far as its requests care.
-
-    Attributes:
-        gone: nobody is at the other end any more.
-    """
-
-    gone: bool = False
 
 
 class Deadline(NamedTuple):
@@ -42,6 +31,4 @@ class Deadline(NamedTuple):
         return None
 
 
-# Servers other than ours do not say when a client goes.
-ALWAYS_CONNECTED = ClientConnection()
 NO_DEADLINE = Deadline(math.inf, ALWAYS_CONNECTED)

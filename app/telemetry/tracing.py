@@ -26,7 +26,7 @@ from opentelemetry.trace import (
 )
 from starlette.types import Scope
 
-from app.telemetry.stages import Stages
+from app.context import request_context
 
 CLOSE_S = 2.0  # how long the end of a worker may wait for the collector
 
@@ -67,7 +67,7 @@ class Tracing:
             start: by the clock of its stages.
             seconds: that it took.
         """
-        state = scope["state"]
+        context = request_context(scope)
         end_ns = self._now_ns()
         start_ns = end_ns - round(seconds * 1e9)
         attributes = {
@@ -75,19 +75,20 @@ class Tracing:
             "http.route": route,
             "http.response.status_code": status,
             "url.scheme": scope.get("scheme", "http"),
-            "scumble.request_id": state["id"],
+            "scumble.request_id": context.id,
         }
-        for name in ("images", "refusal"):
-            if name in state:
-                attributes[f"scumble.{name}"] = state[name]
+        if context.images:
+            attributes["scumble.images"] = context.images
+        if context.refusal is not None:
+            attributes["scumble.refusal"] = context.refusal
         span = self._tracer.start_span(
             f"{scope['method']} {route}",
-            _parent(state["traceparent"]),
+            _parent(context.traceparent),
             SpanKind.SERVER,
             attributes,
             start_time=start_ns,
         )
-        stages: Stages | None = state.get("stages")
+        stages = context.stages
         if stages is not None and span.is_recording():
             below = set_span_in_context(span, Context())
             for stage, begin, end in stages.spans():

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from app.context import KEY
 from app.errors import REASONS
 from app.http.connections import BLANK, STEP, BodyMemory, Common, Connection
 from app.settings import HttpSettings
@@ -321,9 +322,9 @@ async def test_reading_goes_on_once_a_body_of_any_size_is_whole(size):
     request = POST + b"Content-Length: %d\r\n\r\n" % size + bytes(size)
     await send_all(connection, *pieces(request))
     assert peer.reading
-    assert not host.application.asked[0]["state"]["client"].gone
+    assert not host.application.asked[0]["state"][KEY].client.gone
     connection.eof_received()
-    assert host.application.asked[0]["state"]["client"].gone
+    assert host.application.asked[0]["state"][KEY].client.gone
 
 
 @on_a_loop

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from app.context import ClientConnection
 from app.errors import BadFraming, ClientGone, TooLarge
 from app.http.application import build
 from app.http.bodies import (
@@ -22,7 +23,7 @@ from app.http.bodies import (
     read_images,
     unbase64,
 )
-from app.inference.deadline import NO_DEADLINE, ClientConnection, Deadline
+from app.inference.deadline import NO_DEADLINE, Deadline
 from app.inference.executor import BoundedExecutor
 from tests.pictures import PNG, encoded, picture
 

@@ -13,12 +13,13 @@ from itertools import count
 
 import orjson
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 from app.access.keys import KeyFile, write_keys
+from app.context import KEY, ClientConnection, RequestContext
 from app.errors import Unprocessable
 from app.http.application import build
-from app.inference.deadline import ClientConnection
 from app.inference.decode import decode
 from app.main import create_app
 from app.settings import Settings
@@ -27,6 +28,7 @@ from tests.app.http.test_application import samples
 from tests.pictures import PNG, encoded, picture
 
 LARGE = encoded(picture(600, 600), "JPEG")
+FLAT = encoded(Image.new("RGB", (600, 600)))  # a small body, parsed on the event loop
 OTHER = encoded(picture(seed=1))
 FIVE = {"X-API-Key": "five"}
 
@@ -87,7 +89,7 @@ def start(models, tmp_path, log):
 
             async def connected(scope, receive, send):
                 if peer is not None:
-                    scope.setdefault("state", {})["client"] = peer
+                    scope.setdefault("state", {})[KEY] = RequestContext(peer)
                 await served(scope, receive, send)
 
             connected.state = served.state
@@ -253,13 +255,15 @@ def test_a_deadline_is_answered_while_a_large_image_is_decoded_and_costs_nothing
 
 
 @pytest.mark.parametrize(
-    ("limits", "message"),
+    ("limits", "images", "message"),
     [
-        ({"max_queue": 2}, "1 images or bodies are waiting to be read; allowed: 2"),
-        ({"max_decode_bytes": len(LARGE) + 1}, "bytes are waiting to be read"),
+        ({"max_queue": 1}, [LARGE], "1 images or bodies are waiting to be read; allowed: 1"),
+        ({"max_queue": 2}, [FLAT] * 2, "1 images or bodies are waiting to be read; allowed: 2"),
+        ({"max_decode_bytes": len(LARGE) + 1}, [LARGE, PNG], "bytes are waiting to be read"),
     ],
+    ids=["a body to parse", "images to decode", "bytes"],
 )
-def test_more_than_may_wait_for_decoding_is_503_and_costs_nothing(start, limits, message):
+def test_more_than_may_wait_for_the_thread_is_503_and_costs_nothing(start, limits, images, message):
     entered, opened = threading.Event(), threading.Event()
 
     def wait(data):
@@ -270,7 +274,7 @@ def test_more_than_may_wait_for_decoding_is_503_and_costs_nothing(start, limits,
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(client.post, "/v1/predict", headers=FIVE, **form(LARGE))
         assert entered.wait(30)
-        answer = client.post("/v1/predict", headers=FIVE, **form(LARGE, PNG))
+        answer = client.post("/v1/predict", headers=FIVE, **form(*images))
         assert answer.status_code == 503
         assert message in answer.json()["detail"]
         assert answer.headers["retry-after"] == "1"

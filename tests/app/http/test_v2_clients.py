@@ -143,10 +143,10 @@ def test_tritonclient_understands_refusals(http, triton_client):
     from tritonclient.utils import InferenceServerException
 
     given = inputs(http, "UINT8", binary=True)
-    with pytest.raises(InferenceServerException, match="no model 'other'") as refused:
+    with pytest.raises(InferenceServerException, match="unknown model 'other'") as refused:
         triton_client.infer("other", given)
     assert refused.value.status() == "404"
-    with pytest.raises(InferenceServerException, match="no version '2'"):
+    with pytest.raises(InferenceServerException, match="unknown version '2'"):
         triton_client.infer("tiny", given, model_version="2")
     with pytest.raises(InferenceServerException, match="allowed: identity"):
         triton_client.infer("tiny", given, request_compression_algorithm="gzip")

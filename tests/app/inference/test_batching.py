@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from app.context import ALWAYS_CONNECTED, ClientConnection
 from app.errors import ClientGone, TooLate, Unavailable
 from app.inference.adaptive_batch_limit import AdaptiveBatchLimit
 from app.inference.batching import Batcher
-from app.inference.deadline import ALWAYS_CONNECTED, ClientConnection, Deadline
+from app.inference.deadline import Deadline
 from app.inference.engines import FAST, size_within
 from app.inference.pipeline import Pipeline
 from app.telemetry.metrics import Metrics

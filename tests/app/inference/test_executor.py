@@ -8,8 +8,9 @@ from functools import partial
 
 import pytest
 
+from app.context import ALWAYS_CONNECTED, ClientConnection
 from app.errors import ClientGone, TooLate, Unavailable
-from app.inference.deadline import ALWAYS_CONNECTED, NO_DEADLINE, ClientConnection, Deadline
+from app.inference.deadline import NO_DEADLINE, Deadline
 from app.inference.executor import BoundedExecutor
 
 pytestmark = pytest.mark.anyio

@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.testclient import TestClient
 
+from app.context import KEY, RequestContext
 from app.errors import ConfigError
 from app.main import create_app, make_tracing
 from app.settings import Settings
@@ -172,11 +173,11 @@ def test_a_fault_of_the_server_is_an_error():
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    state = {"id": "a", "traceparent": f"00-{TRACE}-{SPAN}-00", "refusal": "internal"}
-    scope = {"method": "POST", "state": state}
+    context = RequestContext(id="a", traceparent=f"00-{TRACE}-{SPAN}-00", refusal="internal")
+    scope = {"method": "POST", "state": {KEY: context}}
     Tracing(provider, now_ns=lambda: 10**9).request(scope, "/v1/predict", 500, 1.0, 0.25)
     assert exporter.get_finished_spans() == (), "the caller does not sample"
-    state["traceparent"] = None
+    context.traceparent = None
     Tracing(provider, now_ns=lambda: 10**9).request(scope, "/v1/predict", 500, 1.0, 0.25)
     (span,) = exporter.get_finished_spans()
     assert span.status.status_code.name == "ERROR"
