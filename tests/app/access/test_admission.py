@@ -410,7 +410,7 @@ def test_keys_that_fail_open_or_have_no_budget_leave_the_service_ready(keyed, ke
 
 def test_a_changed_file_counts_and_a_broken_one_does_not(client, keys_file, caplog):
     def reload():
-        client.portal.call(client.app.state.service.files.turn)
+        client.portal.call(client.app.state.service.files.check_all)
 
     write_keys(keys_file, KeyFile(keys=[row("plain"), row("new", defense="label")]))
     assert ask(client, "new").status_code == 401
