@@ -21,8 +21,10 @@ from app.system.descriptors import raise_limit
 from app.system.temporary import temporary_folder
 from app.telemetry import logs
 
+LOAD_S = 300.0  # limit for a worker to load
 
-def serve(settings: Settings) -> int:
+
+def serve(settings: Settings, *, load_s: float = LOAD_S) -> int:
     """Serve until SIGTERM or Ctrl-C, and return the exit code.
 
     Raises:
@@ -45,7 +47,7 @@ def serve(settings: Settings) -> int:
         with public_socket(settings) as public:
             admin = bind(settings.admin_host, settings.admin_port)
             supervisor = Supervisor(
-                settings, served, public, admin, str(metrics), copies, fork_server
+                settings, served, public, admin, str(metrics), copies, fork_server, load_s
             )
             return asyncio.run(supervisor.run())
 

@@ -41,7 +41,6 @@ from app.telemetry.incidents import End, Incidents
 RESTART_S = 0.5
 RESTART_CAP_S = 15.0  # for a worker that ends repeatedly
 STABLE_S = 10.0  # a worker that has served this long is restarted without further delay
-LOAD_S = 300  # limit for a worker to load
 POLL_S = 0.05
 GRACE_S = 5  # beyond the time limits of the worker itself
 FULL = "server has reached its connection limit"
@@ -74,6 +73,7 @@ class Supervisor:
         metrics_dir: folder for the workers' metrics.
         copies: folder for copies of bundles.
         fork_server: starts worker processes.
+        load_s: limit for a worker to load.
     """
 
     def __init__(
@@ -85,8 +85,10 @@ class Supervisor:
         metrics_dir: str,
         copies: Path,
         fork_server: WorkerForkServer,
+        load_s: float,
     ) -> None:
         self._settings = settings
+        self._load_s = load_s
         self._served = served
         self._copies = copies
         self._fork_server = fork_server
@@ -238,9 +240,9 @@ class Supervisor:
         for number in numbers:
             self._start(number, served)
         try:
-            done = await asyncio.wait_for(self._new_loaded, LOAD_S)
+            done = await asyncio.wait_for(self._new_loaded, self._load_s)
         except TimeoutError:
-            log.error("new workers are not ready after %d s", LOAD_S)
+            log.error("new workers are not ready after %d s", self._load_s)
             done = False
         finally:
             self._new_loaded = None
@@ -436,10 +438,10 @@ class Supervisor:
         for number, child in self._workers.items():
             if child.loaded:
                 hung = not child.retiring and self._watchdog.hung(number)
-            elif hung := loop.time() - child.started_at > LOAD_S:
+            elif hung := loop.time() - child.started_at > self._load_s:
                 log.error(
                     "worker has not loaded within %d s, killing it",
-                    LOAD_S,
+                    self._load_s,
                     extra={"worker": number},
                 )
             if hung:

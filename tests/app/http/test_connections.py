@@ -24,6 +24,7 @@ FAST = {
     "http__write_timeout_s": 1,
     "http__keep_alive_s": 1,
 }
+PIECES = 100  # sent by a client that trickles before the test gives up
 HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 
 
@@ -68,37 +69,30 @@ def problem(answer: bytes, status: int) -> dict:
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/pre", HEAD], ids=["nothing", "line", "headers"])
 def test_headers_that_do_not_arrive_are_given_up(fast, sent):
-    started = time.monotonic()
     with connect(fast) as connection:
         connection.sendall(sent)
         problem(everything(connection), 408)
-    assert 1 <= time.monotonic() - started < 4
     assert rejections(fast, "slow") == 1
     assert post(fast).status_code == 200
 
 
 def test_headers_that_trickle_are_given_up(fast):
-    started = time.monotonic()
     with connect(fast) as connection:
         connection.settimeout(0.2)
         connection.sendall(HEAD)
         answer = b""
-        while not answer and time.monotonic() - started < 10:
+        for _ in range(PIECES):
             connection.sendall(b"X-A: b\r\n")
-            try:
+            with contextlib.suppress(TimeoutError):
                 answer = connection.recv(1000)
-            except TimeoutError:
-                continue
+                break
     assert answer.startswith(b"HTTP/1.1 408")
-    assert time.monotonic() - started < 4
 
 
 def test_a_body_that_does_not_arrive_is_given_up(fast):
-    started = time.monotonic()
     with connect(fast) as connection:
         connection.sendall(raw()[:-5])
         problem(everything(connection), 408)
-    assert 2 <= time.monotonic() - started < 5
     assert rejections(fast, "slow") == rejections(fast, "gone") == 1
     time.sleep(4 * FLUSH_S)
     assert fast.metrics()["scumble_inflight"] == 0
@@ -106,17 +100,17 @@ def test_a_body_that_does_not_arrive_is_given_up(fast):
 
 
 def test_a_body_that_trickles_after_its_refusal_is_given_up(fast):
-    started = time.monotonic()
     with connect(fast) as connection:
         connection.sendall(HEAD + b"Content-Length: 100000000\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
-        while time.monotonic() - started < 10:
+        for _ in range(PIECES):
             try:
                 connection.sendall(b"x")
             except OSError:
                 break
             time.sleep(0.1)
-    assert time.monotonic() - started < 6
+        else:
+            pytest.fail("the connection is still open")
 
 
 def test_a_body_in_time_is_answered(fast):
@@ -130,12 +124,11 @@ def test_a_body_in_time_is_answered(fast):
 
 def test_an_idle_connection_is_closed_and_empty_lines_do_not_keep_it(fast):
     for line in (b"", b"\r\n"):
-        started = time.monotonic()
         with connect(fast) as connection:
             connection.sendall(raw())
             assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
             connection.settimeout(0.3)
-            while time.monotonic() - started < 10:
+            for _ in range(PIECES):
                 try:
                     connection.sendall(line)
                     if not connection.recv(1000):
@@ -144,7 +137,8 @@ def test_an_idle_connection_is_closed_and_empty_lines_do_not_keep_it(fast):
                     continue
                 except OSError:
                     break
-        assert 0.9 < time.monotonic() - started < 6
+            else:
+                pytest.fail("the connection is still open")
 
 
 def test_answers_that_are_not_read_are_cut_off(fast):
@@ -152,15 +146,16 @@ def test_answers_that_are_not_read_are_cut_off(fast):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(1)
         question = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100
-        started = time.monotonic()
-        while time.monotonic() - started < 15:
+        blocked = 0
+        while blocked < 20:
             try:
                 connection.sendall(question)
             except TimeoutError:
-                continue
+                blocked += 1
             except OSError:
                 break
-    assert time.monotonic() - started < 10
+        else:
+            pytest.fail("the connection is still open")
     assert rejections(fast, "slow") == 1
     time.sleep(4 * FLUSH_S)
     assert fast.metrics()["scumble_inflight"] == 0

@@ -205,11 +205,9 @@ def test_a_failed_fork_in_a_reload_changes_nothing_and_the_next_reload_works(mod
 
 
 NEVER_LOADS = """
-import sys
-from app.processes import supervisor
-supervisor.LOAD_S = 1
-from scumble.cli import main
-main(["serve"])
+from app.processes.serve import serve
+from app.settings import load_settings
+raise SystemExit(serve(load_settings(), load_s=1))
 """
 
 
@@ -284,9 +282,8 @@ def test_nothing_is_left_when_the_supervisor_is_killed(serve):
 def test_a_worker_told_to_end_while_it_loads_ends(models):
     server = start({"model_dir": models, "model": "tiny", "workers": 2})
     wait_for(lambda: len(children(server.process.pid)) > 1 and server.workers())
-    begun = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - begun < 10
+    assert not [entry for entry in server.log if "kill" in entry["event"]]
 
 
 def test_the_engine_tells_nobody_that_it_is_used(tmp_path):
