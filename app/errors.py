@@ -1,24 +1,24 @@
-"""Everything that can go wrong, and how a client sees it.
+"""All errors, and how clients see them.
 
-ScumbleError                  a person can act on it; never a traceback
+ScumbleError                  a message for a person, without a traceback
 ├─ ConfigError                the server does not start
 │  └─ BundleError             a model bundle is missing, incomplete or tampered with
 └─ RequestError               one request is refused, as `application/problem+json`
-   ├─ BadFraming         400  the body is not what its headers say
+   ├─ BadFraming         400  the body does not match its headers
    ├─ Unauthorized       401  no API key, or an unknown one
-   ├─ Forbidden          403  the key is revoked, or not for this route
+   ├─ Forbidden          403  the key is revoked or not valid for this route
    ├─ NotFound           404  no such route or model
    ├─ MethodNotAllowed   405
    ├─ TooSlow            408  headers or body did not arrive in time
    ├─ TooLarge           413  over a limit; nothing was decoded
    ├─ UnsupportedType    415
-   ├─ Unprocessable      422  well framed, but not an image or not allowed here
-   ├─ OverBudget         429  the images are over a budget; carries Retry-After
+   ├─ Unprocessable      422  well framed, but not an image or not allowed
+   ├─ OverBudget         429  a budget is exceeded; carries Retry-After
    ├─ HeadersTooLarge    431  too many headers, or too long
-   ├─ ClientGone         499  nobody is there to read the answer; never sent
-   ├─ Unavailable        503  queue full, draining or no store; carries Retry-After
-   ├─ TooLate            504  the deadline passed before the inference began
-   └─ Internal           500  our fault
+   ├─ ClientGone         499  the client has disconnected; never sent
+   ├─ Unavailable        503  overloaded, draining or no store; carries Retry-After
+   ├─ TooLate            504  the deadline passed before inference began
+   └─ Internal           500  an error of the server
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class BundleError(ConfigError):
 
 
 class RequestError(ScumbleError):
-    """One request is refused; `reason` is the closed label that metrics count it under."""
+    """One request is refused; metrics count it under `reason`, one of a fixed set."""
 
     status: ClassVar[int]
     title: ClassVar[str]
@@ -52,7 +52,7 @@ class RequestError(ScumbleError):
         self.headers = headers or {}
 
     def problem(self) -> dict[str, Any]:
-        """RFC 9457 members, plus `error`, the one member that protocol V2 clients read."""
+        """RFC 9457 members, plus `error`, the only one that protocol V2 clients read."""
         return {
             "type": "about:blank",
             "title": self.title,
@@ -67,19 +67,19 @@ class RequestError(ScumbleError):
 
 
 class BadFraming(RequestError):
-    """The body is not what its headers say."""
+    """The body does not match its headers."""
 
     status, title, reason = 400, "Bad request", "framing"
 
 
 class Unauthorized(RequestError):
-    """No API key, or one that is not in the file."""
+    """No API key, or an unknown one."""
 
     status, title, reason = 401, "Unauthorized", "unauthorized"
 
 
 class Forbidden(RequestError):
-    """A key of ours, but revoked or not for this route."""
+    """A known key, but revoked or not valid for this route."""
 
     status, title, reason = 403, "Forbidden", "forbidden"
 
@@ -97,7 +97,7 @@ class MethodNotAllowed(RequestError):
 
 
 class TooSlow(RequestError):
-    """The client does not send its request, or does not read its answer, in time."""
+    """The client did not send its request, or read its answer, in time."""
 
     status, title, reason = 408, "Request timeout", "slow"
 
@@ -109,19 +109,19 @@ class TooLarge(RequestError):
 
 
 class UnsupportedType(RequestError):
-    """The content type is none that this route reads."""
+    """The route does not support the content type."""
 
     status, title, reason = 415, "Unsupported media type", "media_type"
 
 
 class Unprocessable(RequestError):
-    """Well framed, but not an image or not allowed here."""
+    """Well framed, but not an image or not allowed."""
 
     status, title, reason = 422, "Unprocessable content", "unprocessable"
 
 
 class OverBudget(RequestError):
-    """The client's images, or everybody's, are spent for now or for good."""
+    """A budget of the client, or of all clients, is exceeded."""
 
     status, title, reason = 429, "Too many requests", "budget"
 
@@ -133,19 +133,19 @@ class HeadersTooLarge(RequestError):
 
 
 class ClientGone(RequestError):
-    """The connection ended before the request was whole or answered; only metrics see this."""
+    """The client disconnected before the answer; only metrics see this."""
 
     status, title, reason = 499, "Client closed request", "gone"
 
 
 class TooLate(RequestError):
-    """The deadline passed while the request waited."""
+    """The deadline passed while the request was waiting."""
 
     status, title, reason = 504, "Gateway timeout", "deadline"
 
 
 class Unavailable(RequestError):
-    """Queue full, draining or no store for budgets: try again later, or elsewhere."""
+    """Overloaded, draining or no budget store: retry later or elsewhere."""
 
     status, title, reason = 503, "Service unavailable", "unavailable"
 
@@ -154,7 +154,7 @@ class Unavailable(RequestError):
 
 
 class Internal(RequestError):
-    """Our fault; the details are in the log, under the request's id."""
+    """An error of the server; the details are in the log, under the request id."""
 
     status, title, reason = 500, "Internal server error", "internal"
 

@@ -1,8 +1,7 @@
 """All settings, from `SCUMBLE_*` variables and an optional TOML file.
 
-Order, first wins: arguments, environment, the TOML file that `SCUMBLE_CONFIG` names, defaults.
-A variable with our prefix that is no setting stops the start: `SCUMBLE_DEFENCE=dcp` must never
-give an undefended server.
+Precedence: arguments, environment, the TOML file named by `SCUMBLE_CONFIG`, defaults. An unknown
+`SCUMBLE_*` variable is an error: `SCUMBLE_DEFENCE=dcp` must never start an undefended server.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from app.system.json_values import Parameters
 from app.system.urls import HIDDEN, redacted, split
 
 PREFIX = "SCUMBLE_"
-# As browsers write it, in small letters and without a slash at the end.
+# As browsers send it: lower case, without a trailing slash.
 ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?)$"
 NESTED = "__"
-URLS = frozenset({"store", "otel_endpoint"})  # settings that may have a password in them
+URLS = frozenset({"store", "otel_endpoint"})  # settings that may contain a password
 
 
 class Section(BaseModel):
@@ -59,13 +58,13 @@ class BatchSettings(Section):
         default=0,
         ge=0,
         le=1_000_000,
-        description="how long a busy worker waits for more images, in us",
+        description="how long a busy worker waits for more images, in microseconds",
     )
     target_p99_ms: float = Field(
         default=0.0,
         ge=0,
         le=60_000,
-        description="batches stay small enough for this; 0: as large as they get",
+        description="limit batch sizes to meet this latency; 0: no limit",
     )
     execution: Literal["auto", "inline", "thread"] = Field(
         default="auto",
@@ -74,7 +73,7 @@ class BatchSettings(Section):
 
 
 class LimitSettings(Section):
-    """Checked before anything is decoded."""
+    """Limits that are checked before anything is decoded."""
 
     max_body_bytes: int = Field(default=5 * 2**20, ge=1, description="bytes of a request body")
     max_images: int = Field(default=32, ge=1, le=1024, description="encoded images per request")
@@ -88,7 +87,7 @@ class LimitSettings(Section):
     max_decode_bytes: int = Field(
         default=64 * 2**20,
         ge=1,
-        description="encoded images that wait for their decoding per worker; more get 503",
+        description="bytes of encoded images waiting for decoding per worker; more get 503",
     )
     max_queue: int = Field(
         default=4096, ge=1, description="images waiting per worker; more get 503"
@@ -97,12 +96,12 @@ class LimitSettings(Section):
         default=0.0,
         ge=0,
         le=3_600_000,
-        description="a request that waits longer for its inference gets 504; 0: no limit",
+        description="a request that waits longer for inference gets 504; 0: no limit",
     )
 
 
 class HttpSettings(Section):
-    """What one connection may take of a worker's time and memory."""
+    """Limits on the time and memory that connections take."""
 
     header_timeout_s: float = Field(
         default=10.0, gt=0, le=3600, description="for the headers of a request to arrive"
@@ -111,7 +110,7 @@ class HttpSettings(Section):
         default=60.0, gt=0, le=3600, description="for a whole request to arrive"
     )
     write_timeout_s: float = Field(
-        default=30.0, gt=0, le=3600, description="for the client to read what waits for it"
+        default=30.0, gt=0, le=3600, description="for the client to read pending data"
     )
     keep_alive_s: int = Field(
         default=5, ge=1, le=3600, description="an idle connection is closed after this"
@@ -123,7 +122,7 @@ class HttpSettings(Section):
     max_bodies_bytes: int = Field(
         default=128 * 2**20,
         ge=1,
-        description="bytes of all requests that a worker reads or answers; more get 503",
+        description="bytes of all request bodies in a worker; more get 503",
     )
     max_connections: int | None = Field(
         default=None,
@@ -134,22 +133,22 @@ class HttpSettings(Section):
 
 
 class BudgetSettings(Section):
-    """Images of all clients together; each key has budgets of its own beside them."""
+    """Budgets of all clients together; API keys have their own in addition."""
 
     window_images: int | None = Field(
         default=None, ge=0, description="images of all clients in a window"
     )
     window_s: int = Field(default=3600, ge=1, le=366 * 86400, description="seconds of that window")
     total_images: int | None = Field(
-        default=None, ge=0, description="images of all clients for good"
+        default=None, ge=0, description="images of all clients in total"
     )
 
 
 def collector(url: str) -> str:
-    """The URL of a collector of traces, as it is.
+    """Check the URL of a trace collector and return it.
 
     Raises:
-        ValueError: it is none; the message has no part of it.
+        ValueError: not a usable URL; the message contains no part of it.
     """
     parts = split(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -172,61 +171,59 @@ class Settings(BaseSettings):
     )
 
     host: str = Field(default="127.0.0.1", description="public address")
-    port: int = Field(default=8000, ge=0, le=65535, description="public port; 0 takes a free one")
-    uds: Path | None = Field(
-        default=None, description="Unix socket of the public port, in place of host and port"
-    )
+    port: int = Field(default=8000, ge=0, le=65535, description="public port; 0 for a free one")
+    uds: Path | None = Field(default=None, description="Unix socket, instead of host and port")
     root_path: Annotated[str, Field(pattern=r"^((/[A-Za-z0-9._~-]+)+)?$")] | None = Field(
-        default=None, description="path prefix that a proxy serves it under, such as /scumble"
+        default=None, description="path prefix behind a proxy, such as /scumble"
     )
     cors_origins: list[Annotated[str, Field(pattern=ORIGIN)]] = Field(
-        default=[], description="origins of web pages that may ask, a JSON list; * for any"
+        default=[],
+        description="origins of web pages that may send requests, a JSON list; * for any",
     )
     admin_host: str = Field(default="127.0.0.1", description="address of metrics and health")
     admin_port: int = Field(
-        default=9000, ge=0, le=65535, description="admin port; 0 takes a free one"
+        default=9000, ge=0, le=65535, description="admin port; 0 for a free one"
     )
-    admin_hosts: list[str] = Field(
-        default=[], description="names the console may be asked by, a JSON list"
-    )
+    admin_hosts: list[str] = Field(default=[], description="host names of the console, a JSON list")
     console: bool = Field(default=True, description="the operator console on the admin port")
     workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
-        default="auto", description="processes; auto is one for each core"
+        default="auto", description="processes; auto is one per core"
     )
     threads: int = Field(default=1, ge=1, le=256, description="engine threads of each worker")
     model_dir: Path = Field(default_factory=default_model_dir, description="folder of bundles")
-    model: str = Field(default="mnist", description="which bundle is served")
+    model: str = Field(default="mnist", description="bundle to serve")
     precision: Precision = Field(
         default="float32", description="float32, bf16 (openvino only) or int8"
     )
     engine: Literal["auto", "openvino", "onnxruntime", "torch"] = Field(
-        default="auto", description="auto takes the first that is installed"
+        default="auto", description="auto selects the first that is installed"
     )
     tensor_input: bool = Field(
-        default=True, description="also take float tensors (FP32), not only 8-bit pixels"
+        default=True, description="accept float tensors (FP32), not only 8-bit pixels"
     )
     defense: str = Field(default="none", description="name of the defense")
     defense_params: Parameters = Field(default={}, description="its parameters, a JSON object")
     secret: SecretStr = Field(
         default_factory=lambda: SecretStr(secrets.token_hex(32)),
         min_length=16,
-        description="key of defenses that draw at random; replicas must share it",
+        description="key of randomized defenses; replicas must share it",
     )
     batch: BatchSettings = BatchSettings()
     limits: LimitSettings = LimitSettings()
     http: HttpSettings = HttpSettings()
     keys_file: Path | None = Field(
-        default=None, description="API keys (scumble keys); without it anyone may ask"
+        default=None,
+        description="file of API keys (scumble keys); without it, authentication is off",
     )
     keys_on_failure: Literal["open", "closed"] = Field(
         default="open",
-        description="while that file cannot be read: go on with the old keys, or refuse with 503",
+        description="while that file cannot be read: keep the current keys, or refuse with 503",
     )
     reload_failure_s: float = Field(
         default=60.0,
         ge=1,
         le=366 * 86400,
-        description="for how long keys or certificate may fail to be read before that counts",
+        description="how long keys or certificate may fail to reload before this is reported",
     )
     store: str = Field(
         default="memory://",
@@ -235,23 +232,26 @@ class Settings(BaseSettings):
     )
     budget: BudgetSettings = BudgetSettings()
     tls_cert: Path | None = Field(
-        default=None, description="certificate of the public port, PEM; without it plain HTTP"
+        default=None, description="certificate of the public port, PEM; without it, plain HTTP"
     )
     tls_key: Path | None = Field(default=None, description="its key, PEM without a password")
     tls_handshake_timeout_s: float = Field(
-        default=10.0, gt=0, le=600, description="how long a client may take for the handshake"
+        default=10.0, gt=0, le=600, description="time limit of the TLS handshake"
     )
     audit_file: Path | None = Field(
         default=None, description="audit log; each worker writes FILE.worker-N (scumble audit)"
     )
     audit_fsync: Literal["always", "everysec", "never"] = Field(
-        default="everysec", description="when what is written there goes to the disk"
+        default="everysec", description="when lines are flushed to disk"
     )
     audit_on_failure: Literal["open", "closed"] = Field(
         default="open", description="while it cannot be written: serve, or refuse with 503"
     )
     drain_delay_s: float = Field(
-        default=0.0, ge=0, le=600, description="not ready for so long before the listener closes"
+        default=0.0,
+        ge=0,
+        le=600,
+        description="seconds of not being ready before the listener closes",
     )
     shutdown_timeout_s: float = Field(
         default=10.0, gt=0, le=600, description="how long open requests may take after that"
@@ -260,10 +260,10 @@ class Settings(BaseSettings):
         default=30.0,
         ge=0,
         le=3600,
-        description="a worker whose inference takes longer is killed and replaced; 0: never",
+        description="a worker whose inference takes longer is replaced; 0: never",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="of stderr"
+        default="info", description="minimum level of log lines on stderr"
     )
     otel_endpoint: Annotated[str, AfterValidator(collector)] | None = Field(
         default=None,
@@ -276,22 +276,22 @@ class Settings(BaseSettings):
     @classmethod
     def _no_route(cls, value: str | None) -> str | None:
         if value is not None and value.split("/")[1:2] in (["v1"], ["v2"]):
-            raise ValueError("must not begin with /v1 or /v2, which are paths of the service")
+            raise ValueError("must not begin with /v1 or /v2, which are routes of the service")
         return value
 
     @property
     def bodies_bytes(self) -> int:
-        """`http.max_bodies_bytes`, or more: a body of any allowed size must fit beside another."""
+        """`http.max_bodies_bytes`, or more if two bodies of the largest allowed size need it."""
         return max(self.http.max_bodies_bytes, 2 * self.limits.max_body_bytes)
 
     @property
     def worker_count(self) -> int:
-        """`workers` with auto resolved to the cores that this process may use."""
+        """`workers`, with auto resolved to the cores that this process may use."""
         return available_cores() if self.workers == "auto" else self.workers
 
     @property
     def batch_limit_s(self) -> float:
-        """Seconds that a batch may take at start: a quarter of `watchdog_s`, or any number."""
+        """Seconds that a batch may take at start: a quarter of `watchdog_s`, or unlimited."""
         return self.watchdog_s / 4 or math.inf
 
     @classmethod
@@ -311,10 +311,10 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Settings from arguments, environment and file.
+    """Load settings from arguments, environment and file.
 
     Raises:
-        ConfigError: an unknown variable, a value that is not allowed, an unreadable file.
+        ConfigError: an unknown variable, a value that is not allowed, or an unreadable file.
     """
     refuse_unknown(os.environ)
     file = os.environ.get(f"{PREFIX}CONFIG")
@@ -329,7 +329,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 
 def variables() -> dict[str, str]:
-    """Every variable that is read, with what it sets."""
+    """All variables, with their descriptions."""
     return {
         f"{PREFIX}CONFIG": "path of a TOML file with settings",
         **dict(_fields(Settings, PREFIX)),
@@ -337,7 +337,7 @@ def variables() -> dict[str, str]:
 
 
 def shown(settings: Settings, variable: str) -> str:
-    """The resolved value of one of `variables()`, secrets masked."""
+    """The resolved value of one of `variables()`, with secrets masked."""
     if variable == f"{PREFIX}CONFIG":
         return os.environ.get(variable, "")
     value: Any = settings
@@ -349,10 +349,10 @@ def shown(settings: Settings, variable: str) -> str:
 
 
 def refuse_unknown(environ: Mapping[str, str]) -> None:
-    """Stop at a variable with our prefix that sets nothing.
+    """Refuse unknown variables with our prefix.
 
     Raises:
-        ConfigError: it names the variable and the closest one that exists.
+        ConfigError: names the variable and the closest known one.
     """
     known = variables()
     sections = {name.rpartition(NESTED)[0] for name in known if NESTED in name}
@@ -360,7 +360,7 @@ def refuse_unknown(environ: Mapping[str, str]) -> None:
         if name.upper().startswith(PREFIX) and name.upper() not in known.keys() | sections:
             close = difflib.get_close_matches(name.upper(), known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"{name} is no setting{hint} (scumble check lists them all)")
+            raise ConfigError(f"unknown setting {name}{hint} (scumble check lists all settings)")
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterable[tuple[str, str]]:
@@ -378,5 +378,5 @@ def _sentence(error: Any) -> str:
     if error["loc"][0] in URLS and isinstance(value, str):
         value = redacted(value)
     elif error["loc"][0] in {"secret", *URLS} or error["type"] == "extra_forbidden":
-        value = HIDDEN  # what is no setting may be a secret under a mistyped name
+        value = HIDDEN  # may be a secret under a misspelt name
     return f"{name} is {value!r}: {error['msg']}"

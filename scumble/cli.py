@@ -1,4 +1,4 @@
-"""The command `scumble`: a table of subcommands, each loaded only when it is run."""
+"""The command `scumble`: a table of subcommands, each imported only when it is run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 import click
 
-INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
+    """A row of the table of subcommands.
 
     Attributes:
         target: `module:attribute` of the click command.
         help: one line.
-        extra: the extra of the distribution that brings what the module imports.
+        extra: extra of the distribution that the module needs.
     """
 
     target: str
@@ -34,13 +34,13 @@ class Row:
 
 
 class MissingExtra(click.ClickException):
-    """The subcommand needs a package that is not installed."""
+    """A subcommand needs a package that is not installed."""
 
     exit_code = 2
 
 
-class Later(click.Command):
-    """Stands in a group's listing for a command that is not imported yet."""
+class LazyCommand(click.Command):
+    """Represents a command that is not imported yet in the listing of a group."""
 
     def __init__(self, name: str, row: Row) -> None:
         super().__init__(name, short_help=row.help)
@@ -53,20 +53,20 @@ class Later(click.Command):
         parent: click.Context | None = None,
         **extra: Any,
     ) -> click.Context:
-        """The context of the real command, which thereby takes over."""
+        """Import the command and make its context."""
         return self.row.load().make_context(info_name, args, parent, **extra)
 
 
 class Table(click.Group):
-    """A group whose subcommands are the rows of a table, in its order."""
+    """A group whose subcommands are the rows of a table, in order."""
 
     def __init__(self, *args: Any, table: Mapping[str, Row], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.table = table
-        self.commands = {name: Later(name, row) for name, row in table.items()}
+        self.commands = {name: LazyCommand(name, row) for name, row in table.items()}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names in the table's order; click would sort them."""
+        """Names in the order of the table; click would sort them."""
         del ctx
         return list(self.commands)
 
@@ -84,7 +84,7 @@ class Table(click.Group):
         except ImportError as exc:
             row = self.table[ctx.invoked_subcommand or ""]
             if row.extra is None or self._is_ours(exc.name):
-                raise  # a fault of this project, for which nothing can be installed
+                raise  # a bug of this project; no installation would help
             raise MissingExtra(
                 f"{ctx.command_path} {ctx.invoked_subcommand}: {exc}. "
                 f"Install it with: pip install 'scumble[{row.extra}]'"
@@ -101,29 +101,27 @@ def _package(module: str) -> str:
 
 COMMANDS = {
     "serve": Row("app.commands.serve:serve", "Serve a model over HTTP.", "serve"),
-    "reload": Row("app.commands.serve:reload", "Let a server take its model anew.", "serve"),
-    "check": Row(
-        "app.commands.serve:check", "Show the settings a server would start with.", "serve"
-    ),
-    "keys": Row("app.commands.keys:keys", "Make, list and revoke API keys.", "serve"),
+    "reload": Row("app.commands.serve:reload", "Reload the model of a running server.", "serve"),
+    "check": Row("app.commands.serve:check", "Check the settings and show them.", "serve"),
+    "keys": Row("app.commands.keys:keys", "Create, list and revoke API keys.", "serve"),
     "audit": Row("app.commands.audit:audit", "Check audit logs.", "serve"),
     "predict": Row(
         "scumble.client.commands:predict", "Classify image files with a running server.", "client"
     ),
-    "attack": Row(
-        "scumble.attacker.commands:attack", "Steal a served model, to know its worth.", "attack"
-    ),
+    "attack": Row("scumble.attacker.commands:attack", "Run model stealing attacks.", "attack"),
     "evaluate": Row(
-        "scumble.evaluation.commands:evaluate", "Judge defenses with attacks.", "evaluate"
+        "scumble.evaluation.commands:evaluate", "Evaluate defenses with attacks.", "evaluate"
     ),
-    "bench": Row("scumble.evaluation.bench:bench", "Measure what defenses cost.", "evaluate"),
-    "train": Row("scumble.training.commands:train", "Train a victim.", "train"),
+    "bench": Row("scumble.evaluation.bench:bench", "Measure the overhead of defenses.", "evaluate"),
+    "train": Row("scumble.training.commands:train", "Train a model.", "train"),
     "quantize": Row(
-        "scumble.training.commands:quantize", "Make a trained victim's int8 form.", "train"
+        "scumble.training.commands:quantize", "Quantize a trained model to int8.", "train"
     ),
-    "calibrate": Row("scumble.training.calibrate:calibrate", "Fit what a bundle serves.", "train"),
+    "calibrate": Row(
+        "scumble.training.calibrate:calibrate", "Calibrate the answers of a bundle.", "train"
+    ),
     "export": Row(
-        "scumble.training.exporting:export", "Make a bundle, or a defended ONNX file.", "train"
+        "scumble.training.exporting:export", "Export a bundle or a defended ONNX file.", "train"
     ),
 }
 

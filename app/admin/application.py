@@ -1,17 +1,17 @@
-"""The admin port: one listener for all workers, kept by the supervisor, never by a busy worker.
+"""The admin port: metrics, health, reload and the console, for all workers together.
 
-What it shows tells which answers the defense changed, so it is bound to loopback by default.
+The supervisor serves it, so a busy worker cannot delay it. It shows which answers the defense
+changed, so it is bound to loopback by default.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -28,8 +28,9 @@ from starlette.routing import Route
 
 from app import errors
 from app.admin.console.guard import Guard
-from app.admin.console.helper import Helper
+from app.admin.console.preview_process import PreviewProcess
 from app.admin.console.routes import console_routes
+from app.admin.workers import Workers
 from app.http.connections import BodyMemory, Common, Connection, check_all
 from app.http.responses import health, json_response
 from app.settings import Settings
@@ -41,15 +42,15 @@ TICKS_PER_CHECK = 10
 
 @dataclass
 class State:
-    """Of a server whose connections need not end before it does."""
+    """State of a server that never drains."""
 
     draining: bool = False
 
 
 class AdminServer(uvicorn.Server):
-    """uvicorn inside the supervisor's loop; signals are the supervisor's.
+    """uvicorn in the supervisor's event loop, with the connection limits of the public port.
 
-    Its connections have the limits of the public port.
+    The supervisor handles signals.
     """
 
     def __init__(self, app: Starlette, settings: Settings, incidents: Incidents) -> None:
@@ -62,7 +63,7 @@ class AdminServer(uvicorn.Server):
         )
         config = uvicorn.Config(
             app,
-            http=partial(Connection, common),  # type: ignore[arg-type]  # it is called as a class
+            http=partial(Connection, common),  # type: ignore[arg-type]  # only called, like a class
             ws="none",
             lifespan="off",
             log_config=None,
@@ -74,54 +75,26 @@ class AdminServer(uvicorn.Server):
         super().__init__(config)
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second; look for slow clients."""
+        """Check for slow clients once a second; this is called ten times a second."""
         if counter % TICKS_PER_CHECK == 0:
             check_all(self.server_state, asyncio.get_running_loop().time())
         return await super().on_tick(counter)
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
-        """Leave signals alone."""
+        """Install no signal handlers."""
         yield
 
 
-class Workers(Protocol):
-    """What the admin port asks the supervisor."""
-
-    def ready(self) -> bool:
-        """Every worker is ready and nobody is draining."""
-        ...
-
-    def stale(self) -> Sequence[str]:
-        """Files that some worker could not read anew for longer than allowed."""
-        ...
-
-    def model_dir(self) -> Path:
-        """Where the bundle is that is served: a copy, and another after each reload."""
-        ...
-
-    async def reload(self) -> bool:
-        """Serve the bundle as it is now, or go on as before; which of them."""
-        ...
-
-    def pids(self) -> dict[int, int]:
-        """Process id by worker number."""
-        ...
-
-    def connections(self) -> dict[int, int]:
-        """Open connections by worker number."""
-        ...
-
-
 class ProcessMetrics(Collector):
-    """Memory, processor time and number of the worker processes, read when asked."""
+    """Memory, processor time and number of the worker processes."""
 
     def __init__(self, workers: Workers, proc: Path = Path("/proc")) -> None:
         self._workers = workers
         self._proc = proc
 
     def collect(self) -> Iterable[Metric]:
-        """Read /proc for each worker; one that just ended is left out."""
+        """Read /proc for each worker; skip one that has just ended."""
         import os
 
         tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
@@ -145,10 +118,10 @@ class ProcessMetrics(Collector):
 
 
 class WorkerMetrics(MultiProcessCollector):
-    """What the workers counted, by name: their files are read in whatever order the folder has."""
+    """The workers' metrics, sorted by name, since their files are read in arbitrary order."""
 
     def collect(self) -> Iterable[Metric]:
-        """All workers' metrics together."""
+        """Metrics summed over all workers."""
         return sorted(super().collect(), key=lambda metric: metric.name)  # type: ignore[no-untyped-call]  # no hints there
 
 
@@ -157,9 +130,9 @@ def create_admin(
     metrics_dir: str,
     settings: Settings,
     incidents: Incidents,
-    helper: Helper | None,
+    previews: PreviewProcess | None,
 ) -> Starlette:
-    """`/metrics`, `/livez` and `/readyz` for all workers together; with a helper the console."""
+    """Build the admin application; it includes the console if `previews` is given."""
     registry = CollectorRegistry()
     WorkerMetrics(registry, path=metrics_dir)  # type: ignore[no-untyped-call]  # no hints there
     registry.register(ProcessMetrics(workers))
@@ -178,12 +151,12 @@ def create_admin(
         return health("ready" if workers.ready() else "not ready", workers.stale())
 
     async def reload(request: Request) -> Response:
-        if "origin" in request.headers:  # a page in a browser on this machine
-            error: errors.RequestError = errors.Forbidden("not for web pages")
+        if "origin" in request.headers:  # sent by a web page in a browser on this machine
+            error: errors.RequestError = errors.Forbidden("requests from web pages are not allowed")
         elif await workers.reload():
             return json_response({"status": "reloaded"})
         else:
-            error = errors.Internal("the new model cannot be served; the log says why")
+            error = errors.Internal("the new model cannot be served; see the log")
         return Response(error.body(), error.status, media_type=errors.MEDIA_TYPE)
 
     routes: dict[str, Callable[[Request], Awaitable[Response]]] = {
@@ -196,8 +169,8 @@ def create_admin(
         Route("/reload", reload, methods=["POST"]),
     ]
     middleware = []
-    if helper is not None:
-        served += console_routes(settings, workers, registry, helper)
+    if previews is not None:
+        served += console_routes(settings, workers, registry, previews)
         middleware = [Middleware(Guard, hosts=settings.admin_hosts)]
     admin = Starlette(
         routes=served,
@@ -208,7 +181,7 @@ def create_admin(
             Exception: _unexpected,
         },
     )
-    admin.router.redirect_slashes = False  # to wherever the Host header says
+    admin.router.redirect_slashes = False  # to any host, by the Host header
     return admin
 
 
@@ -218,14 +191,14 @@ async def _refused(request: Request, exc: Exception) -> Response:
     error = (
         errors.MethodNotAllowed(f"allowed: {allowed}", {"Allow": allowed})
         if exc.status_code == 405
-        else errors.NotFound("no such route; there are /metrics, /livez, /readyz and /reload")
+        else errors.NotFound("no such route; available: /metrics, /livez, /readyz and /reload")
     )
     return await _problem(request, error)
 
 
 async def _unexpected(request: Request, exc: Exception) -> Response:
     del exc  # uvicorn logs it
-    return await _problem(request, errors.Internal("unexpected error; the log has the details"))
+    return await _problem(request, errors.Internal("unexpected error; see the log"))
 
 
 async def _problem(request: Request, error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""`scumble audit`: check audit logs, and print the seals that should be kept elsewhere."""
+"""`scumble audit`: verify audit logs, and print seals to keep elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from app.audit.hash_chain import SEAL_TEXT, Fault, Part, verify
 
 BROKEN = 1
-CUT = 3  # 2 is what click ends with where the command itself is wrong
+CUT = 3  # click exits with 2 for usage errors
 files_argument = click.argument(
     "files",
     metavar="FILE...",
@@ -22,13 +22,13 @@ archived_option = click.option(
     "archived",
     multiple=True,
     metavar="SEAL",
-    help="Seal of the last line of a file that is archived elsewhere; files may go on from it.",
+    help="Seal of the last line of an archived file; the given files may continue it.",
 )
 
 
 @click.group()
 def audit() -> None:
-    """Check audit logs, and print the seals that should be kept elsewhere."""
+    """Verify audit logs, and print seals to keep elsewhere."""
 
 
 @audit.command("verify")
@@ -38,17 +38,17 @@ def audit() -> None:
     "heads",
     multiple=True,
     metavar="SEAL",
-    help="A seal that `scumble audit head` printed before; its line must still be there.",
+    help="A seal that `scumble audit head` printed before; its line must still exist.",
 )
 @archived_option
 @click.pass_context
 def verify_(
     ctx: click.Context, files: tuple[Path, ...], heads: tuple[str, ...], archived: tuple[str, ...]
 ) -> None:
-    """Check files of audit logs, rotated ones among them, in any order.
+    """Verify files of audit logs, including rotated ones, in any order.
 
-    Ends with 1 where something was edited, deleted or reordered, and with 3 where the only fault is
-    a last line without its end, which is what a crash leaves.
+    Exits with 1 if lines were edited, deleted or reordered, and with 3 if the only fault is an
+    incomplete last line, as after a crash.
     """
     parts, faults = _verified(files, heads, archived)
     for part in parts:
@@ -65,9 +65,9 @@ def verify_(
 @archived_option
 @click.pass_context
 def head_(ctx: click.Context, files: tuple[Path, ...], archived: tuple[str, ...]) -> None:
-    """Print the seal of each file's last line: keep it where the server cannot write.
+    """Print the seal of each file's last line; keep it where the server cannot write.
 
-    A file that is not whole prints none.
+    Damaged files have no seal.
     """
     parts, faults = _verified(files, (), archived)
     broken = {fault.file for fault in faults if fault.kind == "broken"}

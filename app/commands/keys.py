@@ -1,4 +1,4 @@
-"""`scumble keys`: make, list and revoke API keys. Servers read the file anew by themselves."""
+"""`scumble keys`: create, list and revoke API keys. Servers reload the file by themselves."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ file_option = click.option(
     "--file",
     "path",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File of keys.  [default: SCUMBLE_KEYS_FILE]",
+    help="File of API keys.  [default: SCUMBLE_KEYS_FILE]",
 )
 
 
 @click.group()
 def keys() -> None:
-    """Make, list and revoke API keys.
+    """Create, list and revoke API keys.
 
-    A server with SCUMBLE_KEYS_FILE answers only to the keys in that file. It reads a changed file
-    within a second or two, without a restart.
+    A server with SCUMBLE_KEYS_FILE accepts only the keys in that file. It reloads the file within
+    two seconds after a change.
     """
 
 
 @keys.command()
 @file_option
-@click.option("--client", required=True, help="Whose key; his keys share his budgets.")
+@click.option(
+    "--client", required=True, help="Name of the client; all keys of a client share its budgets."
+)
 @click.option("--defense", help="Name of the defense.  [default: the server's]")
 @click.option("--defense-params", default="{}", help="Its parameters, a JSON object.")
 @click.option(
@@ -44,23 +46,25 @@ def keys() -> None:
     type=click.Choice(["full", "top_k", "rounded", "label"]),
     default="full",
     show_default=True,
-    help="What of an answer the client sees.",
+    help="Form of the answers.",
 )
-@click.option("--k", type=int, help="Classes, with --output top_k.")
-@click.option("--decimals", type=int, help="Decimals, with --output rounded.")
-@click.option("--window-images", type=int, help="Images in a window.  [default: any number]")
-@click.option("--window-s", type=int, default=3600, show_default=True, help="Seconds of a window.")
-@click.option("--total-images", type=int, help="Images for good.  [default: any number]")
+@click.option("--k", type=int, help="Number of classes, with --output top_k.")
+@click.option("--decimals", type=int, help="Number of decimals, with --output rounded.")
+@click.option("--window-images", type=int, help="Images per window.  [default: unlimited]")
+@click.option(
+    "--window-s", type=int, default=3600, show_default=True, help="Length of the window in seconds."
+)
+@click.option("--total-images", type=int, help="Images in total.  [default: unlimited]")
 @click.option(
     "--on-store-failure",
     type=click.Choice(["closed", "open"]),
     default="closed",
     show_default=True,
-    help="Refuse or serve uncounted while the store of budgets is away.",
+    help="Refuse requests, or serve them uncounted, while the budget store is unavailable.",
 )
 @click.option("--route", "routes", multiple=True, help="Allowed path.  [default: all]")
 def add(path: Path | None, **options: Any) -> None:
-    """Make a key and print it, this once: the file keeps only its hash."""
+    """Create a key and print it once; the file contains only its hash."""
     key = new_key()
     try:
         record = _record(key, options)
@@ -68,14 +72,14 @@ def add(path: Path | None, **options: Any) -> None:
         add_key(_path(path), record)
     except (ConfigError, OSError) as exc:
         raise click.ClickException(str(exc)) from exc
-    click.echo(f"key {record.id} of {record.client}; it is not shown again:", err=True)
+    click.echo(f"key {record.id} of {record.client}; it will not be shown again:", err=True)
     click.echo(key)
 
 
 @keys.command("list")
 @file_option
 def list_(path: Path | None) -> None:
-    """Show all keys but not their hashes: one line each."""
+    """Show all keys without their hashes, one per line."""
     try:
         found = read_keys(_path(path)).keys
     except ConfigError as exc:
@@ -88,7 +92,7 @@ def list_(path: Path | None) -> None:
 @file_option
 @click.argument("key_id", metavar="ID")
 def revoke(path: Path | None, key_id: str) -> None:
-    """Take a key back; its user gets 403 from then on."""
+    """Revoke a key; its requests get 403 from then on."""
     try:
         key = revoke_key(_path(path), key_id, datetime.now(UTC))
     except (ConfigError, OSError) as exc:
@@ -126,10 +130,10 @@ def _record(key: str, options: dict[str, Any]) -> Key:
 
 
 def _try(key: Key) -> None:
-    """Build what the key names, as a server with these settings would.
+    """Build the defense of the key, as a server with these settings would.
 
     Raises:
-        ConfigError: the server would refuse the file.
+        ConfigError: a server would refuse the file.
     """
     if key.defense is None:
         return
@@ -147,7 +151,7 @@ def _path(path: Path | None) -> Path:
 
     path = path or load_settings().keys_file
     if path is None:
-        raise ConfigError("no file of keys: give --file or set SCUMBLE_KEYS_FILE")
+        raise ConfigError("no key file: use --file or set SCUMBLE_KEYS_FILE")
     return path
 
 
@@ -161,7 +165,7 @@ def _facts(key: Key) -> list[str]:
         "output": f"{output.form} {number}" if number else output.form,
         "window": _images(limits.window_images, f" in {limits.window_s} s"),
         "total": _images(limits.total_images),
-        "store away": key.on_store_failure,
+        "store failure": key.on_store_failure,
         "routes": " ".join(key.routes),
     }
     return [f"{name}: {text}" for name, text in facts.items() if text]

@@ -18,24 +18,24 @@ RELOAD_S = 600
 config_option = click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="TOML file of settings.",
+    help="TOML file with settings.",
 )
-admin_port_option = click.option("--admin-port", type=int, help="Of metrics and console.")
+admin_port_option = click.option("--admin-port", type=int, help="Port of metrics and console.")
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The settings that people set by hand; the others come from the environment or a file."""
+    """Add options for the most common settings; others come from the environment or a file."""
     decorators = [
         config_option,
-        click.option("--model", help="Bundle in the model folder."),
+        click.option("--model", help="Bundle to serve."),
         click.option("--model-dir", type=click.Path(path_type=Path), help="Folder of bundles."),
         click.option("--precision", type=click.Choice(["float32", "bf16", "int8"])),
         click.option("--engine", type=click.Choice(["auto", "openvino", "onnxruntime", "torch"])),
         click.option("--defense", help="Name of the defense."),
         click.option("--defense-params", help="Its parameters, a JSON object."),
-        click.option("--workers", help="Processes, or auto."),
+        click.option("--workers", help="Number of processes, or auto."),
         click.option("--host", help="Address of the public port."),
-        click.option("--port", type=int, help="The public port."),
+        click.option("--port", type=int, help="Public port."),
         admin_port_option,
     ]
     for decorate in reversed(decorators):
@@ -63,10 +63,10 @@ def serve(**arguments: Any) -> None:
 @config_option
 @admin_port_option
 def reload(**arguments: Any) -> None:
-    """Let the server of this machine serve its model's files as they are now.
+    """Reload the model of the server on this machine from its files.
 
-    Nothing is interrupted. If they cannot be served, the server goes on as before, and this exits
-    with 1.
+    No request is interrupted. If the files cannot be served, the server keeps the current model and
+    the command exits with 1.
     """
     import httpx2
 
@@ -74,7 +74,7 @@ def reload(**arguments: Any) -> None:
         settings = _settings(arguments)
         host = "127.0.0.1" if settings.admin_host in ("0.0.0.0", "::") else settings.admin_host  # noqa: S104  # compared, not bound
         url = f"http://[{host}]" if ":" in host else f"http://{host}"
-        # Never through a proxy that the environment names: that would ask a machine of its own.
+        # Without a proxy of the environment: it would forward the request to itself.
         answer = httpx2.post(
             f"{url}:{settings.admin_port}/reload", timeout=RELOAD_S, trust_env=False
         )
@@ -90,7 +90,7 @@ def reload(**arguments: Any) -> None:
 @click.command()
 @options
 def check(**arguments: Any) -> None:
-    """Print the resolved settings, secrets masked, and try whether they can be served."""
+    """Print the resolved settings with secrets masked, and check that they can be served."""
     from app.http.tls import open_certificate
     from app.inference import engines
     from app.inference.bundle import open_bundle
@@ -129,11 +129,11 @@ def check(**arguments: Any) -> None:
 
 
 def _refusal(status: int, body: bytes) -> str:
-    """What the admin port says, or that it is not one."""
+    """The message of the admin port, or that this is not an admin port."""
     try:
         return str(json.loads(body)["error"])
     except (ValueError, TypeError, KeyError):
-        return f"answer {status} is not from a Scumble server; is --admin-port that of one?"
+        return f"unexpected answer ({status}); is --admin-port the admin port of a Scumble server?"
 
 
 def _settings(arguments: dict[str, Any]) -> Settings:

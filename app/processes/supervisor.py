@@ -21,7 +21,7 @@ from pathlib import Path
 from prometheus_client.multiprocess import mark_process_dead
 
 from app.admin.application import AdminServer, create_admin
-from app.admin.console.helper import Helper
+from app.admin.console.preview_process import PreviewProcess
 from app.errors import ConfigError, Unavailable
 from app.http.connections import refusal
 from app.processes import worker
@@ -111,7 +111,7 @@ class Supervisor:
         self._reloads: set[asyncio.Task[object]] = set()
         self._next_reload: asyncio.Task[object] | None = None
         self._backoff = defaultdict[int, Backoff](lambda: Backoff(RESTART_S, RESTART_CAP_S))
-        self._helper = Helper(served) if settings.console else None
+        self._preview = PreviewProcess(served) if settings.console else None
         self._files = LastGoodFiles()
         self._admin = admin
         self._metrics_dir = metrics_dir
@@ -152,7 +152,7 @@ class Supervisor:
         on_hangup = self._stopping.set if os.isatty(2) else self._reload_soon
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
         server = AdminServer(
-            create_admin(self, self._metrics_dir, self._settings, self._incidents, self._helper),
+            create_admin(self, self._metrics_dir, self._settings, self._incidents, self._preview),
             self._settings,
             self._incidents,
         )
@@ -166,8 +166,8 @@ class Supervisor:
         for task in (watching, *self._reloads):
             task.cancel()
         await self._stop()
-        if self._helper is not None:
-            self._helper.close()
+        if self._preview is not None:
+            self._preview.close()
         server.should_exit = True
         await asyncio.wait({serving})
         return self._exit_code
@@ -210,8 +210,8 @@ class Supervisor:
         replaced = self._served.model_dir
         self._served, self._serving = served, new
         self._backoff.clear()
-        if self._helper is not None:
-            self._helper.use(served)
+        if self._preview is not None:
+            self._preview.use(served)
         for number in new:
             self._activate_or_start(number)
         for number in old:

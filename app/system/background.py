@@ -1,4 +1,4 @@
-"""Work that goes on in the background: what it raises is logged, none of it ends silently."""
+"""Background tasks whose exceptions are logged, throttled logging, and backoff."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ log = logging.getLogger("scumble")
 
 
 class Throttle:
-    """Lets one log line through in `every_s` seconds.
+    """Allows one log line per `every_s` seconds.
 
     Args:
-        clock: seconds.
-        every_s: between two lines.
+        clock: monotonic seconds.
+        every_s: minimum time between two lines.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Throttle:
         self._next = -float("inf")
 
     def __call__(self) -> bool:
-        """Whether it is time for another line, which is then taken to be written."""
+        """Return whether a line may be written now, and assume that it is."""
         now = self._clock()
         if now < self._next:
             return False
@@ -37,11 +37,11 @@ class Throttle:
 
 
 class Backoff:
-    """Delays between attempts: each twice the one before, up to a cap.
+    """Delays between attempts, doubled each time up to a maximum.
 
     Args:
         first_s: the first delay.
-        cap_s: no delay is longer.
+        cap_s: the longest delay.
     """
 
     def __init__(self, first_s: float, cap_s: float) -> None:
@@ -50,12 +50,12 @@ class Backoff:
         self._next_s = first_s
 
     def __call__(self) -> float:
-        """How long to wait before the next attempt."""
+        """Return the delay before the next attempt."""
         delay, self._next_s = self._next_s, min(2 * self._next_s, self._cap_s)
         return delay
 
     def reset(self) -> None:
-        """Begin with the first delay again."""
+        """Start again with the first delay."""
         self._next_s = self._first_s
 
 
@@ -69,35 +69,34 @@ async def repeat(
 ) -> NoReturn:
     """Call `turn` every `every_s` seconds until cancelled.
 
-    A turn that raises is logged, at most once in `LOG_EVERY_S`, and the next one comes all the
-    same.
+    An exception is logged, at most once per `LOG_EVERY_S`, and does not end the loop.
 
     Args:
-        what: names the work in the log.
-        turn: does it once.
-        every_s: pause before each turn.
-        clock: seconds.
+        what: name of the work in the log.
+        turn: does the work once.
+        every_s: pause before each call.
+        clock: monotonic seconds.
         sleep: pauses.
     """
-    due = Throttle(clock)
+    throttle = Throttle(clock)
     while True:
         await sleep(every_s)
         try:
             await turn()
         except Exception:
-            if due():
-                log.exception("%s failed, it is tried again", what)
+            if throttle():
+                log.exception("%s failed, retrying", what)
 
 
 def start(
     what: str, work: Coroutine[Any, Any, object], held: set[asyncio.Task[object]]
 ) -> asyncio.Task[object]:
-    """Begin `work` on the running loop; an exception that it raises is logged.
+    """Start `work` as a task on the running loop; log an exception that it raises.
 
     Args:
-        what: names the work in the log.
+        what: name of the work in the log.
         work: runs once.
-        held: has the task until it ends, since nobody else may hold it.
+        held: keeps a reference to the task until it ends, since the loop holds tasks weakly.
     """
 
     def ended(task: asyncio.Task[object]) -> None:

@@ -1,4 +1,4 @@
-"""How many cores this process may use: by its affinity, and by the quota of its control group."""
+"""Number of cores that this process may use, from its affinity and its control group's quota."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path, PurePosixPath
 
 @cache
 def available_cores() -> int:
-    """Cores for this process, at least one; asked once, as a quota may change meanwhile."""
+    """Cores for this process, at least one; cached, so that all callers get the same number."""
     affinity = len(os.sched_getaffinity(0))
     return min(affinity, quota_cores(Path("/")) or affinity)
 
 
 def quota_cores(root: Path) -> int | None:
-    """The processor time that the control groups allow, in cores, rounded up; None for no limit.
+    """Processor time that the control groups allow, in cores, rounded up; None for no limit.
 
     Args:
-        root: of the file system.
+        root: root of the file system.
     """
     limits = list(_limits(root))
     return max(1, math.ceil(min(limits))) if limits else None
 
 
 def _limits(root: Path) -> Iterator[float]:
-    """The limit of each group that this process is in, in cores."""
+    """Limits of the groups that this process is in, in cores."""
     mounted = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -41,8 +41,8 @@ def _limits(root: Path) -> Iterator[float]:
             read, hierarchies = _limit_v1, [mounted / "cpu", mounted / controllers]
         else:
             continue
-        # Groups above bound those below. In a container the path may be that of the host: then
-        # only the topmost folder is there, and it is the container's own group.
+        # Parent groups limit their children. In a container, the path may be the host's: then only
+        # the topmost folder exists, which is the container's own group.
         group = PurePosixPath(path.lstrip("/"))
         for hierarchy in hierarchies:
             for part in (group, *group.parents):

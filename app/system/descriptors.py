@@ -1,15 +1,15 @@
-"""File descriptors: each connection takes one, and the system allows a process only so many."""
+"""File descriptors: each connection needs one, and the system limits them per process."""
 
 from __future__ import annotations
 
 import resource
 
 RESERVED = 64  # for libraries, logs, databases and the pipes between processes
-MOST = 4096  # connections of a worker, unless the settings say more
+MOST = 4096  # default limit of connections per worker
 
 
 def raise_limit() -> int:
-    """Let this process, and those it starts, open as many files as it may; gives how many."""
+    """Raise the soft limit of open files to the hard limit, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -17,7 +17,7 @@ def raise_limit() -> int:
 
 
 def connections_within(descriptors: int) -> int:
-    """How many connections a process may have that may open so many files."""
+    """Number of connections for a process that may open this many files."""
     if descriptors == resource.RLIM_INFINITY:
         return MOST
     return min(MOST, max(descriptors - RESERVED, descriptors // 2))

@@ -1,4 +1,4 @@
-"""Memory that the C library keeps for later goes back to the system."""
+"""Returns memory that the C library keeps for later to the system."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 
 def trim_heap() -> None:
-    """For after what needs much memory once, such as to compile a model."""
+    """Call after a step that needs much memory once, such as compiling a model."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # glibc has it, musl does not
         libc.malloc_trim(0)

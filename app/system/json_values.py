@@ -1,7 +1,7 @@
-"""Values of JSON files and settings that every part of the service can hold and write again.
+"""JSON values that every part of the service can store and write again.
 
-Python reads integers of any length, `NaN` and any depth; the JSON that is written here has none of
-them, and whoever meets one late fails late.
+Python reads integers of any length, `NaN` and any depth, which orjson cannot write. They are
+refused where they are read, so that nothing fails later.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ DEPTH = 16
 
 
 def portable(value: Any, depth: int = DEPTH) -> Any:
-    """The value as given.
+    """Return the value unchanged.
 
     Raises:
         ValueError: a number that is not finite or an integer beyond 64 bits, text that is not
             Unicode, or lists and objects more than `depth` deep.
     """
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError("an integer does not fit into 64 bits")
+        raise ValueError("integer does not fit into 64 bits")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"a number is {value}; allowed: finite numbers")
+        raise ValueError(f"number is {value}; allowed: finite numbers")
     if isinstance(value, str):
         value.encode()
     if isinstance(value, dict | list):
@@ -36,4 +36,4 @@ def portable(value: Any, depth: int = DEPTH) -> Any:
 
 
 Parameters = Annotated[dict[str, Any], AfterValidator(portable)]
-"""Of a defense, as a JSON object."""
+"""Parameters of a defense, a JSON object."""

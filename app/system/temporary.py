@@ -1,8 +1,7 @@
-"""Folders for temporary files that are removed at the end, or else by the next who makes one.
+"""Temporary folders that are removed at the end, or by the next process that makes one.
 
-A process that is killed removes nothing. So its folder is locked while it lives, and a folder that
-nobody has locked is left over. The lock also keeps those away who clean `/tmp` of old files
-(systemd-tmpfiles).
+A killed process cannot remove its folder. Each folder is therefore locked while its process lives;
+an unlocked one is left over. The lock also protects it from systemd-tmpfiles, which cleans `/tmp`.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from pathlib import Path
 
 @contextmanager
 def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
-    """A new folder; those of the same prefix and user whose processes have ended are removed.
+    """Make a folder, and remove folders of the same prefix and user whose processes have ended.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be made.
     """
     parent = parent or Path(tempfile.gettempdir())
     for left in parent.glob(f"{prefix}*"):
@@ -46,11 +45,11 @@ def _make(prefix: str, parent: Path) -> tuple[Path, int]:
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(folder.stat(), os.fstat(lock)):
                     return folder, lock
-            os.close(lock)  # another process took it for one that is left over
+            os.close(lock)  # another process has removed it, before it was locked
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None if somebody else has it or the folder."""
+    """A descriptor that holds the folder's lock; None if another process or user has it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

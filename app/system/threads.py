@@ -1,7 +1,7 @@
-"""Calls that may block for ever, on a thread that nobody has to wait for.
+"""Runs calls that may block forever on daemon threads.
 
-The threads of `asyncio.to_thread` and of `concurrent.futures` are joined when the process ends: one
-that never returns would keep it from ending.
+The threads of `asyncio.to_thread` and `concurrent.futures` are joined at exit, so a call that never
+returns would keep the process from ending.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def run_in_daemon_thread(call: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-    """Call `call(*args)` on a daemon thread of its own; gives the future of what it returns."""
+    """Run `call(*args)` on its own daemon thread; return a future of its result."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -32,9 +32,9 @@ def run_in_daemon_thread(call: Callable[..., T], *args: Any) -> asyncio.Future[T
         result, error = None, None
         try:
             result = call(*args)
-        except BaseException as exc:  # noqa: BLE001  # whoever awaits the future gets it
+        except BaseException as exc:  # noqa: BLE001  # passed to the future
             error = exc
-        with contextlib.suppress(RuntimeError):  # the loop has ended
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=run, name=getattr(call, "__name__", None), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Times as logs, the audit log and the file of keys write them."""
+"""Timestamps in the format of the log, the audit log and the file of API keys."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 
 
 def timestamp(seconds: float, precision: str = "milliseconds") -> str:
-    """Seconds since 1970 as ISO 8601, UTC, with the offset.
+    """Format a time as ISO 8601 in UTC with the offset.
 
     Args:
-        seconds: since 1970.
+        seconds: since 1970-01-01 UTC.
         precision: `milliseconds` or `seconds`.
     """
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec=precision)

@@ -1,7 +1,7 @@
-"""URLs that may hold a password: refused where parsers differ, and shown without what is secret.
+"""URLs that may contain a password: ambiguous ones are refused, and secrets are not shown.
 
-A `?`, `#` or `/` in a password ends the host for one parser and not for another, so that a part of
-the password is taken for a host, a port or a path, and is printed. It has to be percent-encoded.
+A `?`, `#` or `/` in a password ends the host for some parsers and not for others. Part of the
+password would then be taken for a host, port or path, and be printed. It must be percent-encoded.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 from urllib.parse import SplitResult, urlsplit
 
 HIDDEN = "***"
-FILES = frozenset({"sqlite", "unix"})  # schemes with a path of this machine, which may have an @
+FILES = frozenset({"sqlite", "unix"})  # schemes with a local path, which may contain @
 RULE = (
-    "not a URL that every parser reads alike; allowed: SCHEME://[USER:PASSWORD@]HOST[:PORT]/PATH "
-    "with ?, #, / and @ of a password percent-encoded, as %3F, %23, %2F and %40"
+    "not an unambiguous URL; allowed: SCHEME://[USER:PASSWORD@]HOST[:PORT]/PATH "
+    "with ?, #, / and @ in the password percent-encoded as %3F, %23, %2F and %40"
 )
 
 
 def split(url: str) -> SplitResult:
-    """The parts of a URL.
+    """Parse a URL.
 
     Raises:
-        ValueError: it is none, or parsers could differ; the message has no part of it.
+        ValueError: not a URL, or ambiguous; the message contains no part of it.
     """
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError:  # its message quotes what was taken for a port
+    except ValueError:  # its message may quote a part of the password
         raise ValueError(RULE) from None
     start = f"{parts.scheme}://{parts.netloc}"
     local = parts.scheme in FILES and not parts.netloc
-    # Behind the host an @ would be the end of a password that began before it.
+    # An @ after the host would mean that the password began before it.
     if not parts.scheme or not url.lower().startswith(start.lower()):
         raise ValueError(RULE)
     if "@" in url[len(start) :] and not local:
@@ -38,7 +38,7 @@ def split(url: str) -> SplitResult:
 
 
 def redacted(url: str) -> str:
-    """`url` without a user's name and password, query and fragment; `HIDDEN` if it is none."""
+    """`url` without user name, password, query and fragment; `HIDDEN` if it is not a URL."""
     try:
         parts = split(url)
     except ValueError:

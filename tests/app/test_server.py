@@ -135,7 +135,7 @@ def test_workers_end_when_the_supervisor_is_killed(serve):
 
 
 STARTS_NOT = {
-    "misspelt variable": ({"defence": "dcp"}, "SCUMBLE_DEFENCE is no setting; did you mean"),
+    "misspelt variable": ({"defence": "dcp"}, "unknown setting SCUMBLE_DEFENCE; did you mean"),
     "unknown defense": ({"defense": "magic"}, "unknown defense 'magic'"),
     "unknown model": ({"model": "huge"}, "no model 'huge'"),
     "wrong precision": ({"precision": "int4"}, "SCUMBLE_PRECISION is 'int4'"),

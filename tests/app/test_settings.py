@@ -36,7 +36,7 @@ def test_arguments_win_over_environment_over_file(monkeypatch, tmp_path):
 )
 def test_unknown_variable_stops_the_start(monkeypatch, name, close):
     monkeypatch.setenv(name, "dcp")
-    with pytest.raises(ConfigError, match=f"{name} is no setting; did you mean {close}"):
+    with pytest.raises(ConfigError, match=f"unknown setting {name}; did you mean {close}"):
         load_settings()
 
 

@@ -1,4 +1,4 @@
-"""What is served, for a person: model card, policy, settings, and the defenses the page offers."""
+"""What is served: model card, policy, settings, and the defenses that the page offers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ACTIVE = "active"
 
 @dataclass(frozen=True)
 class Knob:
-    """A defense that the page offers, and the one parameter it moves.
+    """A defense that the page offers, with a slider for one parameter.
 
     Attributes:
         says: one sentence for the operator.
-        parameter: what the slider moves; None for a defense without one.
-        low: where the slider begins.
-        high: where it ends; None: at the number of classes.
+        parameter: set by the slider; None for a defense without parameters.
+        low: lower end of the slider.
+        high: upper end; None for the number of classes.
         step: of the slider.
-        start: where it stands unless this is the active policy.
+        start: initial value, unless this is the active policy.
     """
 
     says: str
@@ -36,27 +36,27 @@ class Knob:
     start: float = 0
 
 
-# Not a defense of one's own (`FILE.py:Class`): a console must not load files by name.
+# Custom defenses (`FILE.py:Class`) are not offered: the console must not load files by name.
 KNOBS = {
-    "dcp": Knob("Moves rows less confident than beta; from 1 on all rows.", "beta", 0, 3, start=1),
+    "dcp": Knob("Moves rows less confident than beta; from 1 on, all rows.", "beta", 0, 3, start=1),
     "reverse_sigmoid": Knob("Moves every row, whatever its confidence.", "beta", 0, 3, start=0.6),
     "random": Knob("Moves epsilon/2 of the mass to a wrong class.", "epsilon", 0, 2, start=0.5),
-    "round": Knob("Keeps so many decimals.", "decimals", 1, 8, step=1, start=2),
+    "round": Knob("Rounds to this number of decimals.", "decimals", 1, 8, step=1, start=2),
     "top_k": Knob("Keeps the k largest probabilities.", "k", 1, None, step=1, start=3),
-    "label": Knob("Sends the label only, as probability 1."),
-    "none": Knob("Sends the clean probabilities."),
+    "label": Knob("Returns the label only, with probability 1."),
+    "none": Knob("Returns the clean probabilities."),
 }
 
 
 def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
-    """Everything on the page that does not change before the next reload.
+    """Everything on the page that stays the same until the next reload.
 
     Args:
         settings: of the service.
-        model_dir: where the bundle is that is served.
+        model_dir: folder of the served bundle.
 
     Raises:
-        ConfigError: the bundle or the engine is gone.
+        ConfigError: the bundle or the engine cannot be found.
     """
     card = open_bundle(model_dir, settings.model).card
     return {
@@ -84,7 +84,7 @@ def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
 
 
 def offered(settings: Settings, card: Card) -> list[dict[str, Any]]:
-    """The defenses of the page's list, the active one's slider where the service has it."""
+    """The defenses of the page's list; the slider of the active one starts at its value."""
     rows = []
     for name, knob in KNOBS.items():
         high = len(card.labels) if knob.high is None else knob.high
@@ -94,16 +94,16 @@ def offered(settings: Settings, card: Card) -> list[dict[str, Any]]:
         span = {"high": max(high, start), "start": start}
         rows.append({**asdict(knob), **span, "name": name, "params": params})
     if settings.defense not in KNOBS:
-        fixed = Knob("What is served; its parameters cannot be moved here.")
+        fixed = Knob("The served defense; its parameters cannot be changed here.")
         rows.insert(0, {**asdict(fixed), "name": ACTIVE, "params": {}})
     return rows
 
 
 def policy(settings: Settings, name: str, params: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The defense and parameters that a name of the page's list stands for.
+    """The defense and parameters for a name of the page's list.
 
     Raises:
-        Unprocessable: a name that the page does not offer.
+        Unprocessable: the page does not offer this name.
     """
     if name == ACTIVE:
         return settings.defense, settings.defense_params

@@ -1,10 +1,10 @@
-"""Who may ask the console: nobody who comes under a foreign name, no page of another origin.
+"""Refuses requests to the console that other sites may have caused.
 
-A page anywhere can make a browser send requests to 127.0.0.1. It can read the answers only if its
-own name resolves to that address too (DNS rebinding), and then the `Host` header is that name. It
-can send a POST without reading the answer, but neither with our `Origin` nor with a header of ours.
+Any web page can make a browser send requests to 127.0.0.1. It can read the answers only if its own
+name also resolves to that address (DNS rebinding); the `Host` header then has that name. It can
+send a POST without reading the answer, but not with our `Origin` or our custom header.
 
-`/metrics`, `/livez` and `/readyz` are not guarded: machines ask them under whatever name they have.
+`/metrics`, `/livez` and `/readyz` are not guarded: monitoring uses any host name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECURITY = {
 
 
 class Guard:
-    """Refuses foreign callers of the console, and puts security headers on what it answers."""
+    """Refuses foreign requests to the console, and adds security headers to its answers."""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
         self._app = app
@@ -82,13 +82,13 @@ def check(method: str, headers: Headers, hosts: frozenset[str]) -> None:
         return
     origin = headers.get("origin")
     if origin is not None and _netloc(origin) != host.lower():
-        raise Forbidden(f"Origin is {origin[:80]!r}; allowed: the console's own, or none")
+        raise Forbidden(f"Origin is {origin[:80]!r}; allowed: the console's own or none")
     if MARK not in headers:
-        raise Forbidden(f"the header {MARK} is missing; it says that no foreign page asks")
+        raise Forbidden(f"header {MARK} is missing; the console sends it, other pages cannot")
 
 
 def hostname(host: str) -> str:
-    """The lower-case name in a `Host` header, without port; empty where it is malformed."""
+    """The lower-case name in a `Host` header without port; empty if the header is malformed."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:

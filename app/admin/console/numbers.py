@@ -1,4 +1,4 @@
-"""The workers' metrics as one small document: totals since the start, which the page subtracts."""
+"""The workers' metrics as one small document: totals since the start; the page computes rates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = ("2xx", "3xx", "4xx", "5xx")
 
 
 def by_client(families: Iterable[Metric]) -> list[dict[str, Any]]:
-    """What each client with a key has got, the one with most images first.
+    """What each client with a key has received, the one with the most images first.
 
     Args:
         families: all metrics of the admin port.
@@ -43,7 +43,7 @@ def by_client(families: Iterable[Metric]) -> list[dict[str, Any]]:
 
 
 def numbers(families: Iterable[Metric], connections: dict[int, int], pids: dict[int, int]) -> Any:
-    """What the page draws.
+    """The document for the page.
 
     Args:
         families: all metrics of the admin port.

@@ -1,7 +1,7 @@
-"""The preview process: loads the bundle once, then shows what a defense does to pictures.
+"""The preview process: loads the bundle once and shows what a defense does to images.
 
-It computes with the defenses themselves, behind the engine and precision that are served. It gives
-way to the workers when processors are short, and is the first that the kernel ends when memory is.
+It uses the engine, precision and defenses of the service. It runs at low priority, and the kernel
+ends it first when memory runs out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
-from app.admin.console.question import Question
+from app.admin.console.preview_request import PreviewRequest
 from app.errors import ConfigError, Internal, RequestError, Unavailable, Unprocessable
 from app.inference import engines
 from app.inference.auxiliary import Auxiliaries
@@ -33,13 +33,13 @@ from app.settings import Settings
 from app.telemetry import logs
 from scumble import defenses
 
-REMEMBERED = 64  # pictures, for what honest users lose
+REMEMBERED = 64  # pictures, to show what honest users lose
 NICENESS = 10
 log = logging.getLogger("scumble.console")
 
 
 class Previewer:
-    """A loaded model, its golden inputs, and the pictures shown so far, with their clean rows."""
+    """A loaded model, its golden inputs, and the recent pictures with their clean rows."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -55,22 +55,22 @@ class Previewer:
         self._golden = (golden, self._clean(golden))
         self._pictures: OrderedDict[bytes, tuple[Pixels, Probs]] = OrderedDict()
 
-    def __call__(self, question: Question, image: bytes) -> dict[str, Any]:
-        """Clean and defended row of one picture, and what the defense does to all of them.
+    def __call__(self, request: PreviewRequest, image: bytes) -> dict[str, Any]:
+        """Return clean and defended row of one picture, and what the defense does to all.
 
         Raises:
             RequestError: the image or the defense is refused.
         """
-        defense = self._defense(question)
+        defense = self._defense(request)
         pixels, clean = self._golden
-        if question.golden is None:
+        if request.golden is None:
             self._remember(image)
             rows = list(self._pictures.values())
             pixels = np.concatenate([pixels, *(row[0] for row in rows)])
             clean = np.concatenate([clean, *(row[1] for row in rows)])
             shown = len(clean) - 1
         else:
-            shown = question.golden - 1
+            shown = request.golden - 1
         defended = defense(clean, pixels)
         l1 = np.abs(defended - clean).sum(1)
         changed = defended.argmax(1) != clean.argmax(1)
@@ -90,11 +90,11 @@ class Previewer:
             },
         }
 
-    def _defense(self, question: Question) -> defenses.Defense:
+    def _defense(self, request: PreviewRequest) -> defenses.Defense:
         try:
             return defenses.configure(
-                question.defense,
-                self._bundle.card.defense_params(question.defense, question.params),
+                request.defense,
+                self._bundle.card.defense_params(request.defense, request.params),
                 bundle=self._auxiliaries,
                 secret=self._settings.secret.get_secret_value().encode(),
             )
@@ -102,7 +102,7 @@ class Previewer:
             raise Unprocessable(str(exc)) from exc
 
     def _remember(self, image: bytes) -> None:
-        """Put the picture last, decoded and answered; a known one costs nothing."""
+        """Put the picture last; decode and classify it if it is new."""
         key = hashlib.blake2b(image, digest_size=16).digest()
         if key not in self._pictures:
             card = self._bundle.card
@@ -121,22 +121,22 @@ class Previewer:
         return {"label": self._bundle.card.labels[best], "index": best, "probabilities": row}
 
 
-def answer(previewer: Previewer, question: bytes, image: bytes) -> tuple[int, bytes]:
-    """Status and JSON body for a question as it comes over the pipe."""
+def answer(previewer: Previewer, request: bytes, image: bytes) -> tuple[int, bytes]:
+    """Return status and JSON body for a request from the pipe."""
     try:
-        shown = previewer(Question(**orjson.loads(question)), image)
+        shown = previewer(PreviewRequest(**orjson.loads(request)), image)
         return 200, orjson.dumps(shown, option=orjson.OPT_SERIALIZE_NUMPY)
     except RequestError as error:
         return error.status, error.body()
-    except Exception:  # the process lives on: the next question may be a better one
-        log.exception("a preview failed")
-        ours = Internal("the preview failed; the log says why")
+    except Exception:  # of any kind: the next request may succeed
+        log.exception("preview failed")
+        ours = Internal("preview failed; see the log")
         return ours.status, ours.body()
 
 
 def run(settings: Settings, pipe: Connection) -> None:
-    """Entry point of the process: question and image in, status and body out, to the pipe's end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the supervisor's
+    """Entry point of the process: read request and image, write status and body, until the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
     os.nice(NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -144,19 +144,19 @@ def run(settings: Settings, pipe: Connection) -> None:
     previewer: Previewer | None = None
     with contextlib.suppress(EOFError, OSError):
         while True:
-            question, image = pipe.recv_bytes(), pipe.recv_bytes()
+            request, image = pipe.recv_bytes(), pipe.recv_bytes()
             try:
                 previewer = previewer or Previewer(settings)
-                status, body = answer(previewer, question, image)
+                status, body = answer(previewer, request, image)
             except ConfigError as exc:
-                error = Unavailable(f"the model cannot be loaded: {exc}")
+                error = Unavailable(f"model cannot be loaded: {exc}")
                 status, body = error.status, error.body()
             pipe.send_bytes(str(status).encode())
             pipe.send_bytes(body)
 
 
 def _png(pixels: Pixels) -> str:
-    """A picture as the network sees it, for `src` of an image."""
+    """A picture as the network sees it, as a data URL."""
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

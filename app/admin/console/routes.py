@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -14,9 +14,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app.admin.console.facts import about, policy
-from app.admin.console.helper import WAITING, Helper
 from app.admin.console.numbers import by_client, numbers
-from app.admin.console.question import Question
+from app.admin.console.preview_process import WAITING, PreviewProcess
+from app.admin.console.preview_request import PreviewRequest
+from app.admin.workers import Workers
 from app.errors import MEDIA_TYPE, ConfigError, NotFound, Unavailable, Unprocessable
 from app.http.bodies import read_images, small_number
 from app.http.responses import json_response
@@ -25,9 +26,6 @@ from app.inference.deadline import NO_DEADLINE
 from app.inference.executor import BoundedExecutor
 from app.settings import Settings
 
-if TYPE_CHECKING:
-    from app.admin.application import Workers
-
 STATIC = Path(__file__).parent / "static"
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -35,15 +33,13 @@ TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-KEYS_OFF = (
-    "API keys are off: the service does not tell clients apart, so there is nothing to count."
-)
+KEYS_OFF = "API keys are off: the service cannot tell clients apart, so it does not count them."
 
 
 def console_routes(
-    settings: Settings, workers: Workers, registry: CollectorRegistry, helper: Helper
+    settings: Settings, workers: Workers, registry: CollectorRegistry, previews: PreviewProcess
 ) -> list[Route]:
-    """The page, its files, and the documents it asks for."""
+    """Routes of the page, its static files and its JSON documents."""
     files = {path.name: (path.read_bytes(), TYPES[path.suffix]) for path in STATIC.iterdir()}
 
     executor = BoundedExecutor(WAITING, WAITING * settings.limits.max_body_bytes)
@@ -61,7 +57,7 @@ def console_routes(
 
     def file(name: str) -> Response:
         if name not in files:
-            raise NotFound(f"the console has no file {name[:64]!r}")
+            raise NotFound(f"no such file: {name[:64]!r}")
         content, kind = files[name]
         return Response(content, media_type=kind)
 
@@ -69,7 +65,7 @@ def console_routes(
         del request
         try:
             return facts(workers.model_dir())
-        except ConfigError as exc:  # somebody removed the copy that is served
+        except ConfigError as exc:  # the served copy was removed
             raise Unavailable(str(exc)) from exc
 
     async def metrics(request: Request) -> Response:
@@ -83,9 +79,9 @@ def console_routes(
         return json_response({"clients": by_client(registry.collect()), "note": note})
 
     async def preview(request: Request) -> Response:
-        question = _question(request, settings)
+        wanted = _preview_request(request, settings)
         image = b""
-        if question.golden is None:
+        if wanted.golden is None:
             limits = settings.limits
             images = await read_images(
                 dict(request.scope["headers"]),
@@ -96,7 +92,7 @@ def console_routes(
                 deadline=NO_DEADLINE,
             )
             image = images[0]
-        status, body = await helper(question, image)
+        status, body = await previews(wanted, image)
         return Response(
             body, status, media_type="application/json" if status == 200 else MEDIA_TYPE
         )
@@ -114,22 +110,22 @@ def console_routes(
     ]
 
 
-def _question(request: Request, settings: Settings) -> Question:
+def _preview_request(request: Request, settings: Settings) -> PreviewRequest:
     query = request.query_params
     name, params = policy(settings, query.get("defense", ""), _object(query.get("params", "{}")))
     if "golden" not in query:
-        return Question(name, params)
+        return PreviewRequest(name, params)
     golden = small_number(query["golden"])
     if golden is None or not 1 <= golden <= GOLDEN_COUNT:
         raise Unprocessable(f"golden is {query['golden'][:20]!r}; allowed: 1 to {GOLDEN_COUNT}")
-    return Question(name, params, golden)
+    return PreviewRequest(name, params, golden)
 
 
 def _object(text: str) -> dict[str, Any]:
     try:
         found = orjson.loads(text)
     except orjson.JSONDecodeError as exc:
-        raise Unprocessable(f"params is no JSON: {exc}") from exc
+        raise Unprocessable(f"params is not valid JSON: {exc}") from exc
     if not isinstance(found, dict):
         raise Unprocessable("params must be a JSON object")
     return found

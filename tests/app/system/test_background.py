@@ -35,7 +35,7 @@ async def test_no_exception_ends_what_repeats_and_the_log_says_it_from_time_to_t
     with pytest.raises(asyncio.CancelledError):
         await repeat("the work", turn, 1.0, clock=lambda: now[0], sleep=sleep)
     assert len(turns) == 25
-    assert caplog.text.count("the work failed, it is tried again") == 3
+    assert caplog.text.count("the work failed, retrying") == 3
     assert type(failure).__name__ in caplog.text
 
 

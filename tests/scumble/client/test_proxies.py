@@ -136,7 +136,7 @@ def test_an_admin_port_that_is_something_else_is_a_sentence(make_server):
     other = make_server(status=502)
     result = run(reload, "--admin-port", str(other.server_port))
     assert result.exit_code == 1
-    assert "answer 502 is not from a Scumble server" in result.output
+    assert "unexpected answer (502)" in result.output
 
 
 def test_other_hosts_are_asked_through_a_proxy(make_server, monkeypatch):

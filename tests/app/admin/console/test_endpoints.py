@@ -277,9 +277,9 @@ def test_the_preview_process_ends_with_the_service(serve):
     server = serve(workers=1)
     before = set(children(server.process.pid))
     assert preview(server, **NONE).status_code == 200
-    (helper,) = set(children(server.process.pid)) - before
+    (process,) = set(children(server.process.pid)) - before
     assert server.stop() == 0
-    assert not Path(f"/proc/{helper}").exists()
+    assert not Path(f"/proc/{process}").exists()
 
 
 def test_a_policy_that_has_no_slider_is_offered_as_it_is(serve):

@@ -1,4 +1,4 @@
-"""What the page asks the preview process."""
+"""A request to the preview process."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Question:
+class PreviewRequest:
     """One preview.
 
     Attributes:
         defense: a name that `scumble.defenses.configure` knows.
         params: its parameters.
-        golden: which of the bundle's golden inputs, from 1; None: an image follows.
+        golden: number of a golden input of the bundle, from 1; None if an image follows.
     """
 
     defense: str

@@ -1,8 +1,7 @@
-"""The preview process as the supervisor sees it: started when first asked, ended when idle.
+"""The preview process as the supervisor sees it: started on first use, ended when idle.
 
-The supervisor runs no model, and a worker must not be kept from its requests. So previews have a
-process of their own. What comes back over the pipe is bytes, never pickled objects, as that process
-has read images from who knows where.
+The supervisor runs no model, and workers shall not be slowed down, so previews have their own
+process. It answers with bytes, never pickled objects, because it decodes images from anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from multiprocessing.process import BaseProcess
 
 import orjson
 
-from app.admin.console.question import Question
+from app.admin.console.preview_request import PreviewRequest
 from app.errors import Unavailable
 from app.settings import Settings
 
@@ -27,13 +26,13 @@ END_S = 1.0  # for a process that was killed, or has closed its pipe, to end
 log = logging.getLogger("scumble.console")
 
 
-class Helper:
-    """Asks the preview process, one question at a time.
+class PreviewProcess:
+    """Asks the preview process, one request at a time.
 
     Args:
         settings: of the service.
-        idle_s: without a question for so long, the process ends and its memory is given back.
-        answer_s: a process that takes longer is killed.
+        idle_s: the process ends after this time without a request.
+        answer_s: a process that takes longer to answer is killed.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class Helper:
         self._settings = settings
         self._idle_s = idle_s
         self._answer_s = answer_s
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._waiting = 0
         self._process: BaseProcess | None = None
         self._loaded: Settings | None = None  # by that process
@@ -51,63 +50,63 @@ class Helper:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, None while there is none."""
+        """Process id, None while there is no process."""
         return None if self._process is None else self._process.pid
 
     def use(self, settings: Settings) -> None:
-        """Answer the next question with these: the process that has loaded others is ended."""
+        """Use these settings from the next request on; a process with other settings is ended."""
         self._settings = settings
 
-    async def __call__(self, question: Question, image: bytes) -> tuple[int, bytes]:
-        """Status and JSON body.
+    async def __call__(self, request: PreviewRequest, image: bytes) -> tuple[int, bytes]:
+        """Return status and JSON body.
 
         Raises:
-            Unavailable: too many are waiting, or the process ended or was too slow.
+            Unavailable: too many requests are waiting, or the process ended or was too slow.
         """
         if self._waiting >= WAITING:
-            raise Unavailable(f"{self._waiting} previews are waiting already")
+            raise Unavailable(f"too many previews: {self._waiting} are waiting")
         self._waiting += 1
         try:
-            async with self._turn:
-                return await self._ask(orjson.dumps(asdict(question)), image)
+            async with self._lock:
+                return await self._ask(orjson.dumps(asdict(request)), image)
         finally:
             self._waiting -= 1
 
     def close(self) -> None:
-        """End the process, if there is one. It holds nothing to save, so it is not asked."""
+        """Kill the process, if there is one; it has no state to save."""
         if self._timer is not None:
             self._timer.cancel()
         if self._process is not None:
             self._process.kill()
-            self._gone(self._process)
+            self._ended(self._process)
 
-    async def _ask(self, question: bytes, image: bytes) -> tuple[int, bytes]:
+    async def _ask(self, request: bytes, image: bytes) -> tuple[int, bytes]:
         if self._timer is not None:
             self._timer.cancel()
         process, pipe = self._running()
-        exchange = asyncio.ensure_future(asyncio.to_thread(_exchange, pipe, question, image))
+        exchange = asyncio.ensure_future(asyncio.to_thread(_exchange, pipe, request, image))
         try:
             done, _ = await asyncio.wait({exchange}, timeout=self._answer_s)
         except asyncio.CancelledError:
-            process.kill()  # or its thread would wait on, and the supervisor for the thread
+            process.kill()  # otherwise its thread would keep waiting, and the supervisor for it
             raise
         if not done:
-            log.error("the preview process does not answer, killing it")
+            log.error("preview process does not respond, killing it")
             process.kill()
         try:
             return await exchange
         except (EOFError, OSError, ValueError) as exc:
             process.kill()
-            self._gone(process)
+            self._ended(process)
             raise Unavailable("the preview process ended; the next preview starts another") from exc
         finally:
             self._timer = asyncio.get_running_loop().call_later(self._idle_s, self.close)
 
     def _running(self) -> tuple[BaseProcess, Connection]:
-        """The process and our end of its pipe; a new one where there is none."""
+        """The process and our end of its pipe; started if necessary."""
         if self._process is not None and self._loaded is not self._settings:
             self._process.kill()
-            self._gone(self._process)
+            self._ended(self._process)
         if self._process is None or self._pipe is None:
             context = get_context("spawn")
             self._pipe, theirs = context.Pipe()
@@ -117,11 +116,11 @@ class Helper:
             process.start()
             theirs.close()
             self._process, self._loaded = process, self._settings
-            asyncio.get_running_loop().add_reader(process.sentinel, self._gone, process)
+            asyncio.get_running_loop().add_reader(process.sentinel, self._ended, process)
         return self._process, self._pipe
 
-    def _gone(self, process: BaseProcess) -> None:
-        """The process has ended; whoever still reads from its pipe meets the end of it."""
+    def _ended(self, process: BaseProcess) -> None:
+        """Clean up after a process that has ended; a read from its pipe then fails."""
         asyncio.get_running_loop().remove_reader(process.sentinel)
         process.join(END_S)
         if process is self._process:
@@ -129,14 +128,12 @@ class Helper:
 
 
 def _run(settings: Settings, pipe: Connection) -> None:
-    from app.admin.console import (
-        preview,  # here: the supervisor, which names this function, stays small
-    )
+    from app.admin.console import preview  # here, so that the supervisor does not load it
 
     preview.run(settings, pipe)
 
 
-def _exchange(pipe: Connection, question: bytes, image: bytes) -> tuple[int, bytes]:
-    pipe.send_bytes(question)
+def _exchange(pipe: Connection, request: bytes, image: bytes) -> tuple[int, bytes]:
+    pipe.send_bytes(request)
     pipe.send_bytes(image)
     return int(pipe.recv_bytes()), pipe.recv_bytes()

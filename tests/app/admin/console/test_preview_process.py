@@ -9,13 +9,13 @@ from pathlib import Path
 import orjson
 import pytest
 
-from app.admin.console.helper import WAITING, Helper
-from app.admin.console.preview import REMEMBERED, Previewer, Question
+from app.admin.console.preview import REMEMBERED, Previewer, PreviewRequest
+from app.admin.console.preview_process import WAITING, PreviewProcess
 from app.errors import Unavailable, Unprocessable
 from app.settings import Settings
 from tests.pictures import PNG, encoded, picture
 
-GOLDEN = Question("none", {}, 1)
+GOLDEN = PreviewRequest("none", {}, 1)
 
 
 @pytest.fixture
@@ -25,11 +25,11 @@ def settings(models) -> Settings:
 
 def with_helper(settings, body, **options):
     async def run():
-        helper = Helper(settings, **options)
+        process = PreviewProcess(settings, **options)
         try:
-            return await body(helper)
+            return await body(process)
         finally:
-            helper.close()
+            process.close()
 
     return asyncio.run(run())
 
@@ -51,71 +51,71 @@ async def until(condition, seconds=10.0):
 
 
 def test_it_starts_when_asked_stays_and_ends_when_idle(settings):
-    async def body(helper):
-        assert helper.pid is None
-        status, answer = await helper(GOLDEN, b"")
+    async def body(process):
+        assert process.pid is None
+        status, answer = await process(GOLDEN, b"")
         assert status == 200
         assert orjson.loads(answer)["l1"] == 0
-        first = helper.pid
-        await helper(Question("dcp", {"beta": 1.0}), PNG)
-        assert helper.pid == first
-        await until(lambda: helper.pid is None)
+        first = process.pid
+        await process(PreviewRequest("dcp", {"beta": 1.0}), PNG)
+        assert process.pid == first
+        await until(lambda: process.pid is None)
         assert gone(first)
-        status, _ = await helper(GOLDEN, b"")
+        status, _ = await process(GOLDEN, b"")
         assert status == 200
-        return helper.pid
+        return process.pid
 
     assert gone(with_helper(settings, body, idle_s=0.5))
 
 
 def test_it_gives_way_to_the_workers(settings):
-    async def body(helper):
-        await helper(GOLDEN, b"")
-        assert os.getpriority(os.PRIO_PROCESS, helper.pid) > os.getpriority(os.PRIO_PROCESS, 0)
-        assert first_to_end(helper.pid)
+    async def body(process):
+        await process(GOLDEN, b"")
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) > os.getpriority(os.PRIO_PROCESS, 0)
+        assert first_to_end(process.pid)
 
     with_helper(settings, body)
 
 
 def test_a_killed_one_is_replaced(settings):
-    async def body(helper):
-        await helper(GOLDEN, b"")
-        pid = helper.pid
+    async def body(process):
+        await process(GOLDEN, b"")
+        pid = process.pid
         os.kill(pid, signal.SIGKILL)
-        await until(lambda: helper.pid is None)
-        status, _ = await helper(GOLDEN, b"")
+        await until(lambda: process.pid is None)
+        status, _ = await process(GOLDEN, b"")
         assert status == 200
-        assert helper.pid != pid
+        assert process.pid != pid
 
     with_helper(settings, body)
 
 
 def test_one_that_hangs_is_killed_and_replaced(settings):
-    async def body(helper):
-        await helper(GOLDEN, b"")
-        pid = helper.pid
+    async def body(process):
+        await process(GOLDEN, b"")
+        pid = process.pid
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(Unavailable, match="ended"):
-            await helper(Question("none"), bytes(2**20))  # more than the pipe holds
+            await process(PreviewRequest("none"), bytes(2**20))  # more than the pipe holds
         assert gone(pid)
-        status, _ = await helper(GOLDEN, b"")
+        status, _ = await process(GOLDEN, b"")
         assert status == 200
 
     with_helper(settings, body, answer_s=5)
 
 
 def test_even_a_stopped_one_is_ended(settings):
-    async def body(helper):
-        await helper(GOLDEN, b"")
-        os.kill(helper.pid, signal.SIGSTOP)
-        return helper.pid
+    async def body(process):
+        await process(GOLDEN, b"")
+        os.kill(process.pid, signal.SIGSTOP)
+        return process.pid
 
     assert gone(with_helper(settings, body))
 
 
 def test_few_may_wait(settings):
-    async def body(helper):
-        asked = [helper(GOLDEN, b"") for _ in range(WAITING + 3)]
+    async def body(process):
+        asked = [process(GOLDEN, b"") for _ in range(WAITING + 3)]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     found = with_helper(settings, body)
@@ -126,17 +126,17 @@ def test_few_may_wait(settings):
 def test_after_a_reload_another_process_answers(settings, own_models):
     version_2 = settings.model_copy(update={"model_dir": own_models})
 
-    async def body(helper):
-        await helper(GOLDEN, b"")
-        first = helper.pid
-        helper.use(settings)
-        await helper(GOLDEN, b"")
-        assert helper.pid == first
+    async def body(process):
+        await process(GOLDEN, b"")
+        first = process.pid
+        process.use(settings)
+        await process(GOLDEN, b"")
+        assert process.pid == first
         shutil.rmtree(own_models / "tiny")
-        helper.use(version_2)
-        status, _ = await helper(GOLDEN, b"")
+        process.use(version_2)
+        status, _ = await process(GOLDEN, b"")
         assert status == 503  # it asked the new folder
-        assert helper.pid != first
+        assert process.pid != first
         await until(lambda: gone(first))
 
     with_helper(settings, body)
@@ -146,8 +146,8 @@ def test_a_bundle_that_has_gone_is_named(own_models):
     settings = Settings(model_dir=own_models, model="tiny")
     (own_models / "tiny" / "float32.onnx").unlink()
 
-    async def body(helper):
-        return await helper(GOLDEN, b"")
+    async def body(process):
+        return await process(GOLDEN, b"")
 
     status, answer = with_helper(settings, body)
     assert status == 503
@@ -156,7 +156,7 @@ def test_a_bundle_that_has_gone_is_named(own_models):
 
 def test_the_rows_are_those_of_the_service(settings, make_client):
     params = {"beta": 1.2}
-    shown = Previewer(settings)(Question("dcp", params), PNG)
+    shown = Previewer(settings)(PreviewRequest("dcp", params), PNG)
     answers = {}
     for name, given in (("none", {}), ("dcp", params)):
         client = make_client(defense=name, defense_params=given)
@@ -172,7 +172,7 @@ def test_the_rows_are_those_of_the_service(settings, make_client):
 def test_a_random_defense_draws_as_the_service_does(models, make_client):
     drawn = {"defense": "random", "defense_params": {"epsilon": 1.0}, "secret": "0123456789abcdef"}
     settings = Settings(model_dir=models, model="tiny", **drawn)
-    shown = Previewer(settings)(Question("random", {"epsilon": 1.0}), PNG)
+    shown = Previewer(settings)(PreviewRequest("random", {"epsilon": 1.0}), PNG)
     sent = make_client(**drawn).post(
         "/v1/predict", content=PNG, headers={"Content-Type": "image/png"}
     )
@@ -182,8 +182,8 @@ def test_a_random_defense_draws_as_the_service_does(models, make_client):
 
 def test_pictures_count_once_and_the_oldest_is_forgotten(settings):
     previewer = Previewer(settings)
-    ask = Question("label", {})
-    assert previewer(Question("label", {}, 2), b"")["honest"]["pictures"] == 0
+    ask = PreviewRequest("label", {})
+    assert previewer(PreviewRequest("label", {}, 2), b"")["honest"]["pictures"] == 0
     for _ in range(3):
         assert previewer(ask, PNG)["honest"]["pictures"] == 1
     for seed in range(REMEMBERED + 5):
@@ -196,5 +196,5 @@ def test_pictures_count_once_and_the_oldest_is_forgotten(settings):
 def test_a_refused_picture_is_not_remembered(settings):
     previewer = Previewer(settings)
     with pytest.raises(Unprocessable):
-        previewer(Question("none"), b"no picture")
+        previewer(PreviewRequest("none"), b"no picture")
     assert previewer(GOLDEN, b"")["honest"]["pictures"] == 0
