@@ -28,10 +28,10 @@ from app.access.stores import StateStore, StoreError
 from app.context import request_context
 from app.endpoint import Endpoint
 from app.errors import OverBudget, Unauthorized, Unavailable
+from app.system.background import Throttle
 from app.system.file_watcher import WatchedFile
 from app.telemetry.clients import Clients
 
-SAY_S = 10.0  # how often the log says that the store is away
 OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 log = logging.getLogger("scumble")
 
@@ -65,8 +65,7 @@ class Access:
         self._anybody = anybody
         self._failures = failures
         self.clients = clients
-        self._clock = clock
-        self._said = -SAY_S
+        self._log_due = Throttle(clock)
 
     def known(self, scope: Scope) -> Grant:
         """The grant of a request's key.
@@ -141,10 +140,8 @@ class Access:
     def missed(self, exc: StoreError) -> None:
         """The store did not answer; the log says so from time to time."""
         self._failures.inc()
-        now = self._clock()
-        if now - self._said >= SAY_S:
-            self._said = now
-            log.error("the store of budgets does not answer: %s", exc)
+        if self._log_due():
+            log.error("budget store unavailable: %s", exc)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

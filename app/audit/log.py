@@ -26,11 +26,11 @@ from starlette.types import Scope
 from app.context import request_context
 from app.endpoint import Endpoint
 from app.errors import Internal, RequestError, Unavailable
+from app.system.background import Throttle
 from app.system.timestamps import timestamp
 
 FLUSH_S = 0.05  # how long an open log gathers lines
 WAITING = 20_000  # lines that wait for a slow disk; more are lost
-SAY_S = 10.0  # how often the ordinary log says that this one fails
 FAILS = "the audit log cannot be written at the moment"
 log = logging.getLogger("scumble")
 
@@ -83,8 +83,7 @@ class Audit:
         self._count_written = written
         self._count_lost = lost
         self._now = now
-        self._clock = clock
-        self._said = -SAY_S
+        self._log_due = Throttle(clock)
         self._failing = False
         self._unsaid = 0  # lines lost since the log last said so
         self._waiting: list[tuple[dict[str, Any] | None, asyncio.Future[bool] | None]] = []
@@ -214,7 +213,5 @@ class Audit:
 
     def _fail(self, exc: Exception) -> None:
         self._failing = True
-        now = self._clock()
-        if now - self._said >= SAY_S:
-            self._said = now
+        if self._log_due():
             log.error("the audit log cannot be written: %s", exc)

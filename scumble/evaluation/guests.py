@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx2
 
 from app.access.keys import Key, KeyFile, KeyLimits, digest, new_key, write_keys
+from app.system.timestamps import timestamp
 
 VISITS = 30
 VISITOR_IMAGES = 20
@@ -33,7 +34,7 @@ def admit(path: Path, thief_images: int) -> dict[str, dict[str, str]]:
     """Write a file of keys; gives the headers of the clients `thief` and `visitor`."""
     budgets = {"thief": thief_images, "visitor": VISITOR_IMAGES}
     secrets = {client: new_key() for client in budgets}
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = timestamp(time.time(), "seconds")
     keys = tuple(
         Key(
             id=client,

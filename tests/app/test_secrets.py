@@ -202,6 +202,6 @@ def test_a_server_that_cannot_reach_its_store_and_collector_shows_no_secret(
     assert where(generate_latest(client.app.state.service.metrics.registry).decode()) is None
     client.close()
     said = logged()
-    assert "the store of budgets does not answer" in said
+    assert "budget store unavailable" in said
     assert '"request"' in said, "the access log is on"
     assert where(said) is None
