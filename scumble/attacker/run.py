@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -226,6 +227,8 @@ def configure(job: Job) -> tuple[Attack, list[adapt.Modifier]]:
         fitting = settings.replace(attack.fitting, "fit", fit)
         attack = dataclasses.replace(attack, fitting=fitting)  # type: ignore[type-var] # same
     attack = settings.replace(attack, "attack", changes.pop("attack", {}))
+    if twice := [name for name, times in Counter(job.adapt).items() if times > 1]:
+        raise AttackError(f"modifier {twice[0]!r} is given twice; allowed: once")
     modifiers = [adapt.make(name, **changes.pop(name, {})) for name in job.adapt]
     if changes:
         allowed = ", ".join(["attack", "fit", *job.adapt])

@@ -1,4 +1,4 @@
-"""`--set attack.batch=64 --set fit.epochs=5`: other values for fields of frozen dataclasses."""
+"""`--set attack.batch=64 --set fit.epochs=5`: overrides of fields of frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def parse(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
     """`["fit.epochs=5"]` -> `{"fit": {"epochs": 5}}`; values are JSON, or else text.
 
     Raises:
-        AttackError: one has not the form `name.field=value`.
+        AttackError: a text does not have the form `name.field=value`, or a field is set twice.
     """
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
@@ -26,10 +26,13 @@ def parse(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
         name, dot, field = target.strip().partition(".")
         if not (equals and dot and name and field):
             raise AttackError(f"setting is {text!r}; needed: name.field=value, as in fit.epochs=5")
+        fields = found.setdefault(name, {})
+        if field in fields:
+            raise AttackError(f"{name}.{field} is set twice; allowed: once")
         try:
-            found.setdefault(name, {})[field] = json.loads(value)
+            fields[field] = json.loads(value)
         except json.JSONDecodeError:
-            found.setdefault(name, {})[field] = value
+            fields[field] = value
     return found
 
 

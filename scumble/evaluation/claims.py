@@ -1,8 +1,8 @@
-"""What held and what did not: each claim with its rule, its verdict and the figures behind it.
+"""The claims under test: each with its rule, its verdict and the figures behind it.
 
-A claim is judged by a rule that is written down before the figures are looked at, so that a verdict
-is the same whoever reads the records. "Labels only" is the line to beat: a defense that keeps the
-top class cannot push an attacker below it who trains on the top class alone.
+The rules are fixed before the figures are known, so a verdict depends on the records alone. "Labels
+only" is the line to beat: a defense that keeps the top class cannot push an attacker who trains on
+the top class alone below it. An attack that failed by itself is listed, but decides nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from scumble.evaluation.summary import Line, best
 
 Verdict = Literal["held", "held in part", "did not hold", "not measured"]
 Bench = dict[str, Any]
+Finding = tuple[bool | None, str]
+"""(whether the rule is met, the figures); None where the attack failed."""
 
+ANSWERS = {True: "yes", False: "no", None: "attack failed"}
 POINT = 0.01
 REDUCED = 10 * POINT  # a copy that falls by less has not been defended against
 
@@ -27,17 +30,17 @@ class Claim:
     Attributes:
         words: the claim.
         rule: when it holds.
-        judge: verdicts and figures, one per model it is about.
+        judge: the findings, one per model and defense.
     """
 
     words: str
     rule: str
-    judge: Callable[[list[Line], Bench], list[tuple[bool, str]]]
+    judge: Callable[[list[Line], Bench], list[Finding]]
 
     def __call__(self, lines: list[Line], bench: Bench) -> tuple[Verdict, list[str]]:
         """The verdict over all that was measured, and its figures."""
         found = self.judge(lines, bench)
-        held = [ok for ok, _ in found]
+        held = [ok for ok, _ in found if ok is not None]
         verdict: Verdict = "held in part"
         if not held:
             verdict = "not measured"
@@ -45,7 +48,7 @@ class Claim:
             verdict = "held"
         elif not any(held):
             verdict = "did not hold"
-        return verdict, [f"{'yes' if ok else 'no'}: {words}" for ok, words in found]
+        return verdict, [f"{ANSWERS[ok]}: {words}" for ok, words in found]
 
 
 def groups(lines: Iterable[Line]) -> list[list[Line]]:
@@ -57,7 +60,7 @@ def groups(lines: Iterable[Line]) -> list[list[Line]]:
 
 
 def undefended(lines: Iterable[Line], attacker: str | None = None) -> Line | None:
-    """The most accurate copy of the undefended model, by one attacker or by any."""
+    """The line with the most accurate copy of the undefended model, by one attacker or by any."""
     return strongest(
         line
         for line in lines
@@ -71,16 +74,17 @@ def labels_only(lines: Iterable[Line]) -> Line | None:
 
 
 def strongest(lines: Iterable[Line]) -> Line | None:
-    """The line with the most accurate copy."""
-    return max(lines, key=lambda line: line.stolen.mean, default=None)
+    """The line with the most accurate copy; failed attacks do not count."""
+    usable = (line for line in lines if line.failed is None)
+    return max(usable, key=lambda line: line.stolen.mean, default=None)
 
 
-def against(*attacks: str) -> Callable[[list[Line], Bench], list[tuple[bool, str]]]:
+def against(*attacks: str) -> Callable[[list[Line], Bench], list[Finding]]:
     """Whether dcp takes at least `REDUCED` from these attacks as published."""
 
-    def judge(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+    def judge(lines: list[Line], bench: Bench) -> list[Finding]:
         del bench
-        found = []
+        found: list[Finding] = []
         for group in groups(lines):
             for attack in attacks:
                 free = undefended(group, attack)
@@ -90,9 +94,9 @@ def against(*attacks: str) -> Callable[[list[Line], Bench], list[tuple[bool, str
                     fell = free.stolen.mean - line.stolen.mean
                     found.append(
                         (
-                            fell >= REDUCED,
+                            None if line.failed else fell >= REDUCED,
                             f"{model(line)}, {line.defense}, {attack}: "
-                            f"{free.stolen} undefended, {line.stolen} defended",
+                            f"{free.stolen} undefended, {line.stolen} defended{reason(line)}",
                         )
                     )
         return found
@@ -100,14 +104,14 @@ def against(*attacks: str) -> Callable[[list[Line], Bench], list[tuple[bool, str
     return judge
 
 
-def below_labels(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+def below_labels(lines: list[Line], bench: Bench) -> list[Finding]:
     """Whether the best of all attackers on dcp gets less than from labels alone."""
     del bench
-    found = []
+    found: list[Finding] = []
     for group in groups(lines):
         reference = labels_only(group)
         for line in best((line for line in group if line.defense.name == "dcp"), tried=2):
-            tried = {o.attacker for o in group if o.defense == line.defense}
+            tried = {o.attacker for o in group if o.defense == line.defense and not o.failed}
             if reference is None:
                 continue
             found.append(
@@ -120,7 +124,7 @@ def below_labels(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
     return found
 
 
-def harmless(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+def harmless(lines: list[Line], bench: Bench) -> list[Finding]:
     """Whether honest users lose at most one point under dcp."""
     del bench
     return [
@@ -143,10 +147,10 @@ def one_per_strength(lines: Iterable[Line]) -> list[Line]:
     return list(seen.values())
 
 
-def alike(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+def alike(lines: list[Line], bench: Bench) -> list[Finding]:
     """Whether what dcp takes from an attacker is the same for int8 within `REDUCED` / 2."""
     del bench
-    found = []
+    found: list[Finding] = []
     twins = {(o.victim, str(o.defense), o.attacker): o for o in lines if o.precision == "int8"}
     for line in lines:
         twin = twins.get((line.victim, str(line.defense), line.attacker))
@@ -154,15 +158,17 @@ def alike(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
             continue
         found.append(
             (
-                abs(line.stolen.mean - twin.stolen.mean) <= REDUCED / 2,
+                None
+                if line.failed or twin.failed
+                else abs(line.stolen.mean - twin.stolen.mean) <= REDUCED / 2,
                 f"`{line.victim}`, {line.defense}, {line.attacker}: {line.stolen} float32, "
-                f"{twin.stolen} int8",
+                f"{twin.stolen} int8{reason(line) or reason(twin)}",
             )
         )
     return found
 
 
-def faster(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+def faster(lines: list[Line], bench: Bench) -> list[Finding]:
     """Whether the published forms of mad and grad2 add 37 times as much latency as dcp."""
     del lines
     return [
@@ -177,7 +183,7 @@ def faster(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
     ]
 
 
-def faster_than_ours(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+def faster_than_ours(lines: list[Line], bench: Bench) -> list[Finding]:
     """The same for the closed and forward-mode forms that this service runs."""
     del lines
     return [
@@ -191,7 +197,7 @@ def faster_than_ours(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
     ]
 
 
-def cheap(lines: list[Line], bench: Bench) -> list[tuple[bool, str]]:
+def cheap(lines: list[Line], bench: Bench) -> list[Finding]:
     """Whether dcp adds at most 5 % to inference at batch 1 and 1 % at batch 32."""
     del lines
     return [
@@ -258,8 +264,13 @@ CLAIMS = [
 
 
 def model(line: Line) -> str:
-    """Victim and precision as they are written."""
+    """Victim and precision, in Markdown."""
     return f"`{line.victim}` {line.precision}"
+
+
+def reason(line: Line) -> str:
+    """Why the attack of a line failed, in parentheses; empty if it did not."""
+    return f" ({line.failed})" if line.failed else ""
 
 
 @dataclass(frozen=True)
@@ -272,7 +283,7 @@ class Advice:
         lost: accuracy that honest users lose, by precision.
         l1: of honest users' answers, the larger of the precisions.
         held: attackers whose copy stays below labels only on every precision, with the best copy.
-        broken: the others.
+        broken: the others. Failed attacks are in neither.
     """
 
     victim: str
@@ -316,8 +327,9 @@ def advice(lines: list[Line]) -> list[Advice]:
             at = [o for o in own if o.defense.name == "dcp" and o.defense.strength == beta]
             held: dict[str, float] = {}
             broken: dict[str, float] = {}
-            for attacker in dict.fromkeys(line.attacker for line in at):
-                by = [line for line in at if line.attacker == attacker]
+            worked = [line for line in at if line.failed is None]
+            for attacker in dict.fromkeys(line.attacker for line in worked):
+                by = [line for line in worked if line.attacker == attacker]
                 below = all(o.stolen.mean < references.get(o.precision, 0.0) for o in by)
                 (held if below else broken)[attacker] = max(o.stolen.mean for o in by)
             found.append(

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -21,11 +22,12 @@ from rich.table import Table
 
 from scumble.attacker import consent
 from scumble.attacker.errors import AttackError
+from scumble.attacker.run import configure
 from scumble.data.image_sets import DatasetError
 from scumble.evaluation.cells import Cell, Defended
 from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, Record, read
-from scumble.evaluation.referee import judge
+from scumble.evaluation.referee import job, judge
 from scumble.evaluation.summary import summarise
 from scumble.evaluation.tables import ordered
 from scumble.training.auxiliary import TRANSFER
@@ -205,15 +207,26 @@ def single(*, defense: str, params: str, url: str | None, adapt: str, **options:
     """The one cell that the options describe.
 
     Raises:
-        ValueError: `params` is not a JSON object.
+        ValueError: `params` is not a JSON object, or has a key twice.
+        AttackError: the attack does not exist, or has no such settings.
     """
-    given = json.loads(params)
+    given = json.loads(params, object_pairs_hook=distinct)
     if not isinstance(given, dict):
         raise ValueError(f"params is {params!r}; needed: a JSON object")
     names = tuple(name.strip() for name in adapt.split(",") if name.strip())
     cell = Cell(defense=Defended(defense, given, url), adapt=names, **options)  # type: ignore[arg-type] # click has checked them
+    configure(job(cell, "", None, None, 1))  # refused here, before servers are started
     data_free = cell.attack in ("dfme", "maze")
     return replace(cell, queries=None if data_free else cell.queries or TRANSFER.get(cell.victim))
+
+
+def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError if a key is in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"params has {twice!r} twice; allowed: once")
+    return found
 
 
 def seeded(cells: list[Cell], seeds: int) -> list[Cell]:
@@ -241,7 +254,7 @@ def show(records: list[Record], console: Console) -> None:
         table.add_row(
             " ".join(line.model),
             line.defense.url or str(line.defense),
-            line.attacker,
+            f"{line.attacker} (attack failed)" if line.failed else line.attacker,
             f"{line.served.mean:.1%}",
             str(line.stolen),
             f"{line.l1_test.mean:.2f}",

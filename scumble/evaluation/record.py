@@ -55,7 +55,12 @@ class Transfer(Part):
 
 
 class Record(Part):
-    """One cell, done."""
+    """The result of one cell.
+
+    `attack_failed` is the reason why the attack counts as failed (`scumble.evaluation.failures`),
+    None if it does not. Older records have no such member; their curve is judged when they are
+    summarised.
+    """
 
     format: Literal["scumble-cell/1"] = "scumble-cell/1"
     command: str
@@ -66,6 +71,7 @@ class Record(Part):
     served: Utility
     transfer: Transfer
     attack: Result
+    attack_failed: str | None = None
 
 
 def read(path: Path) -> Record:

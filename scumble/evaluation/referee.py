@@ -24,6 +24,7 @@ from scumble.client.http_client import Client
 from scumble.data.image_sets import Dataset
 from scumble.evaluation import scores
 from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.failures import failure
 from scumble.evaluation.local_server import Server, serving
 from scumble.evaluation.record import Percentile, Record, Transfer, Utility
 
@@ -90,6 +91,7 @@ def judge(
         cell.student, result.victim.shape, result.victim.labels, seed=0,
         weights=folder / result.student.file,
     )  # fmt: skip
+    copied = students.predict(copy, pool(test, result.victim.shape).images)
     distances = scores.l1(answers, truth)
     record = Record(
         command=command,
@@ -106,6 +108,7 @@ def judge(
             agreement=scores.agreement(students.predict(copy, images), answers),
         ),
         attack=result,
+        attack_failed=failure(copied, test.labels, result.curve),
     )
     part = folder / "record.part"
     part.write_text(record.model_dump_json(indent=1) + "\n")

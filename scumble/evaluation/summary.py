@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.failures import flat
 from scumble.evaluation.record import Record, read
 from scumble.evaluation.scores import Spread, spread
 
@@ -40,6 +41,7 @@ class Line:
         kl: of honest users' answers, nats.
         added_p50_ms: median latency that the defense adds.
         added_p99_ms: the same at the 99th percentile.
+        failed: why the attack counts as failed, by the first seed that did; None if none did.
     """
 
     victim: str
@@ -64,6 +66,7 @@ class Line:
     kl: Spread
     added_p50_ms: Spread
     added_p99_ms: Spread
+    failed: str | None = None
 
     @property
     def model(self) -> tuple[str, str]:
@@ -131,11 +134,17 @@ def _line(group: list[Record]) -> Line:
         kl=spread([record.served.kl for record in group]),
         added_p50_ms=spread([record.served.added_ms["p50"] for record in group]),
         added_p99_ms=spread([record.served.added_ms["p99"] for record in group]),
+        failed=next(filter(None, map(failed, group)), None),
     )
 
 
+def failed(record: Record) -> str | None:
+    """Why the attack of a record counts as failed, None if it does not."""
+    return record.attack_failed or flat(record.attack.curve, record.attack.victim.labels)
+
+
 def best(lines: Iterable[Line], tried: int = 1) -> list[Line]:
-    """Of all attackers on the same defended model, the one whose copy is the most accurate.
+    """The line with the most accurate copy of each defended model; failed attacks do not count.
 
     Args:
         lines: of any models.
@@ -143,6 +152,7 @@ def best(lines: Iterable[Line], tried: int = 1) -> list[Line]:
     """
     groups: dict[tuple[object, ...], list[Line]] = defaultdict(list)
     for line in lines:
-        groups[*line.model, str(line.defense)].append(line)
+        if line.failed is None:
+            groups[*line.model, str(line.defense)].append(line)
     enough = (group for group in groups.values() if len(group) >= tried)
     return [max(group, key=lambda line: line.stolen.mean) for group in enough]

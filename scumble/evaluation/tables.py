@@ -19,7 +19,7 @@ COLUMNS: dict[str, Callable[[Line], str]] = {
     "attack": lambda line: line.attacker,
     "queries": lambda line: f"{line.budget:,} {line.transport}",
     "served": lambda line: str(line.served),
-    "stolen": lambda line: str(line.stolen),
+    "stolen": lambda line: stolen(line),
     "agreement, test": lambda line: str(line.agreement),
     "agreement, queries": lambda line: str(line.agreement_transfer),
     "L1, users": lambda line: plain(line.l1_test),
@@ -33,8 +33,13 @@ COLUMNS: dict[str, Callable[[Line], str]] = {
 }
 
 
+def stolen(line: Line) -> str:
+    """The accuracy of the copy, marked if the attack failed."""
+    return f"{line.stolen} (failed)" if line.failed else str(line.stolen)
+
+
 def plain(value: Spread) -> str:
-    """A number that is no share, with its interval if there is one."""
+    """A number that is not a share, with its interval if there is one."""
     return f"{value.mean:.2f}" + ("" if value.half is None else f" ± {value.half:.2f}")
 
 
@@ -63,13 +68,13 @@ def ordered(lines: Iterable[Line]) -> list[Line]:
 def compared(lines: Sequence[Line]) -> str:
     """One row per defense, one column per attacker: the accuracy of its copy; best in bold."""
     attackers = sorted({line.attacker for line in lines}, key=lambda name: (name.count("+"), name))
-    strongest = {str(line.defense): line for line in best(lines)}
+    strongest = best(lines)
     rows = []
     for defense in dict.fromkeys(str(line.defense) for line in lines):
         own = {line.attacker: line for line in lines if str(line.defense) == defense}
         one = next(iter(own.values()))
         cells = [
-            (f"**{own[a].stolen}**" if own[a] is strongest[defense] else f"{own[a].stolen}")
+            (f"**{stolen(own[a])}**" if own[a] in strongest else stolen(own[a]))
             if a in own
             else "—"
             for a in attackers

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -130,7 +131,7 @@ def write_defended(
     if defense in defenses.TABLE and defense not in holds:
         raise refusal
     try:
-        chosen = defenses.configure(defense, dict(map(parameter, params)))
+        chosen = defenses.configure(defense, parameters(params))
     except defenses.DefenseError as exc:
         raise ConfigError(f"defense {defense!r}: {exc}") from exc
     described = {
@@ -146,19 +147,24 @@ def write_defended(
     return f"{out}: {name} {precision} with {chosen!r}, {len(content):,} bytes, sha256 {sha256}"
 
 
-def parameter(text: str) -> tuple[str, Any]:
-    """Key and value of `KEY=VALUE`; a value that is not JSON is a word.
+def parameters(texts: Iterable[str]) -> dict[str, Any]:
+    """`["beta=1.2"]` -> `{"beta": 1.2}`; a value that is not JSON is a string.
 
     Raises:
-        ConfigError: there is no `=`.
+        ConfigError: a text does not have the form `KEY=VALUE`, or a key is given twice.
     """
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"{text!r} is no parameter; needed: KEY=VALUE such as beta=1.2")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"invalid parameter {text!r}; needed: KEY=VALUE such as beta=1.2")
+        if key in found:
+            raise ConfigError(f"parameter {key} is given twice; allowed: once")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
 
 
 def write_bundle(

@@ -158,9 +158,11 @@ def test_a_finished_or_other_run_is_not_overwritten(serve, folder, tmp_path):
     [
         (["--adapt", "sharpen"], "unknown modifier 'sharpen'; allowed: argmax"),
         (["--set", "fit.epoch=3"], "fit has no 'epoch'; allowed: epochs"),
-        (["--set", "fit.epochs=many"], "fit.epochs is 'many': Input should be a valid integer"),
+        (["--set", "fit.batch=many"], "fit.batch is 'many': Input should be a valid integer"),
         (["--set", "fit.loss=x"], "loss is 'x'; allowed: soft, centred"),
         (["--set", "epochs=3"], "setting is 'epochs=3'; needed: name.field=value"),
+        (["--set", "fit.lr=1", "--set", "fit.lr=1"], "fit.lr is set twice; allowed: once"),
+        (["--adapt", "top_k,argmax,top_k"], "modifier 'top_k' is given twice; allowed: once"),
         (["--set", "invert.beta=1"], "nothing to set is called 'invert'; allowed: attack, fit"),
         (["--adapt", "top_k", "--set", "top_k.n=1"], "top_k has no parameter 'n'; allowed: k"),
         (["--test", "nowhere"], "no data set 'nowhere'"),

@@ -12,7 +12,7 @@ from scumble.evaluation.cells import Defended
 from scumble.evaluation.claims import CLAIMS, Advice, advice, default_strengths
 from scumble.evaluation.plans import dcp
 from scumble.evaluation.scores import Spread
-from scumble.evaluation.summary import Line, load
+from scumble.evaluation.summary import Line, best, load, summarise
 from scumble.evaluation.tables import advised, compared, everything, latency, ordered
 
 ROOT = Path(__file__).parents[3]
@@ -195,3 +195,47 @@ def test_the_report_has_the_verdicts_of_the_records():
 def test_the_bench_is_of_this_form():
     bench = json.loads(results.BENCH.read_text())
     assert {"command", "cores", "processor", "packages", "cases"} <= set(bench)
+
+
+FAILED = "the copy stays at chance level at all 20 checkpoints"
+CREDITED = [line(NONE, "dfme", 0.9), line(LABEL, "knockoff", 0.7), line(dcp(1.2), "dfme", 0.097)]
+NOT_CREDITED = [*CREDITED[:2], replace(CREDITED[2], failed=FAILED)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "verdict", "figure"),
+    [
+        (CREDITED, "held", "yes: `mnist` float32, dcp (beta 1.2, gamma 0.2), dfme"),
+        (NOT_CREDITED, "not measured", "attack failed: `mnist` float32, dcp"),
+    ],
+)
+def test_a_failed_attack_is_no_merit_of_the_defense(lines, verdict, figure):
+    claim = next(claim for claim in CLAIMS if "DFME" in claim.words)
+    found, figures = claim(lines, {})
+    assert found == verdict
+    assert [text for text in figures if text.startswith(figure)] == figures
+    assert any(FAILED in text for text in figures) == (verdict == "not measured")
+
+
+def test_a_failed_attack_is_neither_held_nor_broken_nor_the_best():
+    (one,) = advice(CREDITED)
+    assert one.held == {"dfme": 0.097}
+    (one,) = advice(NOT_CREDITED)
+    assert (one.held, one.broken) == ({}, {})
+    assert [found.attacker for found in best(NOT_CREDITED)] == ["dfme", "knockoff"]
+
+
+@pytest.mark.parametrize("table", [compared, everything])
+def test_tables_mark_a_failed_attack(table):
+    assert "(failed)" not in table(CREDITED)
+    assert "| 9.7% (failed) |" in table(NOT_CREDITED)
+
+
+def test_a_line_is_marked_by_its_record_or_by_the_curve_of_an_old_one():
+    records = [record for record in load(results.CELLS) if record.attack.attack.name == "dfme"]
+    flat = [one for one in records if "dcp" in one.cell["defense"]["name"]]
+    assert all(one.failed == FAILED for one in summarise(flat))
+    free = [one for one in records if one.cell["defense"]["name"] == "none"]
+    assert [one.failed for one in summarise(free)] == [None, None]
+    marked = free[0].model_copy(update={"attack_failed": "one class"})
+    assert [one.failed for one in summarise([marked])] == ["one class"]

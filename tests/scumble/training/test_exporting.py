@@ -76,6 +76,10 @@ def test_its_name_says_what_is_in_it(tmp_path, monkeypatch):
         (["mnist", "--defense=chain", ROUNDED], "cannot be part of the graph"),
         (["mnist", "--defense", "dcp", "--param", "beta=99"], "a number from 0 to 10, got 99"),
         (["mnist", "--defense", "dcp", "--param", "beta=x"], "a number from 0 to 10, got 'x'"),
+        (
+            ["mnist", "--defense", "dcp", "--param", "beta=1", "--param", "beta=1.2"],
+            "parameter beta is given twice; allowed: once",
+        ),
         (["mnist", "--defense", "dcp", "--param", "beta"], "needed: KEY=VALUE such as beta=1.2"),
         (["mnist", "--defense", "dcp"], "needs the parameter 'beta'"),
         (["mnist", "--defense", "nope"], "unknown defense 'nope'"),

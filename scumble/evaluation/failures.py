@@ -1,0 +1,47 @@
+"""Recognises attacks that failed by themselves, so that no defense gets the credit.
+
+A copy that answers one class for nearly all images, or that stays at chance level from the first
+checkpoint to the last, has not learned: the attack needs other settings. Its accuracy says nothing
+about the defense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from scumble.attacker.result import Point
+from scumble.evaluation.scores import Labels, Rows
+
+ONE_CLASS = 0.95  # share of the test images from which a copy answers one class
+CHECKPOINTS = 5  # a shorter curve is not judged
+CHANCE = 1.5  # times 1/K: agreement up to which a checkpoint is at chance level
+
+
+def failure(copied: Rows, labels: Labels, curve: Sequence[Point]) -> str | None:
+    """Why an attack counts as failed, None if it does not.
+
+    Args:
+        copied: answers (N, K) of the copy on the test set.
+        labels: (N,) of the test set.
+        curve: checkpoints of the copy.
+    """
+    return one_class(copied, labels) or flat(curve, copied.shape[1])
+
+
+def one_class(copied: Rows, labels: Labels) -> str | None:
+    """The reason if the copy answers one class for nearly all images of a test set with several."""
+    counts = np.bincount(copied.argmax(1), minlength=copied.shape[1])
+    share = counts.max() / len(copied)
+    if share < ONE_CLASS or np.bincount(labels).max() / len(labels) >= ONE_CLASS:
+        return None
+    return f"the copy answers class {counts.argmax()} for {share:.1%} of the test images"
+
+
+def flat(curve: Sequence[Point], classes: int) -> str | None:
+    """The reason if no checkpoint of the copy is above chance level."""
+    best = max((point.agreement for point in curve), default=0.0)
+    if len(curve) < CHECKPOINTS or best > CHANCE / classes:
+        return None
+    return f"the copy stays at chance level at all {len(curve)} checkpoints"
