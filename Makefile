@@ -22,7 +22,7 @@ serve: .venv/.base ## serve the default model on port 8000, metrics on port 9000
 	$(BIN)/scumble serve
 
 test: .venv/.dev ## run the whole suite, a part on each core
-	$(BIN)/pytest --numprocesses logical --dist loadfile
+	$(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 test-lowest: .venv/.dev ## the server's tests with the lowest releases that pyproject.toml allows
 	mkdir -p runs/lowest
