@@ -41,6 +41,8 @@ PREFIX = "SCUMBLE_"
 # As browsers send it: lower case, without a trailing slash.
 ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?)$"
 NESTED = "__"
+STORE_SCHEMES = frozenset({"memory", "sqlite", "redis", "rediss", "unix"})
+STORES = "allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB"
 URLS = frozenset({"store", "otel_endpoint"})  # settings that may contain a password
 
 
@@ -156,6 +158,22 @@ def collector(url: str) -> str:
     return url
 
 
+def store_url(url: str) -> str:
+    """Check the URL of a budget store and return it.
+
+    Raises:
+        ValueError: it is invalid; the message contains no part of it.
+    """
+    try:
+        parts = split(url)
+    except ValueError as exc:
+        raise ValueError(f"{exc}; {STORES}") from None
+    bare = not (parts.netloc or parts.path or parts.query or parts.fragment)
+    if parts.scheme not in STORE_SCHEMES or (parts.scheme == "memory" and not bare):
+        raise ValueError(STORES)
+    return url
+
+
 def default_model_dir() -> Path:
     """`models/` beside the package in a checkout, inside the package in an installed wheel."""
     package = Path(__file__).parent
@@ -225,7 +243,7 @@ class Settings(BaseSettings):
         le=366 * 86400,
         description="how long keys or certificate may fail to reload before this is reported",
     )
-    store: str = Field(
+    store: Annotated[str, AfterValidator(store_url)] = Field(
         default="memory://",
         repr=False,
         description="where budgets are counted: memory://, sqlite:///PATH or redis://HOST:PORT/DB",

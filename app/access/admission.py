@@ -1,11 +1,11 @@
-"""Who may ask, what for, and how much: in front of the routes, and nowhere where keys are off.
+"""Checks API keys and charges budgets, in front of the routes.
 
     header -> SHA-256 -> grant -> route -> [endpoint: charge -> engine -> defense] -> headers
 
-Keys are read again when their file changes (`app.system.file_watcher`). A broken file changes
-nothing: the current keys stay in use, and the log says why; with `closed` only for a limited time.
-A request is charged when the headers of its images are known and before any of them is decoded; if
-it then fails or is refused, it is refunded.
+Keys are reloaded when their file changes (`app.system.file_watcher`). If the file is broken, the
+current keys stay in use; with `closed`, only for a limited time. A request is charged after the
+headers of its images are read and before any image is decoded. A request that then fails or is
+refused is refunded.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ class Access:
     """Admits requests.
 
     Args:
-        keys: the grants, as their file is loaded; None for keyless.
-        closed: refuse requests with keys while that file is stale.
-        anybody: what a request without a key may do where there are no keys.
-        store: of the budgets.
-        failures: counts requests that the store did not answer.
-        clients: counts what clients with keys get.
+        keys: the grants, reloaded with their file; None for a service without keys.
+        closed: refuse requests while the file of keys is stale.
+        keyless: the grant of every request if there are no keys.
+        store: counts the budgets.
+        failures: counts failures of the store.
+        clients: counts the images of each client.
+        clock: seconds.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Access:
         keys: WatchedFile[Grants] | None,
         *,
         closed: bool = False,
-        anybody: Grant,
+        keyless: Grant,
         store: StateStore,
         failures: Counter,
         clients: Clients,
@@ -62,44 +63,45 @@ class Access:
         self.store = store
         self._keys = keys
         self._closed = closed
-        self._anybody = anybody
+        self._keyless = keyless
         self._failures = failures
         self.clients = clients
         self._log_due = Throttle(clock)
 
     def known(self, scope: Scope) -> Grant:
-        """The grant of a request's key.
+        """Find the grant of a request's key.
 
         Raises:
-            Unauthorized: no key, or none of ours.
-            Unavailable: the keys are too old to go by.
+            Unauthorized: the key is missing or unknown.
+            Unavailable: the file of keys is stale.
         """
         if self._keys is None:
-            return self._anybody
+            return self._keyless
         if self.outdated:
-            raise Unavailable("API keys cannot be checked at the moment")
+            raise Unavailable("API keys cannot be checked: their file cannot be read")
         key = _key(scope)
         if key is None:
             raise Unauthorized(
-                "an API key is needed, as Authorization: Bearer KEY or X-API-Key: KEY",
+                "API key required: send Authorization: Bearer KEY or X-API-Key: KEY",
                 {"WWW-Authenticate": 'Bearer realm="scumble"'},
             )
         found = digest(key)
-        grant = self._keys.value.get(found, self._anybody)
+        grant = self._keys.value.get(found, self._keyless)
         if not hmac.compare_digest(grant.digest, found):
             raise Unauthorized(
-                "this API key is not known here",
+                "unknown API key",
                 {"WWW-Authenticate": 'Bearer realm="scumble", error="invalid_token"'},
             )
         return grant
 
     def guard(self, path: str, endpoint: Endpoint) -> Endpoint:
-        """The endpoint behind a check of the key, charged and refunded; open ones as they are."""
+        """Wrap an endpoint in the check of keys and budgets; open routes stay as they are."""
         if path in OPEN:
             return endpoint
 
         async def guarded(request: Request) -> Response:
-            admission = Admission(self.known(request.scope), self.store, self.clients, self.missed)
+            grant = self.known(request.scope)
+            admission = Admission(grant, self.store, self.clients, self.note_store_failure)
             context = request_context(request.scope)
             context.admission = admission
             admission.grant.check(request.scope["path"])
@@ -127,32 +129,32 @@ class Access:
         return self._closed and self._keys is not None and self._keys.stale
 
     async def ready(self) -> bool:
-        """Whether no request would be refused for want of the store."""
+        """Whether the store answers, or no request needs it."""
         if not any(grant.closed and grant.buckets for grant in self._all()):
             return True
         try:
             await self.store.ping()
         except StoreError as exc:
-            self.missed(exc)
+            self.note_store_failure(exc)
             return False
         return True
 
-    def missed(self, exc: StoreError) -> None:
-        """The store did not answer; the log says so from time to time."""
+    def note_store_failure(self, exc: StoreError) -> None:
+        """Count a failure of the store, and log it from time to time."""
         self._failures.inc()
         if self._log_due():
             log.error("budget store unavailable: %s", exc)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Close the store at the end."""
+        """Close the store on exit."""
         try:
             yield
         finally:
             await self.store.close()
 
     def _all(self) -> list[Grant]:
-        return [self._anybody] if self._keys is None else list(self._keys.value.values())
+        return [self._keyless] if self._keys is None else list(self._keys.value.values())
 
 
 def _key(scope: Scope) -> bytes | None:

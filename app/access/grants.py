@@ -1,4 +1,4 @@
-"""What a key allows: whose it is, which routes, which defense, which budgets."""
+"""What a key grants: a client, routes, a defense, budgets."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from app.access.stores import Bucket
 from app.errors import Forbidden
 from scumble.defenses import Defense
 
-NOBODY = bytes(32)  # compared with where no key matches, so that this takes as long
+NO_DIGEST = bytes(32)  # compared with if no key matches, so that the time is the same
 
 
 @dataclass(frozen=True)
 class Grant:
-    """What a key allows.
+    """What a key grants.
 
     Attributes:
         id: of the key, for logs.
-        client: whose key it is; empty where there are no keys.
-        policy: name of what stands between the engine and this client, for logs.
+        client: that the key belongs to; empty without keys.
+        policy: name of defense and output, for logs.
         digest: SHA-256 of the key.
-        revoked: the key was taken back.
-        routes: allowed paths, each with all below it; none for all.
-        defense: what stands between the engine and this client; None for the server's own.
-        buckets: what its images count against; the client's, then everybody's.
-        closed: refuse while the store is away.
+        revoked: the key has been revoked.
+        routes: allowed paths, each with all paths below it; empty for all.
+        defense: the client's defense; None for the server's.
+        buckets: that images are charged to: the client's, then the shared ones.
+        closed: refuse requests while the store is unavailable.
     """
 
     id: str = ""
     client: str = ""
     policy: str = ""
-    digest: bytes = NOBODY
+    digest: bytes = NO_DIGEST
     revoked: bool = False
     routes: tuple[str, ...] = ()
     defense: Defense | None = None
@@ -45,10 +45,10 @@ class Grant:
         )
 
     def check(self, path: str) -> None:
-        """Refuse what the key does not allow.
+        """Check that the key may use a path.
 
         Raises:
-            Forbidden: it is revoked, or not for this path.
+            Forbidden: the key is revoked, or not for this path.
         """
         if self.revoked:
             raise Forbidden("this API key has been revoked")
@@ -57,4 +57,4 @@ class Grant:
 
 
 Grants = Mapping[bytes, Grant]
-"""By the SHA-256 of their keys."""
+"""Grants by the SHA-256 of their keys."""

@@ -1,8 +1,8 @@
 """The budgets of one request: its charge, its refund, and what the client is told of them.
 
 Source: draft-ietf-httpapi-ratelimit-headers-10 (RateLimit-Policy and RateLimit as lists of
-strings with parameters). Only the client's own buckets are shown: how full everybody's is would
-tell one client of the others.
+strings with parameters). Only the client's own buckets are shown: the level of a shared bucket
+would tell one client about the others.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from app.access.stores import Bucket, Charge, StateStore, StoreError
 from app.errors import OverBudget, Unavailable
 from app.telemetry.clients import Clients
 
-EVERYBODY = "all:"  # beginning of the names of the buckets that all clients share
-SPENT_S = 86400  # Retry-After where only a person can help; clients take a day for "not again"
+SHARED = "all:"  # prefix of the names of the buckets that all clients share
+NEVER_S = 86400  # Retry-After if waiting does not help; clients take a day for "do not retry"
 
 
 @dataclass(slots=True)
@@ -28,17 +28,17 @@ class Admission:
         grant: of the client's key.
         store: counts the images.
         clients: metrics of clients with keys.
-        missed: called when the store did not respond.
+        on_store_failure: called when the store did not respond.
         images: charged.
         charged: by the store; None before the charge and after a refund.
-        left: images left of the client's budgets, by name; None where nothing was asked of a store.
+        left: images left of the client's budgets, by name; None before the store has responded.
         headers: RateLimit fields of the response.
     """
 
     grant: Grant
     store: StateStore
     clients: Clients
-    missed: Callable[[StoreError], None]
+    on_store_failure: Callable[[StoreError], None]
     images: int = 0
     charged: Charge | None = None
     left: dict[str, int] | None = None
@@ -57,9 +57,9 @@ class Admission:
         try:
             charge = await self.store.charge(buckets, images)
         except StoreError as exc:
-            self.missed(exc)
+            self.on_store_failure(exc)
             if self.grant.closed:
-                raise Unavailable("budgets cannot be counted at the moment") from exc
+                raise Unavailable("budget store unavailable") from exc
             return
         self.left = {}
         for name, bucket, left in by_client(buckets, charge):
@@ -81,7 +81,7 @@ class Admission:
         try:
             await self.store.refund(self.grant.buckets, self.images, charge)
         except StoreError as exc:  # the client loses images; it never gets more than its budget
-            self.missed(exc)
+            self.on_store_failure(exc)
 
 
 def client_buckets(
@@ -91,18 +91,18 @@ def client_buckets(
     return _buckets(f"client:{client}:", window_images, window_s, total_images)
 
 
-def common_buckets(
+def shared_buckets(
     window_images: int | None, window_s: int, total_images: int | None
 ) -> tuple[Bucket, ...]:
-    """The buckets of all clients together."""
-    return _buckets(EVERYBODY, window_images, window_s, total_images)
+    """The buckets that all clients share."""
+    return _buckets(SHARED, window_images, window_s, total_images)
 
 
 def fields(buckets: Sequence[Bucket], charge: Charge) -> dict[str, str]:
-    """`RateLimit-Policy` and `RateLimit` for the client's own buckets; nothing if he has none."""
+    """The `RateLimit-Policy` and `RateLimit` headers; empty if the client has no buckets."""
     policies, limits = [], []
     for bucket, level in zip(buckets, charge.levels, strict=True):
-        if bucket.name.startswith(EVERYBODY):
+        if bucket.name.startswith(SHARED):
             continue
         name = bucket.name.rpartition(":")[2]
         window = f";w={bucket.window_s}" if bucket.window_s else ""
@@ -115,42 +115,46 @@ def fields(buckets: Sequence[Bucket], charge: Charge) -> dict[str, str]:
 
 
 def by_client(buckets: Sequence[Bucket], charge: Charge) -> Iterator[tuple[str, Bucket, int]]:
-    """The client's own budgets: name, bucket, images that are left."""
+    """The client's own budgets: name, bucket, images left."""
     for bucket, level in zip(buckets, charge.levels, strict=True):
-        if not bucket.name.startswith(EVERYBODY):
+        if not bucket.name.startswith(SHARED):
             yield bucket.name.rpartition(":")[2], bucket, max(0, bucket.limit - level.used)
 
 
 def refusal(buckets: Sequence[Bucket], charge: Charge, images: int) -> tuple[str, dict[str, str]]:
-    """The sentence and `Retry-After` for images that did not fit: of what takes longest to help."""
-    found = []
+    """The message and `Retry-After` for images that do not fit, for the bucket that resets last."""
+    exceeded = []
     for bucket, level in zip(buckets, charge.levels, strict=True):
         if level.used + images <= bucket.limit:
             continue
-        common = bucket.name.startswith(EVERYBODY)
-        left = "" if common else f"; {max(0, bucket.limit - level.used)} of {bucket.limit} are left"
-        whose = "all clients together" if common else "this client"
-        if images > bucket.limit or not bucket.window_s:
-            pause, until = SPENT_S, "and no window will bring more"
+        if bucket.name.startswith(SHARED):
+            detail = f"shared budget of all clients exceeded: {images} images requested"
         else:
-            pause = _seconds(level.reset_s)
-            until = f"for another {pause} s"
-        found.append((pause, f"{images} images are over the budget of {whose}{left}, {until}"))
-    pause, detail = max(found)
-    return detail, {"Retry-After": str(pause)}
+            left = max(0, bucket.limit - level.used)
+            detail = f"budget exceeded: {images} images requested, {left} of {bucket.limit} left"
+        if not bucket.window_s:
+            retry_s, reset = NEVER_S, "it does not reset"
+        elif images > bucket.limit:
+            retry_s, reset = NEVER_S, "the request is larger than the budget"
+        else:
+            retry_s = _seconds(level.reset_s)
+            reset = f"resets in {retry_s} s"
+        exceeded.append((retry_s, f"{detail}; {reset}"))
+    retry_s, detail = max(exceeded)
+    return detail, {"Retry-After": str(retry_s)}
 
 
 def _buckets(
     prefix: str, window_images: int | None, window_s: int, total_images: int | None
 ) -> tuple[Bucket, ...]:
-    found = []
+    buckets = []
     if window_images is not None:
-        found.append(Bucket(f"{prefix}window", window_images, window_s))
+        buckets.append(Bucket(f"{prefix}window", window_images, window_s))
     if total_images is not None:
-        found.append(Bucket(f"{prefix}total", total_images))
-    return tuple(found)
+        buckets.append(Bucket(f"{prefix}total", total_images))
+    return tuple(buckets)
 
 
 def _seconds(seconds: float) -> int:
-    """Whole seconds, rounded up: who waits so long does not come too early."""
+    """Whole seconds, rounded up, so that a retry is never too early."""
     return max(1, math.ceil(seconds))

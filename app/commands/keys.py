@@ -137,8 +137,9 @@ def _try(key: Key) -> None:
     """
     if key.defense is None:
         return
+    from app.access.assembly import make_policies
+    from app.inference.assembly import make_defense
     from app.inference.bundle import open_bundle
-    from app.main import make_defense, make_policies
     from app.settings import load_settings
 
     settings = load_settings()

@@ -93,8 +93,9 @@ def check(**arguments: Any) -> None:
     """Print the resolved settings with secrets masked, and check that they can be served."""
     from app.http.tls import open_certificate
     from app.inference import engines
+    from app.inference.assembly import make_defense
     from app.inference.bundle import open_bundle
-    from app.main import create_app, make_defense
+    from app.main import create_app
 
     try:
         settings = _settings(arguments)

@@ -1,4 +1,4 @@
-"""What is computed for a batch: answer(x) = defense(engine(x), x)."""
+"""The computation for a batch: answer(x) = defense(engine(x), x)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("scumble")
 
 @dataclass(frozen=True)
 class Answers:
-    """A batch's answers, with what they cost.
+    """The answers to a batch, with the time that they took.
 
     Attributes:
         probabilities: (N, K), defended.
@@ -38,6 +38,11 @@ class Answers:
     l1: Probs
     infer_s: float
     defend_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of both together."""
+        return self.infer_s + self.defend_s
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,10 @@ class Pipeline:
         return Answers(probabilities, l1, inferred - start, defended - inferred)
 
     def by_client(self, batch: Batch, parts: Sequence[tuple[int, Defense | None]]) -> Answers:
-        """The same where clients differ: one call of the engine, then a defense for each part.
+        """Answer clients with different defenses: one call of the engine, a defense for each part.
 
         Args:
-            batch: as above.
+            batch: uint8 (N, H, W, C) or float32 (N, C, H, W).
             parts: number of images and their defense, in order; None for the pipeline's own.
         """
         start = self.clock()
@@ -74,8 +79,8 @@ class Pipeline:
         rows, first = [], 0
         for n, defense in parts:
             last = first + n
-            own = self.defense if defense is None else defense
-            rows.append(own(clean[first:last], batch[first:last]))
+            chosen = self.defense if defense is None else defense
+            rows.append(chosen(clean[first:last], batch[first:last]))
             first = last
         probabilities = rows[0] if len(rows) == 1 else np.concatenate(rows)
         l1 = np.abs(probabilities - clean).sum(1)
@@ -86,7 +91,7 @@ class Pipeline:
 class Fused:
     """Engine and defense in one graph, as `app.inference.graph.with_l1_output` makes it.
 
-    The seconds of the defense are among those of the engine.
+    The time of the defense counts as time of the engine.
     """
 
     engine: Engine
@@ -105,13 +110,16 @@ Compute = Pipeline | Fused
 def fuse(
     pipeline: Pipeline, load: Callable[[bytes], Engine], model: bytes, example: Batch
 ) -> Compute:
-    """The pipeline with its defense inside the graph, where it can be written so.
+    """Move the defense of a pipeline into its graph, if it can be expressed in ONNX.
 
     Args:
         pipeline: the engine of `model`, and a defense.
-        load: makes an engine of ONNX bytes.
-        model: the clean network.
-        example: images; on these both forms must give the same.
+        load: makes an engine from ONNX bytes.
+        model: the undefended network.
+        example: images on which both forms must agree.
+
+    Returns:
+        `pipeline` itself if the defense cannot be moved.
     """
     graph = None
     if not isinstance(pipeline.defense, NoDefense):
@@ -120,43 +128,45 @@ def fuse(
         return pipeline
     fused = Fused(load(graph), pipeline.clock)
     fused.engine.prepare((1,))
-    apart = max(
+    difference = max(
         float(np.abs(fused(one).probabilities - pipeline(one).probabilities).max())
         for one in singly(example)
     )
-    if not apart <= FUSED_TOLERANCE:
-        log.warning("the defense runs behind the engine: its graph is off by %.2g", apart)
+    if not difference <= FUSED_TOLERANCE:
+        log.warning("the defense runs behind the engine: its graph is off by %.2g", difference)
         return pipeline
     return fused
 
 
 @dataclass(frozen=True)
 class Composed:
-    """What answers images of one kind, warm.
+    """The pipelines for one form of images, tested and warm.
 
     Attributes:
-        fused: with the defense in the graph, where that can be.
-        unfused: with the defense behind the engine; the same one if it cannot.
+        fused: with the defense in the graph, if it can be expressed in ONNX; else `unfused`.
+        unfused: with the defense behind the engine.
         max_size: images of the largest batch.
-        seconds: of that batch.
+        seconds: that the largest batch takes.
+        engine_s: of these, in the engine.
     """
 
     fused: Compute
     unfused: Pipeline
     max_size: int
     seconds: float
+    engine_s: float
 
 
 @dataclass(frozen=True)
 class Composer:
-    """Puts engine and defense together.
+    """Combines engine and defense.
 
     Attributes:
-        load: makes an engine of ONNX bytes.
-        defense: of the server.
-        fusible: it may become a part of the graph.
-        limit_s: how long a batch may take.
-        clock: of the seconds that batches take.
+        load: makes an engine from ONNX bytes.
+        defense: the server's defense.
+        fusible: the defense may be moved into the graph.
+        limit_s: seconds that a batch may take.
+        clock: seconds.
     """
 
     load: Callable[[bytes], Engine]
@@ -166,25 +176,30 @@ class Composer:
     clock: Callable[[], float] = time.perf_counter
 
     def __call__(self, model: bytes, example: Batch, largest: int) -> Composed:
-        """From the ONNX bytes of the clean network, `example` images, and the largest batch.
+        """Load, fuse and warm up a network.
+
+        Args:
+            model: ONNX bytes of the undefended network.
+            example: images.
+            largest: images of the largest batch wanted.
 
         Raises:
             ConfigError: one image alone takes longer than a batch may.
         """
-        plain = Pipeline(self.load(model), self.defense, self.clock)
-        plain.engine.prepare((1,))
-        whole = fuse(plain, self.load, model, example) if self.fusible else plain
-        max_size, seconds = warm_up(whole, example, largest, self.limit_s)
-        if seconds > self.limit_s:
+        unfused = Pipeline(self.load(model), self.defense, self.clock)
+        unfused.engine.prepare((1,))
+        fused = fuse(unfused, self.load, model, example) if self.fusible else unfused
+        max_size, answers = warm_up(fused, example, largest, self.limit_s)
+        if answers.seconds > self.limit_s:
             raise ConfigError(
-                f"one image takes {seconds:.2g} s; allowed: {self.limit_s:.2g} s, "
+                f"one image takes {answers.seconds:.2g} s; allowed: {self.limit_s:.2g} s, "
                 "1/4 of SCUMBLE_WATCHDOG_S"
             )
-        return Composed(whole, plain, max_size, seconds)
+        return Composed(fused, unfused, max_size, answers.seconds, answers.infer_s)
 
 
 def self_test(bundle: Bundle, engine: Engine, precision: Precision) -> None:
-    """Compare the engine with what the bundle's maker recorded.
+    """Compare the engine with the outputs recorded in the bundle.
 
     Raises:
         BundleError: the answers differ by more than the recorded tolerance.
@@ -193,7 +208,7 @@ def self_test(bundle: Bundle, engine: Engine, precision: Precision) -> None:
     if precision not in golden.probabilities:
         raise BundleError(
             f"{bundle} has no golden outputs for {precision}; "
-            f"there: {', '.join(golden.probabilities)}"
+            f"available: {', '.join(golden.probabilities)}"
         )
     expected = np.array(golden.probabilities[precision], np.float32)
     found = np.concatenate([engine(one) for one in singly(golden_inputs(bundle.card.input))])
@@ -206,51 +221,50 @@ def self_test(bundle: Bundle, engine: Engine, precision: Precision) -> None:
 
 
 def singly(batch: Batch) -> list[Batch]:
-    """Batches of one: an engine need not be compiled for more than that to be tested."""
+    """Split into batches of one, for which every engine is compiled."""
     return [batch[i : i + 1] for i in range(len(batch))]
 
 
 def warm_up(
     pipeline: Compute, example: Batch, largest: int, limit_s: float = math.inf
-) -> tuple[int, float]:
-    """Run a batch of one and the largest batch, each twice: the first time may load something.
+) -> tuple[int, Answers]:
+    """Run a batch of one and the largest batch, each twice: the first run may load something.
 
-    The largest batch is made smaller if it would take longer than it may. That is first estimated
-    from the time of one image, so that no batch runs for much longer than the limit.
+    The largest batch is reduced if it takes longer than `limit_s`. A first estimate from the time
+    of one image keeps every batch close to the limit.
 
-    A defense behind the engine may have networks of its own, so with one all of the engines' sizes
-    run. Else those between can wait for `prepare`.
+    A defense behind the engine may have networks of its own, so all sizes of the engine run with
+    it. Without one, the sizes between can wait for `prepare`.
 
     Args:
         pipeline: what runs.
         example: images.
-        largest: images of the largest batch that is wanted.
-        limit_s: how long it may take.
+        largest: images of the largest batch wanted.
+        limit_s: seconds that a batch may take.
 
     Returns:
-        The images of the largest batch, and its seconds. More than the limit if one image takes
-        that long.
+        The images of the largest batch, and its answers. They take longer than the limit only if
+        one image does.
     """
 
-    def seconds_of(size: int) -> float:
+    def answer(size: int) -> Answers:
         batch = example[:1].repeat(size, 0)
         pipeline.engine.prepare(parts(size))
         pipeline(batch)
-        answers = pipeline(batch)
-        return answers.infer_s + answers.defend_s
+        return pipeline(batch)
 
-    size, seconds = largest, seconds_of(1)
+    size, answers = largest, answer(1)
     if largest == 1:
-        return 1, seconds
-    if seconds * largest > limit_s:
-        size = size_within(int(limit_s / seconds))
+        return 1, answers
+    if answers.seconds * largest > limit_s:
+        size = size_within(int(limit_s / answers.seconds))
     if size > 1:
         if not isinstance(pipeline, Fused) and not isinstance(pipeline.defense, NoDefense):
             for between in FAST[1:]:
                 if between < size:
                     pipeline(example[:1].repeat(between, 0))
-        seconds = seconds_of(size)
-    while seconds > limit_s and size > 1:  # many take longer than as many times one
+        answers = answer(size)
+    while answers.seconds > limit_s and size > 1:  # time may grow faster than the size
         size = size_within(size - 1)
-        seconds = seconds_of(size)
-    return size, seconds
+        answers = answer(size)
+    return size, answers

@@ -259,7 +259,7 @@ def test_batches_are_limited_to_what_fits_the_watchdog(make_client, caplog):
         client = make_client(defense=telling.SLOW, watchdog_s=4.8)  # a quarter is 1.2 s
     (loaded,) = [record for record in caplog.records if record.message == "loaded"]
     assert loaded.max_batch in (1, 2, 4)  # 8 images sleep for 1.2 s, and need more
-    assert f"batches have at most {loaded.max_batch} images, which take" in caplog.text
+    assert f"batch size limited to {loaded.max_batch} images" in caplog.text
     files = [("image", ("x.png", PNG, "image/png"))] * 9
     assert len(client.post("/v1/predict", files=files).json()["predictions"]) == 9
 
@@ -273,6 +273,35 @@ def test_bundle_prints_as_its_constructor(models):
     from app.inference.bundle import Bundle
 
     assert re.fullmatch(r"Bundle\('.*/tiny'\)", repr(Bundle(models / "tiny")))
+
+
+IMPORTS = """
+import io, sys
+from PIL import Image
+from starlette.testclient import TestClient
+from app.main import create_app
+from app.settings import Settings
+
+files = []
+for format_, modes in {"PNG": "1 L LA P RGB RGBA I;16", "JPEG": "L RGB CMYK", "WEBP": "RGB"}.items():
+    for mode in modes.split():
+        file = io.BytesIO()
+        Image.new(mode, (20, 20)).save(file, format_)
+        files.append(file.getvalue())
+app = create_app(Settings(model_dir=sys.argv[1], model="tiny"))
+codecs = lambda: {n for n in sys.modules if n.split(".")[0] in ("PIL", "imagecodecs", "numpy")}
+with TestClient(app) as client:
+    before = codecs()
+    statuses = {client.post("/v1/predict", content=file).status_code for file in files}
+    print(statuses, codecs() - before)
+"""
+
+
+def test_no_codec_is_imported_by_a_request(models):
+    """A process that has run out of descriptors cannot import."""
+    command = [sys.executable, "-c", IMPORTS, str(models)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{200} set()"
 
 
 def test_the_supervisor_is_quick_to_start_and_small():

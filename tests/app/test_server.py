@@ -216,6 +216,6 @@ def test_check_masks_the_secret_and_names_what_is_served(models):
     assert "0123456789abcdef" not in done.stdout
     assert "redis://localhost/0" in done.stdout
     assert "hunter2" not in done.stdout + done.stderr
-    assert "NO API KEYS" in done.stderr
+    assert "authentication is off" in done.stderr
     assert "defense   NoDefense()" in done.stdout
     assert "ok: these settings can be served" in done.stdout

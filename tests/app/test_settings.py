@@ -83,6 +83,13 @@ def test_a_short_secret_is_refused_without_showing_it(monkeypatch):
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["foo", "", "postgres://host/b", "memory:///x", "file:///b.db"])
+def test_a_store_that_does_not_exist_is_refused_also_without_budgets(monkeypatch, url):
+    monkeypatch.setenv("SCUMBLE_STORE", url)
+    with pytest.raises(ConfigError, match=r"SCUMBLE_STORE is .*allowed: memory://, sqlite:///PATH"):
+        load_settings()
+
+
 def test_secret_never_prints():
     assert "0123456789abcdef" not in repr(Settings(secret="0123456789abcdef"))
 

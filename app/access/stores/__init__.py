@@ -1,13 +1,13 @@
-"""Where budgets are counted: one protocol, three places.
+"""Where budgets are counted: one protocol, three stores.
 
-| store  | who may share it               | what it outlasts                          |
-|--------|--------------------------------|-------------------------------------------|
-| memory | one worker                     | nothing                                   |
-| sqlite | the workers of one node        | all of them, and a power cut              |
-| redis  | the workers of any node        | all of them; Redis as far as it writes    |
+| store  | shared by               | survives                                        |
+|--------|-------------------------|-------------------------------------------------|
+| memory | nobody                  | nothing                                         |
+| sqlite | the workers of one node | their restart and a power cut                   |
+| redis  | the workers of any node | their restart; a power cut if Redis persists it |
 
-A charge touches all its buckets or none, in one atomic step, so that no number of workers serves
-more than a budget. A lost refund costs the client some images; it never gives him more.
+A charge changes all its buckets or none, in one atomic step, so that any number of workers together
+serve no more than the budget. A lost refund costs the client some images and never grants more.
 """
 
 from __future__ import annotations
@@ -17,28 +17,27 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from app.errors import ConfigError, ScumbleError
+from app.settings import store_url
 from app.system.urls import redacted, split
 
 MEMORY = "memory://"
-ALLOWED = "allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB"
 
 
 class StoreError(ScumbleError):
-    """The store did not answer; whether it counted is not known."""
+    """The store did not answer; it may or may not have counted."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A number of images for a time.
+    """A number of images in a window of time.
 
-    Two buckets of one name and different windows are counted apart: a shared count would belong to
-    whichever window asked last. A limit is not part of what is counted, so it can be raised and
-    lowered.
+    Buckets of the same name and different windows are counted separately. The limit is not stored,
+    so it can be raised and lowered.
 
     Attributes:
         name: the same in all workers.
         limit: images.
-        window_s: seconds from the first image on, after which counting starts anew; 0 for never.
+        window_s: seconds from the first image until the count restarts; 0 for never.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Bucket:
 
     @property
     def key(self) -> str:
-        """What stores count under."""
+        """The key under which stores count."""
         return f"{self.name}:{self.window_s}" if self.window_s else self.name
 
 
@@ -56,9 +55,9 @@ class Level:
     """How full a bucket is.
 
     Attributes:
-        used: images, those of this charge included if it was granted.
-        start: of its window by the store's clock; tells a refund whether it is still on.
-        reset_s: seconds until its window ends; 0 where it never does.
+        used: images, including those of this charge if it was granted.
+        start: of the window by the store's clock; tells a refund whether the window has ended.
+        reset_s: seconds until the window ends; 0 if it never does.
     """
 
     used: int
@@ -68,17 +67,17 @@ class Level:
 
 @dataclass(frozen=True)
 class Charge:
-    """What became of a charge: granted or not, and the level of each bucket, in order."""
+    """The result of a charge: granted or not, and the level of each bucket, in order."""
 
     granted: bool
     levels: tuple[Level, ...]
 
 
 class StateStore(Protocol):
-    """Counts images in buckets, for all that share it."""
+    """Counts images in buckets."""
 
     async def charge(self, buckets: Sequence[Bucket], images: int) -> Charge:
-        """Add `images` to every bucket, or to none if one has no room for all of them.
+        """Add `images` to every bucket, or to none if they do not fit into one of them.
 
         Raises:
             StoreError: no answer; the images may have been counted.
@@ -94,7 +93,7 @@ class StateStore(Protocol):
         ...
 
     async def ping(self) -> None:
-        """Do what a charge needs, count nothing.
+        """Check that a charge would work, without counting images.
 
         Raises:
             StoreError: a charge would fail.
@@ -102,20 +101,20 @@ class StateStore(Protocol):
         ...
 
     async def close(self) -> None:
-        """Give back files and connections."""
+        """Close files and connections."""
         ...
 
 
 def open_store(url: str) -> StateStore:
-    """The store that `url` names; a Redis that is down is not noticed here.
+    """Open the store that `url` names. A Redis server is not contacted yet.
 
     Raises:
-        ConfigError: another scheme, a file that cannot be opened, or an extra that is missing.
+        ConfigError: the URL is invalid, its file cannot be opened, or an extra is missing.
     """
     try:
-        scheme = split(url).scheme
+        scheme = split(store_url(url)).scheme
     except ValueError as exc:
-        raise ConfigError(f"SCUMBLE_STORE is {redacted(url)!r}, {exc}; {ALLOWED}") from exc
+        raise ConfigError(f"SCUMBLE_STORE is {redacted(url)!r}: {exc}") from exc
     if scheme == "memory":
         from app.access.stores.memory import MemoryStore
 
@@ -124,13 +123,11 @@ def open_store(url: str) -> StateStore:
         from app.access.stores.sqlite import SqliteStore
 
         return SqliteStore.at(url)
-    if scheme in ("redis", "rediss", "unix"):
-        try:
-            from app.access.stores.redis import RedisStore
-        except ImportError as exc:
-            raise ConfigError(
-                f"SCUMBLE_STORE is {redacted(url)!r}: {exc}; "
-                "install it with: pip install 'scumble[redis]'"
-            ) from exc
-        return RedisStore.at(url)
-    raise ConfigError(f"SCUMBLE_STORE is {redacted(url)!r}; {ALLOWED}")
+    try:
+        from app.access.stores.redis import RedisStore
+    except ImportError as exc:
+        raise ConfigError(
+            f"SCUMBLE_STORE is {redacted(url)!r}: {exc}; "
+            "install it with: pip install 'scumble[redis]'"
+        ) from exc
+    return RedisStore.at(url)

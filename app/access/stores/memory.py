@@ -9,7 +9,7 @@ from app.access.stores import Bucket, Charge, Level
 
 
 class MemoryStore:
-    """Counts in a dictionary; forgets with the process."""
+    """Counts in a dictionary, which ends with the process."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -35,16 +35,16 @@ class MemoryStore:
                 self._rows[bucket.key] = max(0, used - images), start
 
     async def ping(self) -> None:
-        """It is always there."""
+        """Do nothing: memory is always available."""
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing."""
 
 
 def current(row: tuple[int, float] | None, bucket: Bucket, now: float) -> tuple[int, float]:
-    """Images and start of the bucket's window at `now`; a new one if there is none or it ended.
+    """Return images and start of the bucket's window at `now`, which may be a new window.
 
-    A clock that was set back makes a window longer: a new one would give the images again.
+    A clock that is set back makes a window longer. A new window would grant the images again.
     """
     if row is None or (bucket.window_s and now >= row[1] + bucket.window_s):
         return 0, now
@@ -54,7 +54,7 @@ def current(row: tuple[int, float] | None, bucket: Bucket, now: float) -> tuple[
 def decide(
     buckets: Sequence[Bucket], rows: Sequence[tuple[int, float]], images: int, now: float
 ) -> Charge:
-    """Whether `images` fit all buckets, and the levels with them if so."""
+    """Decide whether `images` fit into all buckets, and compute the levels."""
     pairs = list(zip(buckets, rows, strict=True))
     granted = all(used + images <= bucket.limit for bucket, (used, _) in pairs)
     more = images if granted else 0

@@ -1,8 +1,8 @@
 """Budgets in Redis, for replicas on any number of nodes.
 
 One Lua script does a charge: Redis runs it whole before anything else, with its own clock, in one
-round trip. All names share a hash tag, so that a cluster keeps them on one node. Nothing is tried
-again: a charge sent twice would count twice.
+round trip. All names share a hash tag, so that a cluster keeps them on one node. Nothing is
+retried: a charge sent twice would count twice.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from app.errors import ConfigError
 from app.system.urls import redacted
 
 TAG = "{scumble}:"
-TIMEOUT_S = 1.0  # of each step: to get a connection, to connect, to get an answer
-CONNECTIONS = 16  # of a worker; who finds none free waits for one
+TIMEOUT_S = 1.0  # for each step: to get a connection, to connect, to get an answer
+CONNECTIONS = 16  # per worker
 
-# ARGV: images, then limit and window in ms for each key. Gives granted, then for each key its
-# images, the start of its window and the ms until that ends.
+# ARGV: images, then limit and window in ms for each key. Returns granted, then for each key its
+# images, the start of its window and the ms until the window ends.
 CHARGE = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
@@ -66,7 +66,7 @@ end
 
 
 class RedisStore:
-    """Counts in one hash per bucket; those with a window expire with it."""
+    """Counts in one hash per bucket, which expires with the bucket's window."""
 
     def __init__(self, client: Redis) -> None:
         self._client = client
@@ -75,10 +75,10 @@ class RedisStore:
 
     @classmethod
     def at(cls, url: str) -> RedisStore:
-        """The store of `redis://[USER:PASSWORD@]HOST:PORT/DB`; connects at the first charge.
+        """Make the store of `redis://[USER:PASSWORD@]HOST:PORT/DB`; connects at the first charge.
 
         Raises:
-            ConfigError: the URL is not one.
+            ConfigError: the URL or an option in its query is invalid.
         """
         try:
             pool = BlockingConnectionPool.from_url(
@@ -89,8 +89,13 @@ class RedisStore:
                 socket_connect_timeout=TIMEOUT_S,
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError as exc:
-            raise ConfigError(f"SCUMBLE_STORE is {redacted(url)!r}: {exc}") from exc
+            # Neither connects. The first charge would meet an option that is unknown or wrong.
+            pool.make_connection()  # type: ignore[no-untyped-call]
+            pool.get_encoder().encode("")  # type: ignore[no-untyped-call]
+        except Exception as exc:  # a wrong option raises whatever its first use raises
+            raise ConfigError(
+                f"SCUMBLE_STORE is {redacted(url)!r}: invalid URL or query option: {exc}"
+            ) from exc
         return cls(Redis.from_pool(pool))
 
     async def charge(self, buckets: Sequence[Bucket], images: int) -> Charge:
@@ -109,7 +114,7 @@ class RedisStore:
         await self._run(self._refund, buckets, [images, *starts])
 
     async def ping(self) -> None:
-        """Charge nothing, so that a Redis which refuses to write is noticed too."""
+        """Charge no images, which also notices a Redis that refuses to write."""
         await self.charge([Bucket("ping", 1, 1)], 0)
 
     async def close(self) -> None:

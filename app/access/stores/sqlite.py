@@ -1,9 +1,9 @@
 """Budgets in an SQLite file, for the workers of one node.
 
-The file is written ahead (WAL) and synchronised before a charge is granted, so a budget holds
-through a killed worker and a power cut. Transactions are short and run on a thread: the event loop
-never waits for a disk or for another worker's lock. What arrives while one is written goes into the
-next together, so many clients wait for few writes.
+The file uses write-ahead logging and is synchronised before a charge is granted, so a budget
+survives a killed worker and a power cut. Transactions are short and run on a thread: the event loop
+never waits for a disk or for another worker's lock. Charges that arrive during a transaction share
+the next one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SqliteStore:
     """Counts in the table `buckets` of a file.
 
     Raises:
-        ConfigError: the file cannot be opened or is none of SQLite's.
+        ConfigError: the file cannot be opened or is not an SQLite database.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class SqliteStore:
 
     @classmethod
     def at(cls, url: str) -> SqliteStore:
-        """The store of `sqlite:///PATH`.
+        """Make the store of `sqlite:///PATH`.
 
         Raises:
-            ConfigError: no path, or a file that cannot be used.
+            ConfigError: the URL has no path or more than a path, or the file cannot be used.
         """
         parts = urlsplit(url)
         path = unquote(parts.path)
-        if parts.netloc or path in ("", "/"):
+        if parts.netloc or parts.query or parts.fragment or path in ("", "/"):
             raise ConfigError(f"SCUMBLE_STORE is {redacted(url)!r}; allowed: sqlite:///PATH")
         return cls(path)
 
@@ -101,7 +101,7 @@ class SqliteStore:
         await self._transaction(run)
 
     async def ping(self) -> None:
-        """Take the lock that a charge takes."""
+        """Take the lock that a charge needs."""
         await self._transaction(lambda: None)
 
     async def close(self) -> None:
@@ -119,7 +119,7 @@ class SqliteStore:
             raise StoreError(f"the budget file: {exc}") from exc
 
     def _commit(self) -> None:
-        """Do all that waits in one transaction; nothing, if an earlier call has done it."""
+        """Run all waiting jobs in one transaction; an earlier call may have run them."""
         jobs = []
         while self._waiting:
             run, done = self._waiting.popleft()
@@ -130,7 +130,7 @@ class SqliteStore:
         try:
             with _write(self._db):
                 answers = [run() for run, _ in jobs]
-        except Exception as exc:  # noqa: BLE001  # whatever it is, those who wait get it
+        except Exception as exc:  # noqa: BLE001  # any error goes to the callers
             for _, done in jobs:
                 done.set_exception(exc)
         else:
@@ -146,7 +146,7 @@ class SqliteStore:
 
 @contextmanager
 def _write(db: sqlite3.Connection) -> Iterator[None]:
-    db.execute("BEGIN IMMEDIATE")  # reading first and locking later could end in a deadlock
+    db.execute("BEGIN IMMEDIATE")  # a lock taken after reading could deadlock
     try:
         yield
     except BaseException:
@@ -156,7 +156,7 @@ def _write(db: sqlite3.Connection) -> Iterator[None]:
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:
-    """Switch a file to WAL; SQLite does not wait by itself when another worker does the same."""
+    """Switch a file to WAL; SQLite does not wait while another worker does the same."""
     end = time.monotonic() + BUSY_S
     while True:
         try:

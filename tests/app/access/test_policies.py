@@ -48,7 +48,7 @@ KEYED = KeyFile(keys=(row("a", defense="round"), row("b", defense="round")))
 def test_a_defense_answers_examples_before_its_key_counts():
     defense, server = Recorded(), Recorded()
     made = policies(defense, server)
-    made.serve(PIXELS, ROWS)
+    made.warm_up(PIXELS, ROWS)
     grants = made(KEYED)
     assert defense.batches == [("uint8", 1), ("uint8", 2), ("uint8", 4)]
     assert all(grant.defense is defense for grant in grants.values())
@@ -60,10 +60,10 @@ def test_a_defense_answers_examples_before_its_key_counts():
 def test_once_tensors_are_served_all_defenses_answer_those_too():
     defense = Recorded()
     made = policies(defense)
-    made.serve(PIXELS, ROWS)
+    made.warm_up(PIXELS, ROWS)
     made(KEYED)
     del defense.batches[:]
-    made.serve(TENSORS, ROWS)
+    made.warm_up(TENSORS, ROWS)
     assert defense.batches == [("float32", 1), ("float32", 2), ("float32", 4)]
     made(KeyFile())
     made(KEYED)
@@ -76,18 +76,33 @@ def test_once_tensors_are_served_all_defenses_answer_those_too():
         ([], None),
         ([60.0, 1.0, 1.0, 1.0], None),  # it loads something at first
         ([1.0, 60.0, 1.0, 60.0, 1.0], None),
-        ([1.0, 60.0, 50.0], r"takes 50 s for 2 image\(s\); allowed: 7.5 s, 1/4 of SCUMBLE_WATCH"),
+        (
+            [1.0, 60.0, 50.0],
+            r"takes 50 s for 2 image\(s\), and the engine 0 s; allowed: 7.5 s together, 1/4 of S",
+        ),
     ],
 )
 def test_a_defense_that_takes_longer_than_a_batch_may_is_refused(seconds, refused):
     defense = Recorded(seconds=seconds)
     made = policies(defense, limit_s=7.5, clock=lambda: defense.now[0])
-    made.serve(PIXELS, ROWS)
+    made.warm_up(PIXELS, ROWS)
     if refused is None:
         assert len(made(KEYED)) == 2
     else:
         with pytest.raises(ConfigError, match=f"key 'id-a': defense 'round': {refused}"):
             made(KEYED)
+
+
+@pytest.mark.parametrize(("engine_s", "refused"), [(6.0, False), (7.0, True)])
+def test_the_time_of_the_engine_counts_beside_that_of_a_defense(engine_s, refused):
+    defense = Recorded(seconds=[1.0] * 9)
+    made = policies(defense, limit_s=7.5, clock=lambda: defense.now[0])
+    made.warm_up(PIXELS, ROWS, engine_s)
+    if refused:
+        with pytest.raises(ConfigError, match=r"takes 1 s for 1 image\(s\), and the engine 7 s"):
+            made(KEYED)
+    else:
+        assert len(made(KEYED)) == 2
 
 
 def test_a_defense_that_fails_on_an_example_is_refused_and_the_old_ones_stay():
@@ -96,6 +111,6 @@ def test_a_defense_that_fails_on_an_example_is_refused_and_the_old_ones_stay():
             raise ZeroDivisionError("of mine")
 
     made = policies(Broken())
-    made.serve(PIXELS, ROWS)
+    made.warm_up(PIXELS, ROWS)
     with pytest.raises(ConfigError, match=r"key 'id-a'.*fails on 1 image\(s\): ZeroDivisionError"):
         made(KEYED)

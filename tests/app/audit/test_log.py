@@ -159,7 +159,7 @@ def test_open_serves_on_while_the_log_cannot_be_written_and_says_what_is_lost(au
 
 
 def test_a_folder_that_is_not_there_stops_the_start(models, tmp_path):
-    with pytest.raises(ConfigError, match="is no folder that this process may write in"):
+    with pytest.raises(ConfigError, match="is missing or not writable"):
         create_app(Settings(model_dir=models, model="tiny", audit_file=tmp_path / "no" / "log"))
 
 

@@ -17,8 +17,9 @@ from starlette.testclient import TestClient
 
 from app.context import KEY, RequestContext
 from app.errors import ConfigError
-from app.main import create_app, make_tracing
+from app.main import create_app
 from app.settings import Settings
+from app.telemetry.assembly import make_tracing
 from app.telemetry.metrics import STAGES
 from app.telemetry.stages import Stages
 from app.telemetry.traceparent import read_traceparent
