@@ -12,8 +12,9 @@ import pytest
 
 from app.admin.console.facts import about
 from app.errors import BundleError, ConfigError
+from app.inference.assembly import configure_defense, make_defense
 from app.inference.bundle import open_bundle
-from app.main import configure, create_app, make_defense
+from app.main import create_app
 from app.processes.snapshot import copy_bundle
 from app.settings import Settings
 from scumble.defenses import make
@@ -65,7 +66,7 @@ def test_a_defense_without_parameters_has_those_that_its_card_recommends(own_mod
     caplog.set_level("INFO", "scumble")
     assert make_defense(served, bundle) == make("dcp", beta=1.25)
     assert "using the recommended parameters" in caplog.text
-    assert configure(served, bundle, "dcp", {}) == make("dcp", beta=1.25)
+    assert configure_defense(served, bundle, "dcp", {}) == make("dcp", beta=1.25)
     assert about(served, own_models)["policy"] == {"defense": "dcp", "params": {"beta": 1.25}}
     caplog.clear()
     given = settings(own_models, defense="dcp", defense_params={"beta": 0.5})
@@ -283,7 +284,8 @@ from app.main import create_app
 from app.settings import Settings
 
 files = []
-for format_, modes in {"PNG": "1 L LA P RGB RGBA I;16", "JPEG": "L RGB CMYK", "WEBP": "RGB"}.items():
+MODES = {"PNG": "1 L LA P RGB RGBA I;16", "JPEG": "L RGB CMYK", "WEBP": "RGB"}
+for format_, modes in MODES.items():
     for mode in modes.split():
         file = io.BytesIO()
         Image.new(mode, (20, 20)).save(file, format_)

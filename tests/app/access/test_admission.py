@@ -226,7 +226,7 @@ def test_a_budget_counts_images_and_says_what_is_left(client):
     check_problem(refused)
     assert 3595 <= int(refused.headers["retry-after"]) <= 3600
     assert refused.headers["ratelimit"].startswith('"window";r=1;t=')
-    assert "1 of 4 are left" in refused.json()["detail"]
+    assert "1 of 4 left; resets in" in refused.json()["detail"]
     assert ask(client, "hourly", 1).status_code == 200
     assert samples(client)['scumble_rejections_total{"reason": "budget"}'] == 1
     assert samples(client)['scumble_images_total{"model": "tiny", "precision": "float32"}'] == 4
@@ -357,7 +357,7 @@ def test_a_budget_of_all_clients_is_kept_and_not_shown(keyed):
     answer = ask(client, "five", 3)
     assert answer.status_code == 429
     assert answer.headers["ratelimit"] == '"total";r=5'
-    assert "all clients together" in answer.json()["detail"]
+    assert "shared budget of all clients exceeded" in answer.json()["detail"]
     assert ask(client, "five", 2).status_code == 200
 
 
