@@ -209,7 +209,7 @@ SERVICE = Board(
                 "Workers",
                 "Running worker processes; those replaced in an hour, by what ended them; "
                 "reloads of the model in an hour, by how they went; minutes for which keys or a "
-                "certificate could not be read anew, and such failures in an hour.",
+                "certificate could not be reloaded, and such failures in an hour.",
                 "short",
                 (
                     Query(

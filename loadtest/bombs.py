@@ -175,7 +175,7 @@ def loop_cpu_s(pid: int) -> float:
 
 def send(server: Server, worker: int, client: httpx2.Client, bomb: Bomb) -> dict[str, float]:
     """One request, and what it did to the worker."""
-    Path(f"/proc/{worker}/clear_refs").write_text("5")  # the peak begins anew
+    Path(f"/proc/{worker}/clear_refs").write_text("5")  # resets the peak
     before, cpu, start = status_mib(worker, "VmRSS"), loop_cpu_s(worker), time.perf_counter()
     with Livez(server.url) as livez:
         answer = client.post(bomb.path, content=bomb.body, headers=bomb.headers)

@@ -4,7 +4,7 @@
 
 Customers and a few thieves ask replicas that a load balancer picks at random; each client has the
 same budget in images. A request is served whole or refused whole. Who is refused asks for single
-images from then on; a customer leaves when he is refused a single one, a thief never does. In the
+images from then on; a customer leaves when a single one is refused, a thief never does. In the
 middle every replica is replaced once, and loses what it had in memory.
 
 | strategy | counts in                         | over the budget | left when refused   |
@@ -135,7 +135,7 @@ class Load:
         replicas: how many.
         client: who asks.
         replica: which replica is asked.
-        images: how many images he would like.
+        images: how many images the client wants.
         replaced: replicas that are replaced before the request of this number.
     """
 
@@ -180,7 +180,7 @@ class Outcome:
 
     Attributes:
         served: images by client.
-        left: images that a client's budget still had when he was refused a single one, and left.
+        left: images that a client's budget still had when it was refused a single one and left.
         answers: requests that were served.
         calls: of the store, for these.
     """
@@ -225,9 +225,9 @@ class Row:
         lease: size of a lease, 0 where there are none.
         replicas: how many.
         replaced: how many of them were replaced meanwhile.
-        worst_over: the most images that a client got beyond his budget.
+        worst_over: the most images that a client got beyond its budget.
         bound_over: what it cannot exceed.
-        worst_left: the most images that a customer's budget had when he was refused.
+        worst_left: the most images that a customer's budget had when they were refused.
         bound_left: what it cannot exceed.
         mean_left: over the customers who were refused.
         calls_per_answer: of the store.

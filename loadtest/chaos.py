@@ -9,7 +9,7 @@ under load. Exit code 1 unless
 
 - no request is lost: one whose connection died before a byte of its answer is asked once more, as
   any client may, and is lost if that fails as well;
-- the thief gets no image beyond his budget;
+- the thief gets no image beyond its budget;
 - no answer is a 5xx but the documented 503 and 504, and no broken body is accepted;
 - each connection of a flood is ended by the server;
 - no worker grows by more than 20 % after it is warm;
@@ -137,7 +137,7 @@ def honest(server: Server, tally: Tally, stop: threading.Event) -> None:
 
 
 def thief(server: Server, tally: Tally, stop: threading.Event) -> None:
-    """Eight at a time until nothing is left, and then he tries on."""
+    """Eight at a time until nothing is left, and then further attempts."""
     body = {"files": [("image", ("x.png", DIGIT, "image/png"))] * 8}
     with httpx2.Client(
         base_url=server.url, headers={"X-API-Key": "thief"}, timeout=60, trust_env=False

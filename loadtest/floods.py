@@ -1,4 +1,4 @@
-"""Floods: what strangers send to fill a server, on raw sockets; `loadtest.chaos` does them in turn.
+"""Floods: requests to exhaust a server, on raw sockets; `loadtest.chaos` runs them in turn.
 
 Each gives its connections, and the server must end every one of them by itself.
 """

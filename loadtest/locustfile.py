@@ -4,7 +4,7 @@
     locust -f loadtest/locustfile.py --headless --host http://localhost:8000
 
 The shape takes a bit over two minutes; `--shape-speed 10` runs it ten times as fast. A 5xx answer
-to anybody, an answer that is no distribution, or bad input that is accepted is a failure, and any
+to anybody, an answer that is not a distribution, or accepted bad input is a failure, and any
 failure makes the exit code 1. Only for servers of your own.
 """
 
@@ -101,7 +101,7 @@ class Attacker(Client):
 
 
 class Careless(Client):
-    """Sends what is no image, in as many ways as there are errors."""
+    """Sends invalid requests, one per kind of error."""
 
     fixed_count = 1
     wait_time = constant_throughput(5)

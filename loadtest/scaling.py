@@ -111,7 +111,7 @@ def budget_row(row: Document) -> list[str]:
 def written(
     page: str, price: float, bench: Document, counted: Document, simulated: Document
 ) -> str:
-    """The page with all parts made anew."""
+    """The page with all parts regenerated."""
     parts = {
         "capacity": (f"python -m loadtest.scaling --price {price:g}", capacity(bench, price)),
         "charges": ("python -m loadtest.charges", charges(counted)),

@@ -1,7 +1,7 @@
-"""What each client with a key has asked, as metrics.
+"""Metrics of each client with an API key.
 
-The label `client` is closed like all labels: its values are the names in the file of keys, so no
-stranger can add a series. Without keys there are none.
+The values of the label `client` are the names in the key file, so requests cannot add series.
+Without keys there are none.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Clients:
         self._child = cache(lambda metric, *labels: metric.labels(*labels))
 
     def answered(self, client: str, images: int) -> None:
-        """A client got the probabilities of so many images."""
+        """Count images that were answered with probabilities."""
         self._child(self._images, client).inc(images)
 
     def refused(self, client: str) -> None:
-        """A budget had no room for a client's request."""
+        """Count a request that exceeded a budget."""
         self._child(self._refused, client).inc()
 
     def budget(self, client: str, name: str, *, limit: int, left: int) -> None:
-        """What a budget of a client allows, and what is left of it, granted or not."""
+        """Record the limit of a budget and what is left of it."""
         self._child(self._limit, client, name).set(limit)
         self._child(self._left, client, name).set(left)
