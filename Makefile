@@ -26,8 +26,9 @@ test: .venv/.dev ## run the whole suite, a part on each core
 
 test-lowest: .venv/.dev ## the server's tests with the lowest releases that pyproject.toml allows
 	mkdir -p runs/lowest
-	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --resolution lowest-direct \
-		--only-binary :all: --no-header --no-annotate --output-file runs/lowest/requirements.txt
+	$(BIN)/uv pip compile pyproject.toml --extra serve --extra client --quiet --upgrade \
+		--resolution lowest-direct --only-binary :all: --no-header --no-annotate \
+		--output-file runs/lowest/requirements.txt
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python runs/lowest/venv
 	$(BIN)/uv pip install --quiet --python runs/lowest/venv/bin/python --only-binary :all: \
 		--requirement runs/lowest/requirements.txt hypothesis pytest pyyaml sybil trustme
