@@ -1,8 +1,8 @@
 """Routes and errors of the public port, around a `Service`.
 
-The handlers take the request and give the response themselves: validation by FastAPI's models would
-cost more than a small network. Predictions do not even pass FastAPI's stack and router. The OpenAPI
-document still describes every route, and every route has the same errors.
+Endpoints take the request and return the response: validation by FastAPI's models would cost more
+than a small network. Predictions bypass FastAPI's stack and router. The OpenAPI document describes
+every route, and all routes share one format of errors.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Fronted(FastAPI):
 
 
 class Direct(APIRoute):
-    """A route whose endpoint is called with the request and nothing in between."""
+    """A route that calls its endpoint with the request, without FastAPI's validation."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
         """The endpoint itself."""
@@ -86,10 +86,10 @@ def build(
 
     Args:
         service: answers.
-        access_log: a line for each request.
+        access_log: log every request.
         tracing: makes spans of requests.
         root_path: a prefix that paths may have.
-        cors_origins: whose web pages may ask.
+        cors_origins: origins whose web pages may send requests.
     """
 
     @asynccontextmanager
@@ -131,7 +131,7 @@ def build(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # to wherever the Host header says
+        redirect_slashes=False,  # a redirect would trust the Host header
         exception_handlers={HTTPException: refused},
     )
     app.router.route_class = Direct
@@ -160,13 +160,13 @@ def build(
     )
     app.front = Prefix(observed, root_path) if root_path else observed
     app.servers = [{"url": root_path}] if root_path else []
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way to extend it
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI documents it
     app.state.service = service
     return app
 
 
 def routes(service: Service) -> list[Route]:
-    """All of them."""
+    """All routes of the public port."""
     return [
         *v1.routes(service),
         (
@@ -197,10 +197,10 @@ def routes(service: Service) -> list[Route]:
 
 
 def _translated(exc: Exception, request: Request) -> errors.RequestError:
-    """Starlette's own refusals, and whatever nobody foresaw, in our one error shape."""
+    """Starlette's HTTP errors and unexpected exceptions as problem details."""
     if isinstance(exc, HTTPException):
         if exc.status_code == 404:
-            return errors.NotFound("no such route; /openapi.json lists them")
+            return errors.NotFound("no such route; /openapi.json lists all routes")
         if exc.status_code == 405:
             allowed = (exc.headers or {}).get("Allow", "")
             if allowed == "GET":
@@ -209,18 +209,18 @@ def _translated(exc: Exception, request: Request) -> errors.RequestError:
             return errors.MethodNotAllowed(detail, {"Allow": allowed})
         return errors.BadFraming(str(exc.detail))
     log.error("unexpected error", exc_info=exc, extra={"id": request_context(request.scope).id})
-    return errors.Internal("unexpected error; the log has the details under this request's id")
+    return errors.Internal("unexpected error; see the log for this request's id")
 
 
 def _describe_access(path: str, description: dict[str, Any]) -> None:
-    """Add to a route's description what keys and budgets can answer."""
+    """Add the responses of keys and budgets to a route's description."""
     if path not in admission.OPEN:
         description.setdefault("responses", {}).update(problems(401, 403, 429, 503))
         description.setdefault("openapi_extra", {})["security"] = [{"bearer": []}, {"header": []}]
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document plus the schemas that only our own descriptions refer to."""
+    """FastAPI's document plus the schemas that only the routes' descriptions refer to."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,

@@ -27,12 +27,12 @@ from app.inference.deadline import Deadline
 from app.inference.executor import BoundedExecutor
 from app.inference.formats import FORMATS, SIGNATURE
 
-# A request's headers, names in small letters, as `dict` makes it of ASGI's pairs: to look a few up
-# in Starlette's own takes longer than to decode a small image.
+# A request's headers with lower-case names, a `dict` of the ASGI pairs: looking a few up in
+# Starlette's Headers takes longer than decoding a small image.
 Headers = Mapping[bytes, bytes]
 Reader = Callable[[Headers, bytes, int], list[bytes]]
 
-# What clients send that were not told what they send; the last is what curl says of any body.
+# Sent by clients that do not know the type of the body; curl sends the last one by default.
 UNSPECIFIC = frozenset(
     ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
 )
@@ -43,13 +43,13 @@ URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 # Bodies up to this size are parsed on the event loop, which takes some milliseconds at most.
 INLINE_BYTES = 65_536
-# What a JSON document may hold. Its parser keeps the interpreter's lock, so a thread does not take
-# the work off the event loop: 40 ms of it are the most.
+# Limits of a JSON document. The parser holds the interpreter lock, so it blocks the event loop even
+# on a thread: 40 ms at most.
 MOST_VALUES = 400_000
-LIST_VALUES = 4  # a list or an object takes as long as so many numbers
-MOST_STRINGS = 10_000  # names of members among them
+LIST_VALUES = 4  # numbers that take as long to parse as one list or object
+MOST_STRINGS = 10_000  # including names of members
 
-PIECE = 1 << 20  # digits of base64 that are decoded at once
+PIECE = 1 << 20  # base64 digits decoded at once
 
 _BRIEF = Repr()
 _BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxdict = 2, 6, 3
@@ -72,14 +72,14 @@ async def read_images(
         receive: gives the body.
         max_bytes: of the body.
         max_images: in it.
-        executor: parses what would hold the event loop.
-        deadline: how long that is worth it.
+        executor: parses bodies that would hold the event loop.
+        deadline: of the request.
 
     Raises:
-        UnsupportedType: a content type that is not read, or a compressed body.
+        UnsupportedType: an unsupported content type, or a compressed body.
         TooLarge: over `max_bytes` or `max_images`.
-        BadFraming: the body is not what the content type says.
-        Unprocessable: it holds no image.
+        BadFraming: the body does not match the content type.
+        Unprocessable: the body has no image.
         Unavailable, TooLate, ClientGone: as `executor` raises them.
     """
     declared = headers.get(b"content-type", b"").decode("latin-1")
@@ -106,12 +106,12 @@ async def read_images(
 
 
 def small_number(text: str) -> int | None:
-    """A whole number of up to 15 digits, else None; Python raises on thousands of them."""
+    """A whole number of up to 15 digits, else None; `int` raises on thousands of digits."""
     return int(text) if len(text) <= 15 and text.isascii() and text.isdecimal() else None
 
 
 def refuse_encoding(headers: Headers) -> None:
-    """Compressed bodies could unpack to anything.
+    """Refuse compressed bodies, which could expand to any size.
 
     Raises:
         UnsupportedType: the body is compressed.
@@ -123,17 +123,17 @@ def refuse_encoding(headers: Headers) -> None:
 
 
 async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes:
-    """The whole body, never holding more than `max_bytes` of it.
+    """The whole body; at most `max_bytes` of it are held.
 
     Raises:
         TooLarge: more than `max_bytes`, declared or sent.
-        ClientGone: the client went away in the middle.
+        ClientGone: the client disconnected before the end of the body.
     """
     _declared(headers, max_bytes)
     body, more = _piece(await receive(), 0, max_bytes)
     if not more:  # nearly always
         return body
-    whole = bytearray(body)  # not a list: small pieces would be objects of many times their size
+    whole = bytearray(body)  # a list of small pieces would take many times their size
     while more:
         chunk, more = _piece(await receive(), len(whole), max_bytes)
         whole += chunk
@@ -141,13 +141,13 @@ async def read_body(headers: Headers, receive: Receive, max_bytes: int) -> bytes
 
 
 async def read_buffer(headers: Headers, receive: Receive, max_bytes: int) -> bytes | bytearray:
-    """The same in one writable buffer, which grows as the body arrives, if its length is declared.
+    """The whole body; in a writable buffer if its length is declared.
 
-    An array over that buffer can be lent to an engine without another copy.
+    An array over that buffer can be passed to an engine without another copy.
 
     Raises:
         TooLarge, ClientGone: as in `read_body`.
-        BadFraming: the length is not the declared one.
+        BadFraming: the body is shorter than declared.
     """
     declared = _declared(headers, max_bytes)
     if not declared:
@@ -162,7 +162,7 @@ async def read_buffer(headers: Headers, receive: Receive, max_bytes: int) -> byt
 
 
 def _declared(headers: Headers, max_bytes: int) -> int:
-    """Bytes of the body by its headers, 0 if they do not say."""
+    """The declared length of the body; 0 if none is declared."""
     declared = small_number(headers.get(b"content-length", b"0").decode("latin-1")) or 0
     if declared > max_bytes:
         raise TooLarge(f"body has {declared} bytes; allowed: {max_bytes}")
@@ -170,7 +170,7 @@ def _declared(headers: Headers, max_bytes: int) -> int:
 
 
 def _piece(message: Message, size: int, max_bytes: int) -> tuple[bytes, bool]:
-    """What came after `size` bytes of the body, and whether there is more."""
+    """The next piece of the body after `size` bytes, and whether more follows."""
     if message["type"] == "http.disconnect":
         raise ClientGone(f"the connection closed after {size} bytes of the body")
     chunk = message.get("body", b"")
@@ -180,16 +180,16 @@ def _piece(message: Message, size: int, max_bytes: int) -> tuple[bytes, bool]:
 
 
 def brief(value: object) -> str:
-    """A value of a request as messages quote it, whatever its length and depth."""
+    """A value of a request, shortened for an error message."""
     return _BRIEF.repr(value)
 
 
 def load_json(body: bytes | memoryview) -> object:
-    """A JSON document in UTF-8, the only encoding there is of one; a byte order mark is skipped.
+    """Parse a JSON document in UTF-8; a byte order mark is skipped.
 
     Raises:
-        BadFraming: it is not one.
-        TooLarge: it holds more values than can be parsed at once.
+        BadFraming: the body is not valid JSON.
+        TooLarge: it has more values than can be parsed at once.
     """
     if body[:3] == BYTE_ORDER_MARK:
         body = body[3:]
@@ -203,7 +203,7 @@ def load_json(body: bytes | memoryview) -> object:
 
 
 def _check_values(body: bytes) -> None:
-    """By what stands between values; in a string it counts, too, but base64 has none of it."""
+    """Count values by their separators, also inside strings; base64 contains none."""
     lists = body.count(b"[") + body.count(b"{")
     values = body.count(b",") + LIST_VALUES * lists
     if values > MOST_VALUES:
@@ -240,19 +240,19 @@ def instances(headers: Headers, body: bytes, max_images: int) -> list[bytes]:
 
 
 def unbase64(name: str, text: object) -> bytes:
-    """The bytes of base64 as JSON carries it; `name` says where it stood.
+    """Decode base64 of a JSON document; `name` is its place in the document.
 
-    Line breaks, the alphabet for URLs, missing padding and the head of a data URL are allowed.
+    Line breaks, the URL-safe alphabet, missing padding and a data URL's prefix are allowed.
 
     Raises:
-        BadFraming: no string, or not base64.
+        BadFraming: not a string, or not base64.
     """
     if not isinstance(text, str):
         raise BadFraming(f"{name} must be a string")
     try:
         return _decode64(text)
     except ValueError:
-        pass  # not of the plainest form
+        pass  # not in the strict form
     try:
         loose = text.encode("ascii")
         head = DATA_URL.match(loose)
@@ -263,10 +263,10 @@ def unbase64(name: str, text: object) -> bytes:
 
 
 def _decode64(digits: str | bytes) -> bytes:
-    """In pieces, between which other threads have a turn.
+    """Decode in pieces, between which other threads can run.
 
     Raises:
-        ValueError: not base64 of the plainest form.
+        ValueError: not strict base64.
     """
     pieces = []
     for start in range(0, len(digits), PIECE):
@@ -284,7 +284,7 @@ def _unbase64(i: int, row: object) -> bytes:
 
 
 def _recognised(body: bytes) -> Reader | None:
-    """The reader of a body whose content type says nothing."""
+    """The reader for the first bytes of a body without a telling content type."""
     if SIGNATURE.match(body) or not body:
         return raw
     return instances if OBJECT.match(body) else None

@@ -1,11 +1,11 @@
-"""HTTP on one connection of a server: uvicorn's protocol, and the limits that it leaves open.
+"""HTTP/1.1 on one connection: uvicorn's protocol with limits on time, headers and memory.
 
-uvicorn times out nothing but idle connections, reads headers and trailers of any size, and parses
-all that a client sends ahead. Here a request is parsed when those before it have their answers,
-and what was received and not answered yet has a common limit (`BodyMemory`).
+uvicorn only times out idle connections, reads headers and trailers of any size, and parses
+pipelined requests without limit. Here a request is parsed once the earlier ones are answered, and
+the bytes of unanswered requests have a limit for all connections together (`BodyMemory`).
 
-No connection has a timer of its own: the server looks at all of them once a second
-(`Connection.check`), and a request costs one look at the clock.
+Connections have no timers: the server checks all of them once a second (`Connection.check`), and a
+request reads the clock once.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ CLOSES = b"connection: close\r\n"
 AROUND = 4  # bytes of a header beside its name and value: colon, space, line end
 BLANK = b"\r\n\r\n"  # ends headers, and chunked bodies
 SMALL = 8192
-STEP = 512  # at most so many bytes are parsed beyond the end of a request
-# The client has closed its side, whatever it sent before and nobody has read.
+STEP = 512  # bytes that may be parsed beyond the end of a request
+# The client has closed its side, even if bytes that it sent before are still unread.
 HUNG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
 @dataclass
 class BodyMemory:
-    """What all connections of a server hold of requests that have no answer yet.
+    """The bytes of unanswered requests on all connections of a server.
 
     Attributes:
         allowed: bytes.
         held: bytes.
-        reading: connections with a part of a body, the one that has waited longest first.
+        reading: connections whose body is incomplete, the oldest first.
     """
 
     allowed: int
@@ -71,11 +71,11 @@ class BodyMemory:
     def make_room(self, last: Connection) -> None:
         """Refuse bodies until the rest is within the limit.
 
-        Those go first that have been on their way for longest: who holds memory by sending slowly
-        must not keep out the others.
+        The body that has been incomplete for longest is refused first, so that slow senders
+        cannot hold memory and keep others out.
 
         Args:
-            last: the connection whose bytes were the last to arrive.
+            last: the connection that received bytes last.
         """
         while self.held > self.allowed:
             connection = next(iter(self.reading), last)
@@ -91,22 +91,22 @@ class BodyMemory:
 
 
 class Draining(Protocol):
-    """Whose connections close after their answers."""
+    """A server whose connections close after the current answer while it drains."""
 
     draining: bool
 
 
 @dataclass(frozen=True)
 class Common:
-    """What the connections of a server share.
+    """Shared by the connections of a server.
 
     Attributes:
         limits: of headers and times.
         memory: for the bodies of all of them.
         state: whether the server is draining.
-        rejections: counters by reason, of refusals that no request sees.
-        on_closed: called at the end of each connection.
-        max_connections: more are answered 503 and closed.
+        rejections: counters by reason, of refusals before a request reaches the application.
+        on_closed: called when a connection has closed.
+        max_connections: further connections get a 503 and are closed.
     """
 
     limits: HttpSettings
@@ -118,20 +118,20 @@ class Common:
 
 
 class Cycle(RequestResponseCycle):
-    """One request and its answer; an answer that is there as a whole leaves in one piece.
+    """One request and its response; a complete response is written at once.
 
-    uvicorn writes the head, then the body, and uvloop sends each at once: two system calls and two
-    packets per answer. It also looks through every header with regular expressions.
+    uvicorn writes the head, then the body, and uvloop sends each immediately: two system calls and
+    two packets per response. It also checks every header with regular expressions.
     """
 
-    _start: HTTPResponseStartEvent | None = None  # kept back until the first of the body is there
-    held = 0  # bytes of the body that count in the memory of all
+    _start: HTTPResponseStartEvent | None = None  # held until the body starts
+    held = 0  # bytes of the body that count in `BodyMemory`
 
     async def receive(self) -> ASGIReceiveEvent:
         """The next piece of the body, for the application.
 
-        uvicorn reads on whenever it is asked, also when the body is whole and what follows it is
-        for later.
+        uvicorn resumes reading on every call, even when the body is complete and the next request
+        must wait.
         """
         if self.more_body:
             return await super().receive()
@@ -155,12 +155,12 @@ class Cycle(RequestResponseCycle):
         await super().send(message)
 
     async def send_500_response(self) -> None:
-        """Of an application that failed; what it may have begun was not sent yet."""
+        """Respond for an application that failed; a response that it started was not sent."""
         self._start = None
         await super().send_500_response()
 
     def _whole(self, start: HTTPResponseStartEvent, message: HTTPResponseBodyEvent) -> bool:
-        """Send the answer if it is a plain one, and say whether."""
+        """Send a complete, plain response at once; False for any other, which uvicorn sends."""
         body = message.get("body", b"")
         headers = [*self.default_headers, *start.get("headers", ())]
         fields = dict(headers)
@@ -178,8 +178,8 @@ class Cycle(RequestResponseCycle):
         if not self.keep_alive:
             lines.append(CLOSES)
         head = b"".join(lines)
-        if not len(lines) == head.count(b"\n") == head.count(b"\r"):  # a line too many
-            return False  # uvicorn says what is wrong with it
+        if not len(lines) == head.count(b"\n") == head.count(b"\r"):  # a line break in a header
+            return False  # uvicorn reports what is wrong with it
         self.response_started = self.response_complete = True
         self.waiting_for_100_continue = False
         self.transport.write(b"".join((STATUS_LINE[start["status"]], head, b"\r\n", body)))
@@ -191,7 +191,7 @@ class Cycle(RequestResponseCycle):
 
 
 class Connection(HttpToolsProtocol):
-    """Tells its requests when the client is gone, and the server when it has ended.
+    """One connection; tells its requests when the client disconnects.
 
     Args:
         common: what it shares with the other connections of the server.
@@ -216,23 +216,23 @@ class Connection(HttpToolsProtocol):
         self._state = common.state
         self._rejections = common.rejections
         self._client = ClientConnection()
-        self._since: float | None = self.loop.time()  # when what is awaited from the client began
-        self._heading = True  # what comes next is a part of headers
-        self._lines_only = True  # the piece at hand had no byte of a body
+        self._since: float | None = self.loop.time()  # start of the wait for headers or a body
+        self._heading = True  # headers are expected next
+        self._lines_only = True  # the current piece had no bytes of a body
         self._line_bytes = 0  # since the last such byte, or the end of a request
         self._piece_bytes = 0
         self._trailers = self._trailer_bytes = 0
-        self._rest = b""  # sent ahead of an answer, and where in it the next request begins
+        self._rest = b""  # pipelined bytes, and where the next request starts in them
         self._rest_at = 0
-        self._quiet_since: float | None = None  # the last answer is out and no request is there
+        self._quiet_since: float | None = None  # since the last response, while there is no request
         self._unread_since: float | None = None
         self._refusal: RequestError | None = None
-        self._answered: Cycle = None  # type: ignore[assignment]  # as uvicorn's; it has the turn
+        self._answered: Cycle = None  # type: ignore[assignment]  # as uvicorn's; the cycle being answered
         self._task: asyncio.Task[None]
-        self._failed: RequestError | None = None  # what to answer after the requests before it
+        self._failed: RequestError | None = None  # sent after the responses to the earlier requests
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        """The connection is there."""
+        """Handle a new connection; refuse it if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self._common.max_connections:
             self.refuse(
@@ -240,23 +240,23 @@ class Connection(HttpToolsProtocol):
             )
 
     def data_received(self, data: bytes) -> None:
-        """A piece of one request, or of several."""
+        """Handle received bytes, of one request or several."""
         if self._failed is not None:
             return
-        if self._rest:  # it was on its way when reading stopped
+        if self._rest:  # received while reading was paused
             data = self._take_rest() + data
         if len(data) <= SMALL and data.find(BLANK, STEP) < 0 and not self._due():
-            self._parse(data)  # as nearly always; `_feed` would do no more
+            self._parse(data)  # nearly always; `_feed` would do the same
             if self._heading and self._memory.held <= self._memory.allowed:
                 return
             data = b""
         self._feed(data, 0)
 
     def _feed(self, data: bytes, start: int) -> None:
-        """Parse up to the end of a request that has no answer yet; the rest is for later.
+        """Parse up to the end of the first unanswered request, and keep the rest for later.
 
         The parser cannot stop there. But headers and chunked bodies end with an empty line, so it
-        gets no more than `STEP` bytes and one such line beyond it.
+        gets at most `STEP` bytes and one such line beyond it.
         """
         end, allowed = len(data), self._limits.max_header_bytes
         while start < end:
@@ -301,7 +301,7 @@ class Connection(HttpToolsProtocol):
                 self._fail(self._too_large())
 
     def _fail(self, error: RequestError) -> None:
-        """What comes cannot be read; the requests before it get their answers first."""
+        """Refuse what follows, after the responses to the earlier requests."""
         if self._due():
             self._failed = error
             self.flow.pause_reading()
@@ -309,7 +309,7 @@ class Connection(HttpToolsProtocol):
             self.refuse(error)
 
     def _due(self) -> bool:
-        """A whole request has no answer yet."""
+        """Whether a complete request is unanswered."""
         return bool(self.pipeline) or (self._heading and not self._idle())
 
     def _set_aside(self, data: bytes, start: int) -> None:
@@ -323,15 +323,15 @@ class Connection(HttpToolsProtocol):
         return rest
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Start a request."""
         super().on_message_begin()
         self.scope["state"][KEY] = RequestContext(self._client)
         self._since = self.loop.time()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header; or a trailer, which is counted and dropped.
+        """Handle a header; a trailer is counted and dropped.
 
-        Whoever filters headers on the way here does not look at trailers.
+        Proxies that filter headers do not look at trailers.
         """
         if self._heading:
             name = name.lower()
@@ -349,10 +349,13 @@ class Connection(HttpToolsProtocol):
             raise self._refusal
 
     def on_headers_complete(self) -> None:
-        """The headers are there; `HeadersTooLarge` ends up in `send_400_response`."""
+        """Check the headers and start the application.
+
+        A raised error reaches `send_400_response` through the parser.
+        """
         self._heading = self._lines_only = False
         allowed = self._limits.max_header_bytes
-        # Small pieces hold small headers: no need to add them up.
+        # The sizes are only added up where the bytes received exceed the limit.
         if len(self.headers) > self._limits.max_headers or (
             self._line_bytes + self._piece_bytes > allowed and self._size() > allowed
         ):
@@ -365,7 +368,7 @@ class Connection(HttpToolsProtocol):
             self._refusal = BadFraming(fault)
             raise self._refusal
         if parser.should_upgrade():
-            return  # the parser takes what follows for another protocol: `_decline_upgrade`
+            return  # the parser stops here; see `_decline_upgrade`
         target = httptools.parse_url(self.url)
         raw_path = target.path or b"/"
         scope["http_version"] = version
@@ -383,17 +386,17 @@ class Connection(HttpToolsProtocol):
             self.server_state.default_headers,
             asyncio.Event(),
             self.expect_100_continue,
-            # While draining, the next request is for somebody else.
+            # While draining, the client reconnects to another worker.
             parser.should_keep_alive() and version != "1.0" and not self._state.draining,
             self.on_response_complete,
         )
         if before is None or before.response_complete:
             self._start_asgi_task(self.cycle, self.app)
-        else:  # its turn comes when those before it have their answers
+        else:  # it runs after the earlier ones
             self.pipeline.appendleft((self.cycle, self.app))
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body, which waits here until the application asks for it."""
+        """Buffer a piece of the body until the application asks for it."""
         self._lines_only = False
         self._line_bytes = 0
         cycle = self.cycle
@@ -407,12 +410,12 @@ class Connection(HttpToolsProtocol):
         cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        """The request is there, body and all."""
+        """The request is complete."""
         if self.parser.should_upgrade():
             return
         self._heading = True
         self._lines_only = False
-        if self._trailers and not self.parser.should_keep_alive():  # one of them says so
+        if self._trailers and not self.parser.should_keep_alive():  # by a trailer
             self.cycle.keep_alive = False
         self._line_bytes = self._trailers = self._trailer_bytes = 0
         self._since = None
@@ -423,16 +426,16 @@ class Connection(HttpToolsProtocol):
             return
         self._quiet_since = None
         if self.flow.read_paused:
-            # Who hangs up is noticed by reading; `_feed` keeps what else comes for later.
+            # A disconnect is noticed by reading; `_feed` keeps pipelined bytes for later.
             self.flow.resume_reading()
         self.cycle.more_body = False
         self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
-        """An answer is out; what was sent ahead of it is next, and then what is still to come.
+        """A response was written: start the next pipelined request, or resume reading.
 
-        uvicorn reads on after each answer, so that a client who sends many requests at once and
-        reads nothing could fill the memory with them. It also sets a timer after each.
+        uvicorn always resumes reading, so a client that pipelines requests and reads no responses
+        could fill the memory. It also sets a timer after each response.
         """
         self.server_state.total_requests += 1
         self._release(self._answered)
@@ -472,12 +475,12 @@ class Connection(HttpToolsProtocol):
         task.add_done_callback(self.tasks.discard)
 
     def _release(self, cycle: Cycle) -> None:
-        """The memory of its body is free."""
+        """Free the memory of the body."""
         self._memory.held -= cycle.held
         cycle.held = 0
 
     def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP, or over a limit."""
+        """Refuse a request that is not HTTP/1.1, or over a limit."""
         self._fail(self._refusal or BadFraming(msg))
 
     def check(self, now: float) -> None:
@@ -492,7 +495,7 @@ class Connection(HttpToolsProtocol):
             self._unread_since = now
         elif now - self._unread_since > self._limits.write_timeout_s:
             self._rejections[TooSlow.reason].inc()
-            # With a reset: else the kernel would keep megabytes for a client that reads nothing.
+            # Reset the connection, or the kernel would keep megabytes that are not read.
             connection = self.transport.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
@@ -507,7 +510,7 @@ class Connection(HttpToolsProtocol):
             if quiet_since is not None and now - quiet_since > self._limits.keep_alive_s:
                 self.transport.close()
         elif self.flow.read_paused:
-            self._since = now  # the wait is ours
+            self._since = now  # the client is waiting for the server
         elif self._heading:
             if self._idle() and now - self._since > self._limits.header_timeout_s:
                 self._fail(TooSlow("the headers did not arrive in time"))
@@ -515,35 +518,36 @@ class Connection(HttpToolsProtocol):
             self._fail(TooSlow("the body did not arrive in time"))
 
     def eof_received(self) -> None:
-        """The client has hung up; the loop says that the connection is lost a turn later."""
+        """The client has disconnected; `connection_lost` follows one turn of the loop later."""
         self._client.gone = True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection has ended."""
+        """The connection has closed."""
         self._client.gone = True
         super().connection_lost(exc)
         self._forget()
-        if self._answered is not None and self._answered.held:  # the application goes on with it
+        if self._answered is not None and self._answered.held:  # the application still uses it
             self._task.add_done_callback(lambda _: self._release(self._answered))
         self._common.on_closed()
 
     def _hung_up(self) -> bool:
-        """The client has gone, behind bytes that were not read yet."""
+        """Whether the client has disconnected, with unread bytes in between."""
         poll = select.poll()
         poll.register(self.transport.get_extra_info("socket").fileno(), HUNG_UP)
         return bool(poll.poll(0))
 
     def _forget(self) -> None:
-        """Nothing that was received is needed any more."""
+        """Drop everything received."""
         self._memory.reading.pop(self, None)
         self._take_rest()
         while self.pipeline:
             self._release(self.pipeline.pop()[0])
 
     def _decline_upgrade(self) -> None:
-        """Read the request's headers again without the offer to speak another protocol.
+        """Parse the request's headers again without `Upgrade`.
 
-        Clients offer HTTP/2 so with any request, and expect HTTP/1.1 unless the answer is a 101.
+        Some clients offer HTTP/2 this way with every request, and expect HTTP/1.1 unless the
+        response is a 101.
         """
         parser, headers = self.parser, self.headers
         version = parser.get_http_version().encode()
@@ -555,7 +559,7 @@ class Connection(HttpToolsProtocol):
         self.parser.feed_data(b"".join(head))
 
     def _idle(self) -> bool:
-        """Nobody works on an answer."""
+        """Whether no response is pending."""
         return self.cycle is None or self.cycle.response_complete
 
     def _size(self) -> int:
@@ -571,14 +575,14 @@ class Connection(HttpToolsProtocol):
         )
 
     def refuse(self, error: RequestError) -> None:
-        """Answer past the application, which has no whole request yet, and close."""
+        """Respond without the application, and close the connection."""
         if self.transport.is_closing():
             return
         self._rejections[error.reason].inc()
         if self._idle():
-            answered = self.cycle is not None and not self._heading  # before its body was there
+            answered = self.cycle is not None and not self._heading  # before its body was complete
         else:
-            # Nor can it come before the answers of earlier requests.
+            # The responses to earlier requests come first.
             answered = self.cycle.response_started or bool(self.pipeline)
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -602,7 +606,7 @@ def check_all(server_state: ServerState, now: float) -> None:
 
 
 def refusal(error: RequestError, headers: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
-    """The answer of a connection that closes after it."""
+    """The bytes of an error response after which the connection closes."""
     body = error.body()
     fields = [
         *headers,
@@ -616,7 +620,7 @@ def refusal(error: RequestError, headers: Iterable[tuple[bytes, bytes]] = ()) ->
 
 
 def _fault(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> str | None:
-    """What a proxy in front of this server could read differently, beside what llhttp refuses."""
+    """What a proxy could read differently from this server, beyond what llhttp refuses."""
     names = [name for name, _ in headers]
     hosts = names.count(b"host")
     if version not in ("1.1", "1.0"):
@@ -628,11 +632,11 @@ def _fault(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> str
         if version == "1.0" or coding.strip().lower() != b"chunked":
             shown = coding[:40].decode("latin-1")
             return f"unsupported Transfer-Encoding {shown!r}; allowed: chunked, with HTTP/1.1"
-    return "unsupported method CONNECT; this server is no proxy" if method == "CONNECT" else None
+    return "unsupported method CONNECT; this server is not a proxy" if method == "CONNECT" else None
 
 
 def _decoded(raw_path: bytes) -> str:
-    """A path without its percent-encoding; an encoded slash is no slash, and stays as it is."""
+    """The percent-decoded path; an encoded slash stays encoded."""
     path = raw_path.decode("ascii")
     if "%" not in path:
         return path

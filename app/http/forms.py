@@ -1,7 +1,7 @@
 """`multipart/form-data` as images, each in a part named `image`.
 
-Only bytes are read: neither the form's `charset`, nor a part's, nor that of `filename*` chooses a
-codec. Python has codecs that take quadratic time, and some that raise on any input.
+Only bytes are read. The `charset` of a form, a part or `filename*` is ignored: some of Python's
+codecs take quadratic time, and some raise on any input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PLAIN = (b"", b"7bit", b"8bit", b"binary")
 
 
 def read_form(content_type: str, body: bytes, max_images: int) -> list[bytes]:
-    """The content of every part.
+    """The contents of all parts.
 
     Args:
         content_type: the header, which names the boundary.
@@ -34,7 +34,7 @@ def read_form(content_type: str, body: bytes, max_images: int) -> list[bytes]:
         raise BadFraming(
             f"multipart boundary has {len(boundary)} bytes; allowed: 1 to {LONGEST_BOUNDARY}"
         )
-    # What comes before the first boundary is a note to readers of mail (RFC 2046, 5.1.1).
+    # A preamble is ignored (RFC 2046, 5.1.1).
     delimiter = b"--" + boundary
     start = 0 if body.startswith(delimiter) else body.find(b"\r\n" + delimiter)
     if start < 0:
@@ -64,7 +64,7 @@ def read_form(content_type: str, body: bytes, max_images: int) -> list[bytes]:
 
 
 class _Form:
-    """Collects the parts of one form, and refuses as soon as there is a reason to."""
+    """Collects the parts of one form; raises at the first invalid one."""
 
     def __init__(self, max_images: int) -> None:
         self.parts: list[list[bytes]] = []

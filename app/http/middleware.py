@@ -1,4 +1,4 @@
-"""Around every request: its id, its time, its status. Pure ASGI: no task, no copy of the body."""
+"""Pure ASGI middleware: a request's id, time and status, and the dispatch of hot routes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,19 @@ log = logging.getLogger("scumble.access")
 
 
 class Observe:
-    """Gives each request an id, echoes it, counts and times the answer.
+    """Gives each request an id and sends it back; counts and times the response.
 
-    `routes` maps paths to the labels they count under; all others are `other`, so that a scanner
-    adds no series. `linked` reads the `traceparent` of requests, for logs; `tracing` makes spans of
-    them, but for the paths in `untraced`.
+    Args:
+        app: the application.
+        metrics: of this worker.
+        routes: path -> label of the metrics; other paths have the label `other`, so that a scanner
+            adds no series.
+        access_log: log every request.
+        linked: read the `traceparent` header, for logs and spans.
+        tracing: makes a span of each request.
+        untraced: paths without spans.
+        clock: in seconds.
+        rng: draws ids.
     """
 
     def __init__(
@@ -54,7 +62,7 @@ class Observe:
         self._tracing = tracing
         self._untraced = untraced
         self._clock = clock
-        # The system seeds each worker's on its own.
+        # Each worker is seeded by the operating system.
         rng = rng or random.Random()  # noqa: S311  # ids must differ, not be secret
         self._draw = rng.getrandbits
         self._routes = routes

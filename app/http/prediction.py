@@ -1,6 +1,6 @@
-"""One prediction, from bytes to response: read, decode, batch (infer, defend), encode.
+"""One prediction, from bytes to response: read, check, charge, decode, batch, encode.
 
-Everything that the routes need is handed to `Service`; it knows nothing of FastAPI's machinery.
+`Service` gets everything that it needs as arguments, and does not depend on FastAPI.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from app.telemetry.stages import Stages
 from scumble.defenses import Defense
 
 DEADLINE_HEADER = b"x-deadline-ms"
-# Files are decoded on the event loop up to this sum of pixels and bytes, which takes 3 ms at most.
+# Sum of pixels and bytes up to which files are decoded on the event loop, in 3 ms at most.
 INLINE_WORK = 200_000
-INLINE_VALUES = 20_000  # of an answer that is written on the event loop
-NOT_PLAIN = 4  # times the work of a plain file of as many pixels and bytes
+INLINE_VALUES = 20_000  # up to which an answer is written on the event loop
+NOT_PLAIN = 4  # factor of the work for files that the fast decoder does not take
 log = logging.getLogger("scumble")
 
 
@@ -77,13 +77,13 @@ class Codec(Protocol[A]):
 
 @dataclass
 class State:
-    """What changes while the service runs."""
+    """State that changes while the service runs."""
 
     draining: bool = False
 
 
 class Decoder(Protocol):
-    """What makes pixels of a file: `app.inference.decode.decode`."""
+    """Decodes an image file, as `app.inference.decode.decode` does."""
 
     def __call__(
         self,
@@ -98,12 +98,12 @@ class Decoder(Protocol):
 
 
 class Answered(NamedTuple):
-    """What a batch gave, and when its images were decoded.
+    """The result of the batch, and when the images were decoded.
 
     Attributes:
         served: the probabilities.
-        decode_start: the images were there; later by the time that it took to charge for them.
-        decoded: their pixels were there.
+        decode_start: when decoding started; the time of the charge is not part of the stage.
+        decoded: when decoding ended.
     """
 
     served: BatchResult
@@ -117,18 +117,20 @@ class Service:
 
     Attributes:
         card: of the model.
-        limits: checked before anything is decoded.
-        pixels: answers uint8 (N, H, W, C).
-        tensors: answers float32 (N, C, H, W) in [0, 1], made for the first of them; None where the
-            server takes none.
+        limits: checked before an image is decoded.
+        pixels: batchers for uint8 (N, H, W, C).
+        tensors: batchers for float32 (N, C, H, W) in [0, 1], made for the first such request; None
+            if the server does not take float tensors.
         metrics: of this worker.
-        count_images: the metrics' counter of answered images of this model and precision.
-        executor: parses, decodes and writes what would hold the event loop.
-        access: who may ask, and how much; None for anyone and any number.
-        audit: keeps a line for each prediction, answered or refused; None for no such log.
-        files: are read anew while the service runs; None for none.
-        traced: leave the times of the stages in a request's state, for spans.
-        decoder: makes pixels of a file.
+        count_images: adds to the counter of answered images.
+        executor: runs work that would hold the event loop.
+        access: checks keys and budgets; None without keys and budgets.
+        audit: logs every prediction, answered or refused; None without an audit log.
+        files: reloads files that change; None for none.
+        traced: whether to keep the times of the stages for spans.
+        decoder: decodes image files.
+        state: changes while the service runs.
+        clock: of stages and deadlines, in seconds.
     """
 
     card: Card
@@ -175,47 +177,47 @@ class Service:
         return response
 
     def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """What the first requests need not wait for, until told to stop; on another thread."""
+        """Compile the engines for later batch sizes, until `stop` returns True; run on a thread."""
         try:
             self.pixels.prepare(stop)
-        except Exception:  # the service answers without; nobody waits for what this returns
-            log.exception("not all batch sizes could be prepared")
+        except Exception:  # the service also answers without it
+            log.exception("preparing the batch sizes failed")
         trim_heap()
 
     def close(self) -> None:
-        """Let running batches finish, end the engines' threads, hand the last metrics over."""
+        """Wait for running batches, end the threads, and flush the metrics."""
         self.executor.close()
         for batcher in self._batchers():
             batcher.close()
         self.metrics.flush()
 
     def running_s(self) -> float:
-        """For how long the oldest batch, or the decoding of one image, has been running."""
+        """Seconds for which the oldest batch or task of the executor has been running."""
         batches = max(batcher.running_s for batcher in self._batchers())
         return max(batches, self.executor.running_s)
 
     async def live(self, request: Request) -> Response:
-        """`GET /livez`: the event loop turns."""
+        """`GET /livez`: the event loop runs."""
         del request
         return json_response({"status": "live"})
 
     async def ready(self, request: Request) -> Response:
-        """`GET /readyz`: loaded, tested, warm, not draining, budgets and the audit log work."""
+        """`GET /readyz`: 200 unless `not_ready_reason` names one."""
         del request
         not_ready_reason = await self.not_ready_reason()
         stale = [] if self.files is None else self.files.stale()
         return health(not_ready_reason or "ready", stale)
 
     async def not_ready_reason(self) -> str | None:
-        """Why no requests should come at the moment."""
+        """Why this worker should get no requests at the moment; None if it should."""
         if self.state.draining:
             return "draining"
         if self.access is not None and self.access.outdated:
-            return "API keys cannot be checked"
+            return "API keys unavailable"
         if self.access is not None and not await self.access.ready():
-            return "budgets cannot be counted"
+            return "budget store unavailable"
         if self.audit is not None and not await self.audit.ready():
-            return "the audit log cannot be written"
+            return "audit log unavailable"
         return None
 
     def _batchers(self) -> Iterator[Batcher]:
@@ -224,11 +226,11 @@ class Service:
         yield from made or ()
 
     def _inspect(self, images: Sequence[bytes]) -> list[Header]:
-        """What the files say of themselves; nothing is decoded.
+        """The headers of the files; no pixels are decoded.
 
         Raises:
-            TooLarge: one of them, or all together, have too many pixels.
-            Unprocessable: one of them is no image.
+            TooLarge: one file, or all together, have too many pixels.
+            Unprocessable: a file is not a supported image.
         """
         max_pixels = self.limits.max_pixels
         headers = [inspect(image, max_pixels) for image in images]
@@ -243,7 +245,7 @@ class Service:
     def _decoders(
         self, images: Sequence[bytes], headers: Sequence[Header]
     ) -> list[Callable[[], Pixels]]:
-        """What decodes the files, one by one: (H, W, C) of each."""
+        """One task per file that decodes it to (H, W, C)."""
         card, max_pixels = self.card, self.limits.max_pixels
         return [
             partial(self.decoder, image, card.input, card.preprocessing, max_pixels, header)
@@ -251,10 +253,12 @@ class Service:
         ]
 
     async def _for_tensors(self, deadline: Deadline) -> Batchers:
-        """Who answers float tensors. The first requests wait until their deadline for it.
+        """The batchers for float tensors; the first requests wait for them until their deadline.
 
         Raises:
-            TooLate: it was not ready by then.
+            TooLate: they were not ready by the deadline.
+            Unavailable: they cannot be made at the moment.
+            Unprocessable: the server does not take float tensors.
         """
         if self.tensors is None:
             raise Unprocessable("datatype is 'FP32'; this server takes UINT8 only")
@@ -266,13 +270,11 @@ class Service:
                 return await self.tensors()
         except TimeoutError:
             raise TooLate(LATE) from None
-        except Exception as exc:  # whatever it is, it has been logged and is tried again
-            raise Unavailable(
-                "float tensors cannot be answered at the moment; UINT8 can", round(RETRY_S)
-            ) from exc
+        except Exception as exc:  # logged by `AsyncLazy`, which tries again
+            raise Unavailable("float tensors are unavailable; use UINT8", round(RETRY_S)) from exc
 
     def _deadline(self, client: ClientConnection, headers: Headers, start: float) -> Deadline:
-        """How long the request may wait: as the settings say, or less if the client says so."""
+        """The deadline of the settings, or an earlier one of the client."""
         allowed_ms = self.limits.deadline_ms or math.inf
         asked = headers.get(DEADLINE_HEADER)
         if asked is not None:
@@ -282,16 +284,16 @@ class Service:
     async def _answer(
         self, context: RequestContext, images: Batch | list[bytes], deadline: Deadline, read: float
     ) -> Answered:
-        """What the client gets, if it is still there to get it: what it cannot see is free.
+        """Check, charge, decode and run the batch.
 
-        Limits come before the charge, and the charge before anything is decoded; what cannot be
-        decoded is refunded, as everything else that is not answered.
+        Limits are checked before the charge, and the charge comes before decoding. A request that
+        is not answered is refunded, also if its client has disconnected.
 
         Args:
             context: of the request; its admission is charged.
-            images: files to decode, or their pixels.
-            deadline: looked at before the charge, while the request waits, and at the end.
-            read: the time at which `images` were there.
+            images: files to decode, or pixels.
+            deadline: checked before the charge, while the request waits, and at the end.
+            read: when the images had been read.
         """
         headers = self._inspect(images) if isinstance(images, list) else []
         ended = deadline.ended(read)
@@ -327,9 +329,12 @@ class Service:
     async def _in_parts(
         self, batcher: Batcher, batch: Batch, defense: Defense | None, deadline: Deadline
     ) -> BatchResult:
-        """Many images let others in between their parts."""
+        """Split a large request, so that other requests can run between its parts."""
         if len(batch) > self.limits.max_queue:
-            raise Unprocessable(f"{len(batch)} images never fit the queue of this server")
+            raise Unprocessable(
+                f"request has {len(batch)} images; "
+                f"the queue of this server has room for {self.limits.max_queue}"
+            )
         size = batcher.max_size
         parts = [batch[i : i + size] for i in range(0, len(batch), size)]
         served = await batcher.all(parts, defense, deadline)
@@ -358,15 +363,15 @@ class Service:
 
 
 def _work(data: bytes, header: Header) -> int:
-    """To decode a file, in pixels and bytes of a plain one."""
+    """The work of decoding a file, in pixels and bytes of a plain one."""
     return (header.pixels + len(data)) * (1 if header.plain else NOT_PLAIN)
 
 
 def _milliseconds(value: bytes) -> int:
-    """The client's own deadline.
+    """The deadline of the client.
 
     Raises:
-        Unprocessable: no whole number of milliseconds, or none that gives us time.
+        Unprocessable: not a whole number of milliseconds, or 0.
     """
     text = value.decode("latin-1").strip()
     found = small_number(text)

@@ -1,4 +1,4 @@
-"""In front of the routes, where a setting asks for it: a path prefix, and other origins' pages."""
+"""Optional middleware: a path prefix, and CORS for web pages of other origins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import MEDIA_TYPE, Forbidden
 
-MAX_AGE_S = 600  # how long a browser remembers what it may send
+MAX_AGE_S = 600  # for browsers to cache a preflight
 METHODS = ("GET", "HEAD", "POST")
 READ = (
     "Authorization",
@@ -35,7 +35,7 @@ WRITTEN = (
 
 
 class Prefix:
-    """Takes a prefix off the path; paths without it go on as they are, as some proxies strip it."""
+    """Strips a prefix from the path; paths without it pass unchanged, as some proxies strip it."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
         self._app = app
@@ -50,9 +50,9 @@ class Prefix:
 
 
 class Cors(CORSMiddleware):
-    """Lets web pages of some origins ask; answers their preflights, which carry no key.
+    """Allows web pages of some origins to send requests; preflights need no key.
 
-    Credentials of a browser (cookies, certificates) are not allowed: pages send an API key.
+    Browser credentials (cookies, certificates) are not allowed: pages send an API key.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ class Cors(CORSMiddleware):
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        """The answer to a preflight; a refusal has the form of all refusals."""
+        """The response to a preflight; a refusal has the format of all errors."""
         answer = super().preflight_response(request_headers)
         if answer.status_code < 400:
             return Response(status_code=204, headers=_without_body(answer))

@@ -1,4 +1,4 @@
-"""Answers whose body is ready."""
+"""Small JSON responses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from starlette.responses import Response
 
 
 def json_response(document: object, status: int = 200) -> Response:
-    """A small JSON answer."""
+    """A JSON response."""
     return Response(orjson.dumps(document), status, media_type="application/json")
 
 
 def health(status: str, stale: Sequence[str] = ()) -> Response:
-    """The answer of `/readyz`: 200 if the status is `ready`, else 503."""
+    """The response of `/readyz`: 200 if the status is `ready`, else 503."""
     document = {"status": status, "stale": stale} if stale else {"status": status}
     return json_response(document, 200 if status == "ready" else 503)

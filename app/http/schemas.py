@@ -1,4 +1,4 @@
-"""Bodies as the OpenAPI document shows them. The hot path writes them without building models."""
+"""Schemas of bodies for the OpenAPI document; predictions are written without these models."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class PredictAnswer(BaseModel):
 
 
 class InputInfo(BaseModel):
-    """What images are brought to."""
+    """The size to which images are scaled."""
 
     height: int
     width: int
@@ -64,7 +64,7 @@ class InputInfo(BaseModel):
 
 
 class LimitsInfo(BaseModel):
-    """What a request may hold."""
+    """Limits of a request."""
 
     max_body_bytes: int
     max_images: int
@@ -86,7 +86,7 @@ class ModelInfo(BaseModel):
 
 
 class Health(BaseModel):
-    """Answer of `/livez` and `/readyz`; `stale` names files that cannot be read any more."""
+    """Answer of `/livez` and `/readyz`; `stale` names files that can no longer be read."""
 
     status: str
     stale: list[FileName] | None = None
@@ -118,7 +118,7 @@ class V2Health(BaseModel):
 
 
 class TensorInfo(BaseModel):
-    """A tensor that the model takes or gives; -1 is the number of images."""
+    """An input or output of the model; -1 is the number of images."""
 
     name: str
     datatype: str
@@ -157,7 +157,7 @@ class InputTensor(BaseModel):
 
 
 class RequestedOutput(BaseModel):
-    """What of the answer is asked for."""
+    """A requested output."""
 
     name: Literal["probabilities"]
     parameters: dict[str, int | str | bool] | None = Field(

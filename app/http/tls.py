@@ -1,6 +1,6 @@
-"""The certificate of the public port, from files, and anew when they change.
+"""The certificate of the public port; it is loaded again when its files change.
 
-The supervisor deals plain sockets; each worker does the handshakes of its own connections.
+The supervisor dispatches plain sockets; each worker does the TLS handshakes of its connections.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ NONE: Mapping[FileName, LastGood] = {}
 def open_certificate(
     settings: Settings, last_good: Mapping[FileName, LastGood] = NONE
 ) -> WatchedFile[ssl.SSLContext] | None:
-    """A context for new connections, as the files that the settings name say; None for plain HTTP.
+    """The TLS context for new connections, kept current; None for plain HTTP.
 
     Args:
         settings: name the certificate and its key.
-        last_good: what to use if these cannot be loaded.
+        last_good: used if the files cannot be loaded.
 
     Raises:
         ConfigError: one file without the other, or files that cannot be used.
@@ -52,16 +52,16 @@ def _context(cert: bytes, key: bytes) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    # The ssl module takes files only, and what was read is what must be used.
+    # The ssl module only takes files, and these may have changed since they were read.
     with _in_memory(cert) as cert_file, _in_memory(key) as key_file:
-        # A password would be asked for on the terminal: with an empty one it fails instead.
+        # An empty password fails; without one, OpenSSL would ask on the terminal.
         context.load_cert_chain(cert_file, key_file, password="")
     return context
 
 
 @contextmanager
 def _in_memory(content: bytes) -> Iterator[str]:
-    """A file with this content that no folder has."""
+    """The path of an anonymous file with this content."""
     with os.fdopen(os.memfd_create("scumble"), "wb") as file:
         file.write(content)
         file.flush()
@@ -70,10 +70,10 @@ def _in_memory(content: bytes) -> Iterator[str]:
 
 @contextmanager
 def _named(cert: Path, key: Path) -> Iterator[None]:
-    """An error names the settings whose files it is about."""
+    """Name the settings in errors about their files."""
     try:
         yield
-    except OSError as exc:  # the ssl module's own errors are such, too
+    except OSError as exc:  # includes ssl.SSLError
         raise ConfigError(
             f"SCUMBLE_TLS_CERT {str(cert)!r} and SCUMBLE_TLS_KEY {str(key)!r} cannot be used: "
             f"{_reason(exc)}"

@@ -4,8 +4,8 @@
     Inference-Header-Content-Length = bytes of the JSON, where bytes follow; 0: the body is one file
 
 One input, see `app.http.v2_tensors`. One output, `probabilities`: FP32 (N, K), or, where the
-request says `classification: k`, BYTES (N, k) of `probability:index:label`, the most probable
-first. Either goes out as bytes where the request says `binary_data`.
+request has `classification: k`, BYTES (N, k) of `probability:index:label`, the most probable
+first. Either is sent as bytes if the request has `binary_data`.
 
 Source: the protocol's REST specification, and Triton's extensions for binary tensors and for
 classification.
@@ -50,8 +50,8 @@ class InferRequest:
     Attributes:
         images: pixels of all images, or their encoded files.
         id: its id, if it has one.
-        binary: bytes are asked for.
-        classes: how many classes are asked for in place of all probabilities; 0 for none.
+        binary: whether the output is sent as bytes.
+        classes: number of classes to send instead of all probabilities; 0 for all probabilities.
     """
 
     images: Batch | list[bytes]
@@ -112,7 +112,7 @@ class V2:
 
 
 def metadata(card: Card, *, floats: bool) -> dict[str, Any]:
-    """What the model takes and gives; a request has one of the inputs."""
+    """Inputs and outputs of the model; a request has one of the inputs."""
     kinds = {kind: shape for kind, shape in shapes(card).items() if floats or kind != "FP32"}
     inputs = [
         (FILES, "BYTES", [-1]),
@@ -130,10 +130,10 @@ def metadata(card: Card, *, floats: bool) -> dict[str, Any]:
 
 
 def json_length(headers: Headers, body: bytes | bytearray) -> int:
-    """Bytes of the body that are JSON; others follow.
+    """The length of the JSON at the start of the body.
 
     Raises:
-        BadFraming: the header that says so is no number, or larger than the body.
+        BadFraming: its header is not a number, or exceeds the body.
     """
     found = headers.get(LENGTH.encode())
     if found is None:
@@ -151,8 +151,8 @@ def read_infer(
     """Parse and check an infer request.
 
     Raises:
-        BadFraming: the JSON, its length or the tensor's bytes are not what they say.
-        Unprocessable: another input, datatype or shape than the model's, or values out of range.
+        BadFraming: the JSON, its length or the tensor's bytes are invalid.
+        Unprocessable: the input, datatype, shape or a value does not fit the model.
         TooLarge: too many images.
     """
     length = json_length(headers, body)
@@ -163,7 +163,7 @@ def read_infer(
     output = _the_output(document)
     request_id = document.get("id")
     if type(request_id) is int:
-        request_id = str(request_id)  # answers have strings, as the protocol says
+        request_id = str(request_id)  # the protocol has strings in responses
     if request_id is not None and not isinstance(request_id, str):
         raise BadFraming(f"id is {brief(request_id)}; allowed: a string or an integer")
     whole = _flag(document, "binary_data_output", default=False)
@@ -179,7 +179,7 @@ def read_infer(
 def write_infer(
     card: Card, request: InferRequest, probabilities: Probs
 ) -> tuple[bytes, dict[str, str]]:
-    """The answer's body and headers."""
+    """Body and headers of the response."""
     texts = _classified(probabilities, request.classes, card.labels) if request.classes else None
     output: dict[str, Any] = {
         "name": OUTPUT,
@@ -229,7 +229,7 @@ def _the_input(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _the_output(document: dict[str, Any]) -> dict[str, Any]:
-    """What is said of the only output; nothing where it is not named."""
+    """The requested output; empty if none is named."""
     outputs = document.get("outputs")
     if outputs is None:
         return {}
@@ -244,7 +244,7 @@ def _the_output(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(owner: dict[str, Any]) -> dict[str, Any]:
-    """Of a request or an output; null stands for none, as some clients write it."""
+    """The parameters of a request or an output; some clients send null for none."""
     parameters = owner.get("parameters")
     if not isinstance(parameters, dict | None):
         raise BadFraming("parameters must be an object")
@@ -266,9 +266,9 @@ def _classification(output: dict[str, Any]) -> int:
 
 
 def _classified(probabilities: Probs, count: int, labels: list[str]) -> list[str]:
-    """`probability:index:label` of the `count` most probable classes, image by image.
+    """`probability:index:label` of the `count` most probable classes of each image.
 
-    The digits are those of the answer in JSON: orjson writes both.
+    The digits are the same as in JSON output, as orjson writes both.
     """
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :count]
     values = np.take_along_axis(probabilities, order, axis=1).reshape(-1)

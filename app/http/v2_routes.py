@@ -1,6 +1,6 @@
-"""The V2 protocol's routes: health, metadata, infer; the last two also under the model's version.
+"""The routes of the V2 protocol: health, metadata and infer, also under the model's version.
 
-Health answers with JSON, which KServe's client reads; Triton's looks at the status alone.
+Health responds with JSON, which KServe's client reads; Triton's only reads the status.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ EXTENSIONS = ["binary_tensor_data", "classification"]
 
 @dataclass(frozen=True)
 class Inquiry:
-    """Answers what the protocol asks about a service and its model.
+    """The endpoints for health and metadata.
 
     Attributes:
-        service: which is asked about.
-        codec: knows the paths of the model.
+        service: answers predictions.
+        codec: checks the model and version in paths.
         release: of this software.
     """
 
@@ -51,7 +51,7 @@ class Inquiry:
         """`GET /v2/health/ready`.
 
         Raises:
-            Unavailable: draining, or budgets cannot be counted.
+            Unavailable: the service is not ready.
         """
         await self._refuse_unless_ready()
         return await self.live(request)
@@ -70,7 +70,7 @@ class Inquiry:
 
         Raises:
             NotFound: another model or version.
-            Unavailable: draining, or budgets cannot be counted.
+            Unavailable: the service is not ready.
         """
         self.codec.check_path(request)
         await self._refuse_unless_ready()
@@ -79,11 +79,11 @@ class Inquiry:
     async def _refuse_unless_ready(self) -> None:
         not_ready_reason = await self.service.not_ready_reason()
         if not_ready_reason:
-            raise Unavailable(f"{not_ready_reason}: ask another replica")
+            raise Unavailable(f"{not_ready_reason}; use another replica")
 
 
 def routes(service: Service) -> list[Route]:
-    """Those without a model, and those of the model, which stand twice: the version is optional."""
+    """All V2 routes; those of the model exist with and without its version."""
     codec = V2(service.card, service.limits, service.executor)
     inquiry = Inquiry(service, codec, version("scumble"))
     return [

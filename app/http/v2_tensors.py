@@ -4,7 +4,7 @@
     pixels   UINT8 (N, H, W, C), or FP32 (N, C, H, W) in [0, 1]
 
 In JSON a file is a base64 string; as bytes it follows its length, 4 bytes little-endian. Pixels as
-bytes are not copied: the array lies over the request's body.
+bytes are not copied: the array is a view of the request's body.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PREFIX = 4  # bytes of the length before a file
 
 
 def shapes(card: Card) -> dict[str, tuple[int, int, int]]:
-    """An image's shape for each datatype of `pixels`."""
+    """The shape of an image for each datatype of `pixels`."""
     h, w, c = card.input.height, card.input.width, card.input.channels
     return {"UINT8": (h, w, c), "FP32": (c, h, w)}
 
@@ -38,13 +38,13 @@ def read_tensor(
 
     Args:
         tensor: its description.
-        tail: the bytes behind the request's JSON.
+        tail: the bytes after the request's JSON.
         card: of the model.
-        limits: how many images there may be.
+        limits: of a request.
 
     Raises:
-        BadFraming: the data is not what the description says.
-        Unprocessable: another datatype or shape than the model's, or values out of range.
+        BadFraming: the data does not match its description.
+        Unprocessable: the datatype, shape or a value does not fit the model.
         TooLarge: too many images.
     """
     if tensor["name"] == FILES:
@@ -77,7 +77,7 @@ def _files_from_json(data: object, count: int) -> list[bytes]:
 
 
 def _files_from_bytes(tail: memoryview, count: int) -> list[bytes]:
-    """Each after its length; together they are all of `tail`."""
+    """Files, each after its length, that fill `tail`."""
     files: list[bytes] = []
     at = 0
     while len(files) < count and at + PREFIX <= len(tail):
@@ -145,7 +145,7 @@ def _check_count(count: int, max_images: int) -> None:
 
 
 def _binary_size(tensor: dict[str, Any]) -> object:
-    """What it says of its bytes; None where its data is in the JSON."""
+    """The declared number of bytes; None if the data is in the JSON."""
     parameters = tensor.get("parameters")
     return parameters.get("binary_data_size") if isinstance(parameters, dict) else None
 

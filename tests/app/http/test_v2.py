@@ -485,6 +485,6 @@ def test_a_graph_without_float_tensors_says_so(make_client, caplog):
     object.__setattr__(client.app.state.service, "tensors", AsyncLazy(fail))
     answer = client.post(URL, **binary(PLANAR))
     assert answer.status_code == 503
-    assert answer.json()["detail"] == "float tensors cannot be answered at the moment; UINT8 can"
+    assert answer.json()["detail"] == "float tensors are unavailable; use UINT8"
     assert "no tensor named" in caplog.text
     assert client.post(URL, **binary(PIXELS)).status_code == 200
