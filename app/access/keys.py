@@ -1,9 +1,9 @@
 """API keys at rest: a JSON file with the SHA-256 of each key and what it allows.
 
-A key is 256 random bits. A slow hash protects what people choose and others can guess; nobody
-guesses 256 random bits, so one SHA-256 keeps them as well, and costs a request a microsecond in
-place of a tenth of a second that anyone could make us spend. The file is replaced in one step and
-readable by its owner only.
+A key is 256 random bits. A slow hash protects passwords, which can be guessed; 256 random bits
+cannot, so one SHA-256 is enough. It costs a request a microsecond instead of a tenth of a second,
+which anyone could make the server spend. The file is replaced atomically and is readable by its
+owner only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Images = Annotated[int, Field(ge=0, le=10**12)]
 
 
 class Member(BaseModel):
-    """A part of the file; what it does not know it refuses."""
+    """A part of the file; unknown members are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -113,12 +113,12 @@ class KeyFile(Member):
 
 
 def new_key(random: Callable[[int], bytes] = secrets.token_bytes) -> str:
-    """A key to hand out, once: it cannot be had back from the file."""
+    """Make a key. The file cannot give it back, so it is shown once."""
     return PREFIX + urlsafe_b64encode(random(32)).rstrip(b"=").decode()
 
 
 def digest(key: bytes) -> bytes:
-    """What is kept of a key."""
+    """The SHA-256 of a key, which the file holds."""
     return hashlib.sha256(key).digest()
 
 
@@ -144,7 +144,7 @@ def refuse_contradictions(file: KeyFile) -> None:
                 budget = f"images in {window_s} s" if window_s else "images in total"
                 raise ConfigError(
                     f"keys {other!r} and {key.id!r} of client {key.client!r} share a budget and "
-                    f"name different limits for it: {allowed} and {images} {budget}; allowed: the "
+                    f"set different limits: {allowed} and {images} {budget}; allowed: the "
                     "same limit in all keys of a client that are not revoked"
                 )
 
@@ -159,7 +159,7 @@ def read_keys(path: Path) -> KeyFile:
 
 
 def load_keys(path: Path) -> bytes:
-    """What the file holds.
+    """Read the bytes of the file.
 
     Raises:
         ConfigError: it cannot be read.

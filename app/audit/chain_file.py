@@ -1,8 +1,8 @@
-"""A chain on disk, with one writer: append, outlast a kill, follow a rotation.
+"""A hash chain on disk with one writer, which survives a kill and follows log rotation.
 
-Each writer takes the first of `FILE.worker-0`, `FILE.worker-1`, ... that nobody has locked. The
-kernel gives the lock back however the writer ends, so the next one goes on with the same chain. If
-the file is renamed, as log rotation does, the chain goes on in a new one.
+Each writer locks the first free file of `FILE.worker-0`, `FILE.worker-1`, ... The kernel releases
+the lock however the writer ends, so the next writer continues the same chain. If the file is
+renamed, as log rotation does, the chain continues in a new file.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ChainFile:
         self._sync(file)
 
     def close(self) -> None:
-        """Wait for the disk and give the file back."""
+        """Wait for the disk and close the file."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # a last attempt; `append` has said what failed
                 self._wait(self._file)
@@ -106,7 +106,7 @@ class ChainFile:
             return [] if size == 0 else None
         link, rest = tail(at)
         if b"\n" in rest or len(rest) >= TAIL_BYTES:
-            log.error("no audit log, or an edited one; left alone", extra={"file": str(at)})
+            log.error("not an audit log, or an edited one; skipped", extra={"file": str(at)})
             return None
         opening: dict[str, Any] = {
             "kind": "start",

@@ -1,11 +1,11 @@
-"""Lines that vouch for those before them: the format of the audit log, and its check.
+"""The format of the audit log, a chain of hashed lines, and its verification.
 
     {"seq":7,"chain":"<id>","prev":"<seal of line 6>", what happened ,"seal":"<SHA-256>"}
 
 A line's seal is the SHA-256 of all its bytes before `,"seal":`, the seal of the line before
-included. So a byte that changes breaks its own line, and whoever mends that seal breaks the next
-line. The last line has no next: its seal, the head, must be kept elsewhere to notice that lines are
-missing at the end, or that somebody has sealed everything anew.
+included. A changed byte breaks its own line, and a corrected seal breaks the next line. The last
+line has no next one: its seal, the head, must be kept elsewhere to detect that lines are missing at
+the end or that all lines were sealed again.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def verify(
     faults += _unconnected(parts, archived)
     known = {seal for part in parts for seal in part.seals}
     why = (
-        "no line has the head {}: lines are missing, or all were sealed anew; the head of lines "
+        "no line has the head {}: lines are missing, or all were sealed again; the head of lines "
         "that are archived elsewhere is given with --archived-through"
     )
     faults += [Fault(files[0], 0, why.format(head)) for head in heads if head not in known]

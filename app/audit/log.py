@@ -31,7 +31,7 @@ from app.system.timestamps import timestamp
 
 FLUSH_S = 0.05  # how long an open log gathers lines
 WAITING = 20_000  # lines that wait for a slow disk; more are lost
-FAILS = "the audit log cannot be written at the moment"
+FAILS = "audit log cannot be written"
 log = logging.getLogger("scumble")
 
 
@@ -170,7 +170,7 @@ class Audit:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._thread, self._append, entries, unsaid)
-        except Exception as exc:  # noqa: BLE001  # whatever it is, the service goes on by its policy
+        except Exception as exc:  # noqa: BLE001  # any error is handled by the policy
             self._lose(len(entries))
             self._fail(exc)
             return False
@@ -214,4 +214,4 @@ class Audit:
     def _fail(self, exc: Exception) -> None:
         self._failing = True
         if self._log_due():
-            log.error("the audit log cannot be written: %s", exc)
+            log.error("audit log cannot be written: %s", exc)

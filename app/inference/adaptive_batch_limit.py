@@ -1,17 +1,17 @@
 """How many images a batch may have, so that answers come within a target.
 
-Larger batches use the engine better and keep everybody in them waiting. The size follows the times
-that are measured, as Clipper's does (Crankshaw et al., NSDI 2017, section 4.3), but from a fitted
-line in place of its additive increase.
+Larger batches use the engine better, but each request in them waits longer. The limit follows the
+measured times, as in Clipper (Crankshaw et al., NSDI 2017, section 4.3), but from a fitted line
+instead of an additive increase.
 """
 
 from __future__ import annotations
 
-FORGET = 0.98  # what an earlier batch still counts when another has run
+DECAY = 0.98  # weight of a batch after the next one
 
 
 class AdaptiveBatchLimit:
-    """The largest batch of which two fit into the target.
+    """The largest batch such that two batches fit into the target.
 
     An image that arrives just after a batch began waits for that one and for its own. A batch of n
     images is taken to need a + b n seconds, fitted by least squares in which older batches count
@@ -43,9 +43,9 @@ class AdaptiveBatchLimit:
         return max(1, min(self._largest, int((self._target_s / 2 - fixed) / each + 1e-6)))
 
     def note(self, images: int, seconds: float) -> None:
-        """A batch has run."""
-        self._weight = FORGET * self._weight + 1
-        self._n = FORGET * self._n + images
-        self._nn = FORGET * self._nn + images * images
-        self._t = FORGET * self._t + seconds
-        self._nt = FORGET * self._nt + images * seconds
+        """Record the time of a batch."""
+        self._weight = DECAY * self._weight + 1
+        self._n = DECAY * self._n + images
+        self._nn = DECAY * self._nn + images * images
+        self._t = DECAY * self._t + seconds
+        self._nt = DECAY * self._nt + images * seconds

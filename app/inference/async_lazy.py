@@ -1,4 +1,4 @@
-"""What is made when somebody first asks for it, on a thread, once."""
+"""A value that is made once, on a thread, when it is first needed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 class AsyncLazy(Generic[T]):
-    """Makes its value at the first call; whoever calls meanwhile waits for the same one.
+    """Makes its value at the first call. Concurrent calls wait for the same value.
 
     Args:
-        make: makes it. What it raises is logged, and every caller gets it for `retry_s`; who comes
-            later makes it try again.
+        make: makes the value. An error is logged and raised to all callers for `retry_s`; the next
+            call after that tries again.
         retry_s: seconds between two attempts.
         clock: seconds.
     """
@@ -43,11 +43,11 @@ class AsyncLazy(Generic[T]):
             self._retry_at = None
             self._making = asyncio.ensure_future(asyncio.to_thread(self._make))
             self._making.add_done_callback(self._ended)
-        return await asyncio.shield(self._making)  # one caller may go, the others still wait
+        return await asyncio.shield(self._making)  # a cancelled caller must not cancel the others
 
     @property
     def made(self) -> T | None:
-        """The value, or None while nobody has it."""
+        """The value, or None if it has not been made."""
         making = self._making
         if making is None or not making.done() or making.cancelled() or making.exception():
             return None
@@ -56,4 +56,4 @@ class AsyncLazy(Generic[T]):
     def _ended(self, making: asyncio.Future[T]) -> None:
         if not making.cancelled() and (failure := making.exception()) is not None:
             self._retry_at = self._clock() + self._retry_s
-            log.error("not made, tried again in %g s: %r", self._retry_s, failure)
+            log.error("loading failed; no retry for %g s: %r", self._retry_s, failure)

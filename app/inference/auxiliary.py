@@ -1,6 +1,6 @@
-"""What defenses get from a bundle: auxiliary networks to compare an answer with, the codebook.
+"""The parts of a bundle that defenses use: auxiliary networks and the codebook.
 
-The networks run in the server's engine on one thread, in the order the requests come. A form
+The networks run in the server's engine on one thread, in the order of the requests. A form
 (pixels or float tensors) is loaded with its first batch, which is when the service warms up.
 """
 
@@ -46,7 +46,7 @@ class Auxiliary:
 
 
 class Auxiliaries:
-    """Where the defenses of one bundle get their auxiliary networks and stored rows.
+    """The auxiliary networks and the codebook of one bundle.
 
     Args:
         bundle: that is served.

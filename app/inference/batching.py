@@ -1,9 +1,9 @@
 """Micro-batching: requests that wait at the same time share one call of the engine.
 
-Nobody waits for company while the engine is idle: the first request starts a batch at the end of
-the event loop's current turn, together with whatever else arrived in that turn. While a batch runs,
-the next one fills up. With a target latency, `app.inference.adaptive_batch_limit` limits its size.
-Cancelled and expired requests (`app.inference.deadline`) are skipped.
+While the engine is idle, the first request starts a batch at the end of the event loop's current
+iteration, with all requests that arrived in it. While a batch runs, the next one fills up. With a
+target latency, `app.inference.adaptive_batch_limit` limits its size. Cancelled and expired requests
+(`app.inference.deadline`) are skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from app.inference.pipeline import Answers, Compute, Pipeline
 from app.telemetry.metrics import Metrics
 from scumble.defenses import Defense
 
-SWEEP_S = 0.01  # between two looks through a full queue
+SWEEP_S = 0.01  # least time between two scans of a full queue
 
 
 class BatchResult(NamedTuple):
@@ -50,7 +50,7 @@ class _Job:
 
 
 class Batcher:
-    """Gathers jobs into batches and runs the pipeline on them, on the event loop or on a thread.
+    """Collects jobs into batches and runs the pipeline on them, on the event loop or on a thread.
 
     Args:
         pipeline: what runs.
@@ -98,8 +98,8 @@ class Batcher:
 
         Args:
             batch: the images.
-            defense: in place of the pipeline's own; a `Pipeline` is needed for that.
-            deadline: until when they are worth an inference, on the clock of this batcher.
+            defense: replaces the defense of the pipeline, which must be a `Pipeline`.
+            deadline: of the request, on the clock of this batcher.
 
         Raises:
             Unavailable: the queue has no room for them.
@@ -177,9 +177,9 @@ class Batcher:
                 _refuse(job, TooLate(LATE))
 
     def _drop_ended(self) -> None:
-        """Who does not wait any more leaves room to others, also while a batch runs."""
+        """Remove cancelled and expired jobs from the queue, also while a batch runs."""
         now = self._clock()
-        if now - self._swept < SWEEP_S:  # a full queue is not looked through for each refusal
+        if now - self._swept < SWEEP_S:  # not a scan for each refusal
             return
         self._swept = now
         waiting: deque[_Job] = deque()
@@ -204,7 +204,7 @@ class Batcher:
         if self._thread is None:
             try:
                 answers = self._run(jobs)
-            except Exception as exc:  # noqa: BLE001  # whatever it is, the waiting requests get it
+            except Exception as exc:  # noqa: BLE001  # any error goes to the waiting requests
                 self._finish(jobs, started, exc)
             else:
                 self._finish(jobs, started, answers)
@@ -218,7 +218,7 @@ class Batcher:
         )
 
     def _take(self, now: float) -> list[_Job]:
-        """The next batch, which is empty if nobody waits for an answer any more."""
+        """Take the next batch, which is empty if all jobs were cancelled or expired."""
         jobs: list[_Job] = []
         size, dropped = 0, 0
         # No more than fill a size that engines are fast at: the others are the first of the next
@@ -241,11 +241,11 @@ class Batcher:
         return jobs
 
     def _run(self, jobs: list[_Job]) -> Answers:
-        whole = jobs[0].batch if len(jobs) == 1 else np.concatenate([job.batch for job in jobs])
+        images = jobs[0].batch if len(jobs) == 1 else np.concatenate([job.batch for job in jobs])
         if isinstance(self._pipeline, Pipeline) and any(job.defense is not None for job in jobs):
             parts = [(len(job.batch), job.defense) for job in jobs]
-            return self._pipeline.by_client(whole, parts)
-        return self._pipeline(whole)
+            return self._pipeline.by_client(images, parts)
+        return self._pipeline(images)
 
     def _finish(self, jobs: list[_Job], started: float, outcome: Answers | BaseException) -> None:
         if isinstance(outcome, BaseException):

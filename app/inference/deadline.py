@@ -1,4 +1,4 @@
-"""How long a request is worth an inference: until its deadline, and while its client is there."""
+"""How long a request is worth an inference: until its deadline, while its client is connected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Deadline(NamedTuple):
     client: ClientConnection
 
     def ended(self, now: float) -> RequestError | None:
-        """Why the request is not worth an inference any more."""
+        """The error for a request that has expired or whose client has left; None for others."""
         if self.client.gone:
             return ClientGone("the client closed the connection before it was its turn")
         if now >= self.at:

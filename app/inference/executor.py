@@ -1,4 +1,4 @@
-"""Work that would hold the event loop: one thread beside it, for as much as may wait."""
+"""A thread with a bounded queue, for work that would block the event loop."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class BoundedExecutor:
         Args:
             tasks: of one request.
             size: bytes of their input.
-            deadline: looked at before each task; a deadline is answered at once, also while the
-                task that runs is not done.
+            deadline: checked before each task; when it passes, the call ends at once, even while a
+                task is running.
 
         Raises:
             Unavailable: too much is waiting.
@@ -88,7 +88,7 @@ class BoundedExecutor:
             return await running
         try:
             return await asyncio.wait_for(running, max(0.0, deadline.at - self._clock()))
-        except TimeoutError:  # it does not run if it has not begun; nobody waits for it if it has
+        except TimeoutError:  # a waiting task is cancelled, a running one is abandoned
             raise TooLate(LATE) from None
 
     def _run(self, task: Callable[[], T], deadline: Deadline) -> T:

@@ -1,4 +1,4 @@
-"""What happens to workers and models, counted by the supervisor."""
+"""Metrics of the supervisor: restarts, reloads, refused connections."""
 
 from __future__ import annotations
 

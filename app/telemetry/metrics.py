@@ -6,8 +6,8 @@ prometheus_client keeps the values in files that the supervisor adds up.
 
 Counters are written at once, so that a client's count of its images and ours are the same at any
 time. Histograms and gauges are not: a request makes nine observations and moves two gauges up and
-down, each of which takes 1 to 3 us in such a file, a tenth of a small request. They gather in the
-process and are handed over together `FLUSH_S` later.
+down, each of which takes 1 to 3 us in such a file, a tenth of a small request. They are buffered in
+the process and written together `FLUSH_S` later.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FLUSH_S = 0.05
 
 
 class BufferedHistogram:
-    """A histogram's observations on the way into it."""
+    """Buffers the observations of a histogram."""
 
     def __init__(self, histogram: Histogram) -> None:
         # The library has no call for many observations at once; these two are what `observe` uses.
@@ -56,7 +56,7 @@ class BufferedHistogram:
         self._sum += amount
 
     def flush(self) -> None:
-        """Hand them over."""
+        """Write them to the histogram."""
         for i, count in enumerate(self._counts):
             if count:
                 self._buckets[i].inc(count)
@@ -67,21 +67,21 @@ class BufferedHistogram:
 
 
 class BufferedGauge:
-    """A gauge on the way up and down; what it ends at is handed over."""
+    """Buffers the moves of a gauge."""
 
     def __init__(self, gauge: Gauge) -> None:
         self._gauge = gauge
-        self._value = self._told = 0
+        self._value = self._flushed = 0
 
     def add(self, amount: int) -> None:
         """Move it."""
         self._value += amount
 
     def flush(self) -> None:
-        """Hand it over."""
-        if self._value != self._told:
+        """Write the value to the gauge."""
+        if self._value != self._flushed:
             self._gauge.set(self._value)
-            self._told = self._value
+            self._flushed = self._value
 
 
 class Metrics:
@@ -187,7 +187,7 @@ class Metrics:
         return self._buffer(self._request_seconds.labels(route))
 
     def flush(self) -> None:
-        """Hand over what has buffered."""
+        """Write all buffered values."""
         self._flushing = False
         for buffered in self._buffered:
             buffered.flush()

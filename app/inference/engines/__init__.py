@@ -40,7 +40,7 @@ class Engine(Protocol):
         ...
 
     def prepare(self, sizes: Iterable[int], /) -> None:
-        """Do what the first batches of these sizes would wait for; may run on another thread.
+        """Compile for batches of these sizes; may run on another thread.
 
         From the first such call on, no batch waits for anything to be compiled.
         """

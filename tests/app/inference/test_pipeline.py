@@ -52,7 +52,8 @@ class SlowEngine:
 )
 def test_batches_are_as_large_as_fits_the_limit(cost, largest, limit_s, expected, batches):
     engine = SlowEngine(cost, load_s=60.0)  # the first batch of a size does not count
-    found = warm_up(Pipeline(engine, make("none"), engine.clock), EXAMPLE, largest, limit_s)
+    size, answers = warm_up(Pipeline(engine, make("none"), engine.clock), EXAMPLE, largest, limit_s)
+    found = size, answers.seconds
     assert found == pytest.approx(expected)
     assert engine.batches == batches
 
