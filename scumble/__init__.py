@@ -1,4 +1,4 @@
-"""What clients, workshop, attacker and referee share: client, data sets, command line.
+"""Scumble: defenses, client, attacks, evaluation and training of image classifiers.
 
 `import scumble` itself loads nothing; a name loads its module when it is first used.
 """

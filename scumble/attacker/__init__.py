@@ -1,4 +1,4 @@
-"""A stranger with a URL and a query budget who trains a copy of the served model.
+"""Model stealing attacks: with a URL and a query budget, train a copy of the served model.
 
-It never imports the service: all it knows it learns over HTTP. Needs the `attack` extra.
+It does not import the service: everything it knows comes over HTTP. Needs the `attack` extra.
 """

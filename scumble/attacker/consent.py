@@ -1,7 +1,7 @@
-"""Whom one may attack: this machine, and others with their owner's consent.
+"""Which hosts may be attacked: this machine, and others with the consent of their owner.
 
 The host is read as httpx2 reads it, so what is judged here is what is connected to. Nothing is
-resolved: a name that happens to point here today is somebody else's tomorrow. That holds for the
+resolved: a name that points to this machine today may point elsewhere tomorrow. That holds for the
 names below `localhost` too, which some resolvers ask the network for: `transport` connects them to
 a loopback address itself.
 """

@@ -1,13 +1,13 @@
-"""What can go wrong while attacking.
+"""Errors of attacks.
 
-AttackError             a person can act on it
-├─ BadTemplate          the file that describes an API is not one
+AttackError             base class; the message says what is allowed
+├─ BadTemplate          the template file is invalid
 ├─ BudgetExhausted      more images asked for than the budget has left; nothing was sent
-├─ NoConsent            the target is not this machine, and its owner's word is missing
+├─ NoConsent            the target is another machine, and its owner's consent is missing
 ├─ OracleUnavailable    no answer, to the last attempt
-├─ OracleRefused        the service said no, and will again
+├─ OracleRefused        the service refused in a way that a retry does not change
 ├─ ResumeMismatch       the journal is of another run
-└─ BadResult            a file is no result of an attack
+└─ BadResult            a file is not a result of an attack
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class OracleRefused(AttackError):
 
 
 class BadResult(AttackError):
-    """A file is no result of an attack."""
+    """A file is not a result of an attack."""
 
 
 class ResumeMismatch(AttackError):

@@ -45,7 +45,7 @@ class Generator(nn.Module):
         with torch.autocast(noise.device.type, torch.bfloat16):
             maps = self.linear(noise).view(-1, *self.start)
             out: Tensor = self.layers(maps.contiguous(memory_format=torch.channels_last))
-        # Sides that are no multiple of four lose the border.
+        # Sides that are not multiples of four lose the border.
         return out[..., : self.size[0], : self.size[1]].float()
 
 

@@ -1,4 +1,4 @@
-"""The one seam of every attack: images in, probabilities out, and a budget that holds.
+"""The oracle that every attack queries: images in, probabilities out, with a strict budget.
 
 One query is one image; repeats count. Images are sent in requests of up to `batch`, several at a
 time. What the service refused (429, 503) was not answered and costs nothing. A request that was
@@ -119,7 +119,7 @@ class HttpOracle:
         progress: show a bar with images per second.
 
     Raises:
-        OracleUnavailable: nobody answers at `url`.
+        OracleUnavailable: no answer from `url`.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class HttpOracle:
         response = self._retrying.copy()(self._post, number, message)
         if response.status_code in BUSY:
             raise OracleUnavailable(
-                f"{_place(response)} stays busy: {response.status_code} {_detail(response)}"
+                f"{_place(response)} is still busy: {response.status_code} {_detail(response)}"
             )
         if response.status_code != 200:
             raise OracleRefused(
@@ -314,7 +314,7 @@ class HttpOracle:
         try:
             response: httpx2.Response = patient(self._http.get, "/v1/model")
         except httpx2.RequestError as exc:
-            raise OracleUnavailable(f"nobody answers at {url}: {exc}") from exc
+            raise OracleUnavailable(f"no answer from {url}: {exc}") from exc
         if response.status_code != 200:
             raise OracleRefused(
                 f"{url}/v1/model answered {response.status_code} {_detail(response)}"

@@ -1,4 +1,4 @@
-"""What a run leaves behind: `result.json`, checked against these models when written and read."""
+"""The result of a run, `result.json`; validated when it is written and read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Part(BaseModel):
-    """Frozen, and nothing unknown in it."""
+    """Frozen; unknown members are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -156,4 +156,4 @@ def read(path: Path) -> Result:
     try:
         return Result.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as exc:
-        raise BadResult(f"{str(path)!r} is no result of an attack: {exc}") from exc
+        raise BadResult(f"{str(path)!r} is not a result of an attack: {exc}") from exc

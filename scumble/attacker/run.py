@@ -110,7 +110,7 @@ def run(
         command: that started it, for the result.
         headers: sent with every request, as `consent.check` gives them.
         progress: show a bar with queries per second.
-        wrap: puts something between the service and the modifiers, as a referee who takes notes.
+        wrap: wraps the oracle below the modifiers; the referee records answers with it.
 
     Raises:
         AttackError: what was wrong, with which value, and what is allowed.
@@ -186,7 +186,7 @@ def run(
 
 
 class Examination:
-    """A copy's marks: against the labels, and against what the service itself says.
+    """Scores copies against the labels and against the answers of the service.
 
     Called by attacks as their `watch`, it keeps the curve.
     """
@@ -204,7 +204,7 @@ class Examination:
         )
 
     def scores(self, student: nn.Module) -> Scores:
-        """All marks of a copy."""
+        """All scores of a copy."""
         copied = students.predict(student, self._test.images).argmax(1)
         return Scores(
             victim_accuracy=float((self._served == self._test.labels).mean()),
@@ -232,7 +232,7 @@ def configure(job: Job) -> tuple[Attack, list[adapt.Modifier]]:
     modifiers = [adapt.make(name, **changes.pop(name, {})) for name in job.adapt]
     if changes:
         allowed = ", ".join(["attack", "fit", *job.adapt])
-        raise AttackError(f"nothing to set is called {next(iter(changes))!r}; allowed: {allowed}")
+        raise AttackError(f"unknown name {next(iter(changes))!r} in --set; allowed: {allowed}")
     return attack, modifiers
 
 
@@ -323,7 +323,7 @@ def described_student(job: Job, student: nn.Module, file: Path) -> Student:
 
 
 def ledgers(oracle: HttpOracle, server: int | None, test: int) -> Ledgers:
-    """Both counts; a service that was started anew has forgotten its own."""
+    """Both counts; a service that was restarted has lost its own."""
     own = oracle.ledger
     server = server if server is not None and server >= 0 else None
     return Ledgers(

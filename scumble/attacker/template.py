@@ -288,7 +288,7 @@ class TemplateTransport:
 
 @dataclass(frozen=True)
 class Template:
-    """What `HttpOracle` needs to ask somebody else's API.
+    """What `HttpOracle` needs to query another API.
 
     Attributes:
         transport: how images and answers travel.

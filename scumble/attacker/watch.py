@@ -1,4 +1,4 @@
-"""What looks at a copy while it is made."""
+"""Callbacks that observe a copy during training."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ Watch = Callable[[int, nn.Module], None]
 
 
 def blind(queries: int, student: nn.Module) -> None:
-    """Does not look."""
+    """Ignores the copy."""
     del queries, student

@@ -1,10 +1,10 @@
-"""What a call of the client can end in, apart from an answer.
+"""Errors of the client.
 
 ClientError
-├─ BadImage     it cannot be sent: not an image, or not in a form that the service reads
+├─ BadImage     the image cannot be sent: not an image, or an unsupported format
 ├─ Unreachable  no answer came: connection refused, timed out or lost
-├─ Refused      the service said no; has its `status`, `detail` and `problem`
-└─ BadAnswer    an answer came, but not one of this service's
+├─ Refused      the service refused; has its `status`, `detail` and `problem`
+└─ BadAnswer    the answer does not follow the contract
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Unreachable(ClientError):
 
 
 class Refused(ClientError):
-    """The service said no.
+    """The service refused the request.
 
     Attributes:
         url: what was asked.

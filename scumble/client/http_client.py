@@ -40,7 +40,7 @@ class Client:
         url: of the service, such as `http://localhost:8000`.
         key: API key, sent as a bearer token; None where the service asks for none.
         ca_file: PEM file of the authorities that may vouch for an `https` service, in place of the
-            usual ones. There is no way to ask without a check.
+            usual ones. Certificates are always verified.
         timeout: seconds for each step: to connect, to send, to receive.
         max_wait: longest pause before trying again, also where the service asks for a longer one.
         retries: how often to try again.

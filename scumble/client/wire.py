@@ -69,7 +69,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class InputShape:
-    """What the model sees; images of other sizes are the service's affair."""
+    """What the model sees; the service resizes other images."""
 
     height: int
     width: int
@@ -78,7 +78,7 @@ class InputShape:
 
 @dataclass(frozen=True)
 class Limits:
-    """Above these the service refuses."""
+    """What the service accepts at most."""
 
     max_body_bytes: int
     max_images: int
@@ -220,7 +220,7 @@ def shown(url: httpx2.URL) -> str:
 
 
 def typed(url: str) -> str:
-    """What is no URL, for messages: as it was typed, unless it may hold a password."""
+    """Quotes an invalid URL for a message; hides it if it may contain a password."""
     return "'***'" if "@" in url else repr(url)
 
 

@@ -6,7 +6,7 @@ strength each: what costs once per image is not divided by the number of strengt
 `mad_reference` and `grad2_reference` are the published forms, by backpropagation; `mad` and `grad2`
 are the closed and the forward-mode forms that this service runs, on the same surrogate.
 `dcp_in_graph` is what the service runs for `dcp`: its figure is what the defended network takes
-longer than the clean one, round by round, the median over several pairs of networks compiled anew.
+longer than the clean one, round by round, the median over several freshly compiled pairs.
 """
 
 from __future__ import annotations

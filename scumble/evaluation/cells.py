@@ -1,4 +1,4 @@
-"""One cell of a comparison: who is served how, who attacks how, with which seed."""
+"""One cell of a comparison: victim, defense, attack and seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Defended:
     """A defense, its parameters, and the name it has in tables.
 
     Attributes:
-        name: key of `scumble.defenses.TABLE`, or `FILE.py:Class` of somebody else's.
+        name: key of `scumble.defenses.TABLE`, or `FILE.py:Class` of a third party.
         params: its parameters.
         url: of a running service instead; then nothing is started.
     """
@@ -34,7 +34,7 @@ class Defended:
 
 @dataclass(frozen=True)
 class Cell:
-    """What decides one result.
+    """Everything that determines one result.
 
     Attributes:
         victim: name of a bundle, or folder of one.

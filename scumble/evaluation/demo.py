@@ -4,8 +4,8 @@ Two servers on loopback, each stolen from with KnockoffNets over HTTP. The trans
 scikit-learn's digits, turned, moved, scaled and bent at random; each such picture is a query. Other
 digits are the test set, and MNIST's test images where they are at hand. The defended server is
 attacked with the answers as they come, under both losses; with their labels alone, which a defense
-that keeps the label cannot touch; and by somebody who knows the defense and inverts it. Clients
-have keys: the thief's has a budget that is large enough, a visitor's has not.
+that keeps the label cannot touch; and by an attacker who knows the defense and inverts it. Clients
+have keys: the budget of the attacker's key is large enough, that of the visitor's is not.
 
     python -m scumble.evaluation.demo --out runs/demo
 
@@ -65,7 +65,7 @@ ATTACKS: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
 
 @dataclass(frozen=True)
 class Target:
-    """A server, as the thief reaches it.
+    """A server, as the attacker reaches it.
 
     Attributes:
         url: of the public port.

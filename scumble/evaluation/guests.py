@@ -1,4 +1,4 @@
-"""Clients of the demo's own servers: a thief whose budget suffices, a visitor whose does not."""
+"""Clients of the demo: an attacker with a sufficient budget, and a visitor without."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def children(pid: int) -> list[int]:
 
 
 def variables(settings: Mapping[str, object]) -> dict[str, str]:
-    """Settings as the environment carries them: `{"port": 0}` -> `{"SCUMBLE_PORT": "0"}`."""
+    """Settings as environment variables: `{"port": 0}` -> `{"SCUMBLE_PORT": "0"}`."""
     return {
         f"{PREFIX}{name.upper()}": json.dumps(value) if isinstance(value, dict) else str(value)
         for name, value in settings.items()
@@ -117,7 +117,7 @@ def start(settings: Mapping[str, object], *, new_session: bool = False) -> Serve
     """Start `scumble serve` with these settings and no others; does not wait.
 
     Ports are free ones unless given. `SCUMBLE_*` variables of this process do not count: what is
-    called undefended must not be defended because of an export in somebody's shell.
+    called undefended must not be defended because of an exported variable.
     """
     settings = {"port": 0, "admin_port": 0, **settings}
     started = time.perf_counter()

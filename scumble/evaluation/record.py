@@ -1,4 +1,4 @@
-"""What a cell leaves behind: JSON, refused if a seed, hash, transport, ledger or L1 is missing."""
+"""The JSON record of a cell; refused if a seed, hash, transport, ledger or L1 is missing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Distance = Annotated[float, Field(ge=0, le=2.001)]
 
 
 class BadRecord(ValueError):
-    """A file is no record of a cell; the message says what is missing."""
+    """A file is not a record of a cell; the message says what is missing."""
 
 
 class Part(BaseModel):
-    """Frozen, and nothing unknown in it."""
+    """Frozen; unknown members are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -83,4 +83,4 @@ def read(path: Path) -> Record:
     try:
         return Record.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as exc:
-        raise BadRecord(f"{str(path)!r} is no record of a cell: {exc}") from exc
+        raise BadRecord(f"{str(path)!r} is not a record of a cell: {exc}") from exc

@@ -184,7 +184,7 @@ def job(cell: Cell, url: str, admin: str | None, root: Path | None, threads: int
 
 
 def ask(url: str, images: Images, headers: Mapping[str, str] | None) -> Probs:
-    """Answers (N, K); these are no part of any budget."""
+    """Answers (N, K), outside of any budget."""
     with HttpOracle(url, budget=len(images), transport="pixels", headers=headers) as oracle:
         return oracle(images)
 

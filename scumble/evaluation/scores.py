@@ -1,4 +1,4 @@
-"""What is measured of answers: plain functions of arrays. N images, K classes."""
+"""Metrics of answers, as plain functions of arrays. N images, K classes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def spread(values: Sequence[float]) -> Spread:
     """Mean and 95 % interval (Student's t) of one value per seed.
 
     Raises:
-        ValueError: there is no value.
+        ValueError: `values` is empty.
     """
     if not values:
         raise ValueError("no values")

@@ -1,1 +1,1 @@
-"""The workshop: trains victims, quantizes them, writes bundles. Needs the `train` extra."""
+"""Trains networks, quantizes them and writes bundles. Needs the `train` extra."""

@@ -2,7 +2,7 @@
 
     surrogate.onnx        a stand-in for the attacker's copy: learns the victim's answers to images
                           of another set. `probabilities` for `mad`, `scores` for `grad2`.
-    misinformation.onnx   a confident liar: learns on the victim's images to give the true class no
+    misinformation.onnx   learns on the victim's images to give the true class no
                           probability. `probabilities` for `adaptive_misinformation`.
 
 Sources: the baselines of Khaled et al. (ICMLA 2023), there with networks of the victim's size.
@@ -173,7 +173,7 @@ def auxiliary(
 ) -> None:
     """Give the bundle NAME the auxiliary models that `adaptive_misinformation`, `mad`, `grad2` use.
 
-    Their answers pay for these models' time, so all are small; see docs/reference/defenses.md.
+    They run for every answer, so all are small; see docs/reference/defenses.md.
     """
     transfer = transfer or TRANSFER.get(name)
     if transfer is None:

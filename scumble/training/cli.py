@@ -1,4 +1,4 @@
-"""What the workshop's commands share: options, plain errors, the command line as it was typed."""
+"""Shared parts of the training commands: options, error messages, the command line as typed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ version_option = click.option(
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """What a person can act on, in one line."""
+    """Turns expected errors into one-line messages."""
     try:
         yield
     except (ScumbleError, DatasetError, OSError) as exc:

@@ -1,4 +1,4 @@
-"""The workshop's commands: `scumble train` and `scumble quantize`."""
+"""The commands `scumble train` and `scumble quantize`."""
 
 from __future__ import annotations
 

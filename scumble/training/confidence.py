@@ -1,4 +1,4 @@
-"""What a classifier's confidence is worth: calibration and ranking. N images, K classes."""
+"""Metrics of confidence: calibration error and ranking. N images, K classes."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def write_bundle(
     """Write a network as the bundle `models`/`name`; gives a line about it.
 
     Raises:
-        ExportError: no such network, or one that is no image classifier.
+        ExportError: no such network, or it is not an image classifier.
     """
     import torch
 

@@ -17,7 +17,7 @@ from scumble.training.nets import Normalize
 # As they are typed after --mean and --std.
 IMAGENET_MEAN = "0.485,0.456,0.406"
 IMAGENET_STD = "0.229,0.224,0.225"
-# What torch.export.load raises, depending on where in a file that is none of its own it stumbles.
+# What torch.export.load raises for files of another format.
 UNREADABLE = (
     RuntimeError,
     ValueError,
@@ -120,7 +120,7 @@ def numbers(text: str) -> list[float]:
     """The numbers of a list such as `0.5,0.5,0.5`.
 
     Raises:
-        ExportError: it is none.
+        ExportError: `text` is not such a list.
     """
     try:
         return [float(word) for word in text.split(",")]

@@ -125,7 +125,7 @@ def as_tensors(data: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def batches(n: int, size: int, epochs: int, rng: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers, shuffled anew each epoch."""
+    """Row numbers, reshuffled in each epoch."""
     for _ in range(epochs):
         yield from torch.randperm(n, generator=rng).split(size)
 

@@ -1,4 +1,4 @@
-"""What DCP and Reverse Sigmoid do to a row, as a stranger who read the papers writes it down.
+"""The maps of DCP and Reverse Sigmoid, written from the papers alone.
 
 Sources: Khaled et al., "Efficient Defense Against Model Stealing Attacks on Convolutional Neural
 Networks" (ICMLA 2023); Lee et al., "Defending Against Neural Network Model Stealing Attacks Using

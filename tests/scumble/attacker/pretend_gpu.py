@@ -21,7 +21,7 @@ class PretendGpu(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # Kept alive, or an address would come back as somebody else's.
+        # Kept alive, so that no address is reused by another tensor.
         self._memory: dict[int, torch.UntypedStorage] = {}
 
     def holds(self, tensor: torch.Tensor) -> bool:

@@ -163,7 +163,7 @@ def test_a_finished_or_other_run_is_not_overwritten(serve, folder, tmp_path):
         (["--set", "epochs=3"], "setting is 'epochs=3'; needed: name.field=value"),
         (["--set", "fit.lr=1", "--set", "fit.lr=1"], "fit.lr is set twice; allowed: once"),
         (["--adapt", "top_k,argmax,top_k"], "modifier 'top_k' is given twice; allowed: once"),
-        (["--set", "invert.beta=1"], "nothing to set is called 'invert'; allowed: attack, fit"),
+        (["--set", "invert.beta=1"], "unknown name 'invert' in --set; allowed: attack, fit"),
         (["--adapt", "top_k", "--set", "top_k.n=1"], "top_k has no parameter 'n'; allowed: k"),
         (["--test", "nowhere"], "no data set 'nowhere'"),
     ],
@@ -182,7 +182,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_asked(
 def test_nobody_there_and_nobody_asked(folder, tmp_path):
     done = attack("http://127.0.0.1:9", folder, tmp_path, "knockoff")
     assert done.exit_code == 1
-    assert "nobody answers at http://127.0.0.1:9" in done.output
+    assert "no answer from http://127.0.0.1:9" in done.output
     done = attack("http://example.com", folder, tmp_path, "knockoff")
     assert done.exit_code == 1
     assert "example.com is not this machine" in done.output
@@ -245,7 +245,7 @@ def test_a_folder_belongs_to_one_job(tmp_path):
 
 def test_results_are_checked(tmp_path):
     path = tmp_path / "result.json"
-    with pytest.raises(BadResult, match="no result of an attack"):
+    with pytest.raises(BadResult, match="not a result of an attack"):
         read(path)
     (found,) = list((ROOT / "evaluation" / "results" / "steal").glob("knockoff-mnist.json"))
     whole = json.loads(found.read_text())

@@ -37,7 +37,7 @@ def test_the_demo_steals_from_both_servers(tmp_path):
     asked, test = (load(str(tmp_path / f"{name}.parquet")) for name in ("queries", "test"))
     assert len(asked) == 300
     assert not {p.tobytes() for p in asked.images} & {p.tobytes() for p in test.images}
-    # A second run in the same folder begins anew.
+    # A second run in the same folder starts from scratch.
     again = CliRunner().invoke(demo.main, words)
     assert again.exit_code == 0, again.output
     second = json.loads((tmp_path / "demo.json").read_text())
@@ -70,7 +70,7 @@ def test_the_demo_steals_from_servers_that_run_and_says_what_it_sent(tmp_path):
     assert "not asked" in done.output
 
 
-def test_the_demo_asks_no_stranger_without_consent(tmp_path):
+def test_the_demo_asks_no_other_host_without_consent(tmp_path):
     words = ["--out", str(tmp_path), "--undefended=http://victim:8000"]
     done = CliRunner().invoke(demo.main, [*words, "--defended=http://defended:8000"])
     assert done.exit_code == 1
