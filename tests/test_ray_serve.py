@@ -2,7 +2,8 @@
 
 Ray's pins are its own, so it runs in an environment of its own, or these tests are skipped:
 
-    python -m venv runs/ray && runs/ray/bin/pip install -e '.[redis]' -r deploy/ray-requirements.txt
+    python -m venv runs/ray
+    runs/ray/bin/pip install -e '.[serve,redis]' -r deploy/ray-requirements.txt
 """
 
 import os
