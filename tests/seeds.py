@@ -1,7 +1,7 @@
 """The requests that fuzzing starts from, as files in `tests/corpus/`; the pictures are made up.
 
 A file is a request as one would write it down: `METHOD PATH`, a header per line, an empty line, the
-body. `python -m tests.seeds` writes them anew.
+body. `python -m tests.seeds` regenerates them.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Running:
         """The end of its log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def stop(self, patience: float = TERM_S) -> None:
+    def stop(self, term_s: float = TERM_S) -> None:
         """SIGTERM to the leader, as a container gets it; later SIGKILL to all that is left.
 
         Raises:
@@ -104,7 +104,7 @@ class Running:
         self.alive()  # sees them all while their parents live
         self.leader.terminate()
         self.ended_by = "SIGTERM"
-        if left := self._left_after(patience):
+        if left := self._left_after(term_s):
             self.ended_by = "SIGKILL"
             for process in left:
                 with suppress(ProcessLookupError):

@@ -47,7 +47,7 @@ def figures(prometheus: Prometheus, expr: str) -> dict[str, list[float]]:
 
 
 def settled(prometheus: Prometheus, expr: str) -> dict[str, list[float]]:
-    """The same, once there are some of both jobs, or at the end of all patience."""
+    """The same, once there are some of both jobs, or after the time limit."""
     end = time.monotonic() + PATIENCE_S
     while (found := figures(prometheus, expr)).keys() != JOBS and time.monotonic() < end:
         time.sleep(0.5)

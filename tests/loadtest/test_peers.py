@@ -132,7 +132,7 @@ def test_a_server_ends_with_its_children(tmp_path):
         alive = server.alive()
         assert len(alive) == 2
         assert 5 < server.memory_mb() < 200
-        server.stop(patience=0.2)
+        server.stop(term_s=0.2)
         assert server.ended_by == "SIGKILL"
         assert not server.alive()
         assert not any(stat(process.pid) for process in alive)
@@ -156,13 +156,13 @@ def test_a_server_that_does_not_start_is_told_with_its_log(tmp_path):
 # Figures
 
 
-def visit(rps, gap):
+def measured(rps, gap):
     loads = {8: Load(rps, 1000 / rps, 3000 / rps, 9, 100, 2, 1)}
     return Visit(rps, gap, memory_mb=1, processes=2, ended_by="SIGTERM", loads=loads)
 
 
 def story(name, setting, *rates, gap=0.0):
-    return Story(name, setting, {n: visit(rate, gap) for n, rate in enumerate(rates, 1) if rate})
+    return Story(name, setting, {n: measured(rate, gap) for n, rate in enumerate(rates, 1) if rate})
 
 
 def test_medians_and_ratios_are_taken_within_rounds():

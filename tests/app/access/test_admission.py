@@ -302,7 +302,7 @@ def test_keys_of_one_client_share_his_budget(keyed, keys_file):
 
 
 def test_keys_of_one_client_with_other_windows_do_not_share_a_bucket(keyed, keys_file):
-    """Using the key with the short window does not begin the long window anew."""
+    """Using the key with the short window does not restart the long window."""
     slow = row("slow", client="one", limits={"window_images": 5, "window_s": 3600})
     fast = row("fast", client="one", limits={"window_images": 1000, "window_s": 1})
     write_keys(keys_file, KeyFile(keys=(slow, fast)))

@@ -204,7 +204,7 @@ UNPORTABLE = {
 
 @pytest.mark.parametrize("which", UNPORTABLE)
 def test_parameters_that_json_cannot_carry_are_a_sentence(tmp_path, which):
-    """Whoever wrote them out again raised another exception, which nobody expected."""
+    """Serialising them again used to raise an unexpected exception."""
     params, message = UNPORTABLE[which]
     path = tmp_path / "keys.json"
     plain = record(defense="round", defense_params={"decimals": 2}).model_dump_json()

@@ -1,4 +1,4 @@
-"""One contract for all stores of budgets: never more than the limit, whoever asks at once."""
+"""One contract for all budget stores: concurrent charges never exceed a limit."""
 
 import asyncio
 import sqlite3
@@ -139,7 +139,7 @@ async def test_a_refund_gives_back_what_was_charged(opened):
     assert [level.used for level in again.levels] == [10, 10]
 
 
-async def test_a_window_starts_anew_and_an_old_refund_does_not_touch_it(opened):
+async def test_a_window_starts_again_and_an_old_refund_does_not_change_it(opened):
     (store,) = opened(1)
     short = Bucket("client:a:window", 10, 1)
     buckets = [short, TOTAL]

@@ -95,7 +95,11 @@ REORDERED = {
     "repeated": (LINES[:3] + LINES[2:], 4, "line 2 comes after line 2: reordered or repeated"),
     "swapped": ([LINES[1], LINES[0], *LINES[2:]], 2, "line 0 comes after line 1"),
     "another chain": (LINES[:3] + chain(3, Link("f" * 16)), 4, "begins in the middle of chain"),
-    "sealed anew": (LINES[:2] + chain(1, Link(CHAIN, 1, "a" * 64)), 3, "one was edited and sealed"),
+    "sealed again": (
+        LINES[:2] + chain(1, Link(CHAIN, 1, "a" * 64)),
+        3,
+        "one was edited and sealed",
+    ),
     "first deleted": (LINES[1:], 1, "goes on from line 0"),
     "no log": ([b"hello\n"], 1, "the line was edited"),
     "end written over": ([*LINES[:5], LINES[5][:-1] + b"x"], 6, "the last line was edited"),
@@ -131,7 +135,7 @@ def test_a_chain_over_files_is_checked_in_any_order(tmp_path):
 
 @pytest.mark.parametrize("kept", range(len(LINES)))
 def test_a_head_must_be_found_not_only_referred_to(file, kept):
-    """Whoever deletes every line up to the head leaves a line that names it."""
+    """Deleting every line up to the head leaves a line that names the head."""
     head = end(LINES[kept])
     found = faults(file, b"".join(LINES[kept + 1 :]), head)
     assert any(f"no line has the head {head}" in fault.why for fault in found)

@@ -1,4 +1,4 @@
-"""What a stranger may make a connection keep: real `Connection`s over a transport that counts."""
+"""Bounds on the state that a client can make a connection keep."""
 
 import asyncio
 import functools
@@ -459,7 +459,7 @@ async def test_an_idle_connection_whose_body_came_after_its_answer_is_closed():
 
 
 @on_a_loop
-async def test_what_strangers_send_is_not_logged(caplog):
+async def test_invalid_input_of_clients_is_not_logged(caplog):
     caplog.set_level(logging.DEBUG)
     host = Host()
     for sent in (b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nBad\x00: y\r\n\r\n"):

@@ -85,10 +85,10 @@ def test_clients_verify_and_are_answered(serve, issue, ca_file, tmp_path):
 
     assert asyncio.run(ask()) == expected
     with (
-        Client(server.url, retries=0) as stranger,
+        Client(server.url, retries=0) as untrusting,
         pytest.raises(Unreachable, match="certificate verify failed"),
     ):
-        stranger.model()
+        untrusting.model()
     plain = server.url.replace("https", "http")
     with pytest.raises(httpx2.TransportError):
         httpx2.get(f"{plain}/livez")

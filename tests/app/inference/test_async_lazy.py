@@ -29,7 +29,7 @@ async def test_it_is_made_once_off_the_loop_and_nobody_waits_for_nothing():
     waiting = [asyncio.create_task(lazy()) for _ in range(3)]
     await asyncio.sleep(0.01)
     assert lazy.made is None
-    waiting[0].cancel()  # whoever goes takes nothing from the others
+    waiting[0].cancel()  # cancelling one waiter does not affect the others
     go.set()
     assert await waiting[1] is await waiting[2] is await lazy() is lazy.made is made
     assert len(made) == 1

@@ -102,7 +102,7 @@ def test_served_answers_are_the_formula_with_the_files_rows(equipped, name, engi
 
 
 @each_defense
-def test_guard_and_chain_hand_the_images_on(equipped, name):
+def test_guard_and_chain_pass_the_images_on(equipped, name):
     clean = straight(equipped, "float32.onnx", "probabilities")
     params = {"steps": [["round", {"decimals": 4}], [name, {**PARAMS[name], "keep_top1": True}]]}
     found = served(equipped, "chain", by_tensors(PLANAR), defense_params=params)
