@@ -116,7 +116,10 @@ def refuse_encoding(headers: Headers) -> None:
     Raises:
         UnsupportedType: the body is compressed.
     """
-    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+    declared = headers.get(b"content-encoding")
+    if declared is None:
+        return
+    encoding = declared.strip().lower()
     if encoding not in (b"identity", b""):
         name = encoding[:40].decode("latin-1")
         raise UnsupportedType(f"unsupported Content-Encoding {name!r}; allowed: identity")

@@ -18,6 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote
 
@@ -45,8 +46,9 @@ if TYPE_CHECKING:
         HTTPResponseStartEvent,
     )
 
-CLOSES = b"connection: close\r\n"
+CLOSES = (b"connection", b"close")
 AROUND = 4  # bytes of a header beside its name and value: colon, space, line end
+NOTED = frozenset((b"host", b"transfer-encoding", b"expect"))
 BLANK = b"\r\n\r\n"  # ends headers, and chunked bodies
 SMALL = 8192
 STEP = 512  # bytes that may be parsed beyond the end of a request
@@ -136,7 +138,8 @@ class Cycle(RequestResponseCycle):
         if self.more_body:
             return await super().receive()
         if not self.disconnected and not self.response_complete:
-            await self.message_event.wait()
+            if not self.message_event.is_set():  # it is, nearly always
+                await self.message_event.wait()
             self.message_event.clear()
         if self.disconnected or self.response_complete:
             return {"type": "http.disconnect"}
@@ -174,15 +177,16 @@ class Cycle(RequestResponseCycle):
             or b"transfer-encoding" in fields
         ):
             return False
-        lines = [b"%s: %s\r\n" % header for header in headers]
         if not self.keep_alive:
-            lines.append(CLOSES)
-        head = b"".join(lines)
-        if not len(lines) == head.count(b"\n") == head.count(b"\r"):  # a line break in a header
+            headers.append(CLOSES)
+        head = b"\r\n".join([b": ".join(header) for header in headers])
+        if (
+            not len(headers) - 1 == head.count(b"\n") == head.count(b"\r")
+        ):  # a line break in a header
             return False  # uvicorn reports what is wrong with it
         self.response_started = self.response_complete = True
         self.waiting_for_100_continue = False
-        self.transport.write(b"".join((STATUS_LINE[start["status"]], head, b"\r\n", body)))
+        self.transport.write(b"".join((STATUS_LINE[start["status"]], head, BLANK, body)))
         self.message_event.set()
         if not self.keep_alive:
             self.transport.close()
@@ -222,6 +226,7 @@ class Connection(HttpToolsProtocol):
         self._line_bytes = 0  # since the last such byte, or the end of a request
         self._piece_bytes = 0
         self._trailers = self._trailer_bytes = 0
+        self._hosts, self._coded = 0, False  # Host headers; there is a Transfer-Encoding
         self._rest = b""  # pipelined bytes, and where the next request starts in them
         self._rest_at = 0
         self._quiet_since: float | None = None  # since the last response, while there is no request
@@ -325,6 +330,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Start a request."""
         super().on_message_begin()
+        self._hosts, self._coded = 0, False
         self.scope["state"][KEY] = RequestContext(self._client)
         self._since = self.loop.time()
 
@@ -335,9 +341,9 @@ class Connection(HttpToolsProtocol):
         """
         if self._heading:
             name = name.lower()
-            if name == b"expect" and value.lower() == b"100-continue":
-                self.expect_100_continue = True
             self.headers.append((name, value))
+            if name in NOTED:
+                self._note(name, value)
             return
         self._trailers += 1
         self._trailer_bytes += len(name) + len(value) + AROUND
@@ -348,12 +354,21 @@ class Connection(HttpToolsProtocol):
             self._refusal = self._too_large()
             raise self._refusal
 
+    def _note(self, name: bytes, value: bytes) -> None:
+        """A header that says how the request is read."""
+        if name == b"host":
+            self._hosts += 1
+        elif name == b"transfer-encoding":
+            self._coded = True
+        elif value.lower() == b"100-continue":
+            self.expect_100_continue = True
+
     def on_headers_complete(self) -> None:
         """Check the headers and start the application.
 
         A raised error reaches `send_400_response` through the parser.
         """
-        self._heading = self._lines_only = False
+        self._lines_only = False
         allowed = self._limits.max_header_bytes
         # The sizes are only added up where the bytes received exceed the limit.
         if len(self.headers) > self._limits.max_headers or (
@@ -363,19 +378,18 @@ class Connection(HttpToolsProtocol):
             raise self._refusal
         parser, scope, before = self.parser, self.scope, self.cycle
         method, version = parser.get_method().decode("ascii"), parser.get_http_version()
-        fault = _fault(method, version, self.headers)
-        if fault is not None:
-            self._refusal = BadFraming(fault)
-            raise self._refusal
+        # All other requests have no fault that `_fault` looks for.
+        if self._hosts != 1 or self._coded or version != "1.1" or method == "CONNECT":
+            fault = _fault(method, version, self.headers)
+            if fault is not None:
+                self._refusal = BadFraming(fault)
+                raise self._refusal
+        self._heading = False
         if parser.should_upgrade():
             return  # the parser stops here; see `_decline_upgrade`
-        target = httptools.parse_url(self.url)
-        raw_path = target.path or b"/"
         scope["http_version"] = version
         scope["method"] = method
-        scope["path"] = _decoded(raw_path)
-        scope["raw_path"] = raw_path
-        scope["query_string"] = target.query or b""
+        scope["path"], scope["raw_path"], scope["query_string"] = _target(self.url)
         self.cycle = Cycle(
             scope,
             self.transport,
@@ -438,7 +452,9 @@ class Connection(HttpToolsProtocol):
         could fill the memory. It also sets a timer after each response.
         """
         self.server_state.total_requests += 1
-        self._release(self._answered)
+        answered = self._answered
+        self._memory.held -= answered.held  # as `_release` does
+        answered.held = 0
         if self.transport.is_closing():
             return
         if not self._heading:
@@ -633,6 +649,18 @@ def _fault(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> str
             shown = coding[:40].decode("latin-1")
             return f"unsupported Transfer-Encoding {shown!r}; allowed: chunked, with HTTP/1.1"
     return "unsupported method CONNECT; this server is not a proxy" if method == "CONNECT" else None
+
+
+@lru_cache(maxsize=8)  # clients ask for the same few again and again
+def _target(url: bytes) -> tuple[str, bytes, bytes]:
+    """Path, raw path and query of a request's target.
+
+    Raises:
+        HttpParserInvalidURLError: the target is no URL.
+    """
+    target = httptools.parse_url(url)
+    raw_path = target.path or b"/"
+    return _decoded(raw_path), raw_path, target.query or b""
 
 
 def _decoded(raw_path: bytes) -> str:

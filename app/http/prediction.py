@@ -233,24 +233,33 @@ class Service:
             Unprocessable: a file is not a supported image.
         """
         max_pixels = self.limits.max_pixels
+        if len(images) == 1:
+            return [inspect(images[0], max_pixels)]
         headers = [inspect(image, max_pixels) for image in images]
         pixels = sum(header.pixels for header in headers)
-        if len(images) > 1 and pixels > self.limits.max_request_pixels:
+        if pixels > self.limits.max_request_pixels:
             raise TooLarge(
                 f"the {len(images)} images of the request have {pixels} pixels together; "
                 f"allowed: {self.limits.max_request_pixels}"
             )
         return headers
 
-    def _decoders(
-        self, images: Sequence[bytes], headers: Sequence[Header]
-    ) -> list[Callable[[], Pixels]]:
-        """One task per file that decodes it to (H, W, C)."""
-        card, max_pixels = self.card, self.limits.max_pixels
-        return [
-            partial(self.decoder, image, card.input, card.preprocessing, max_pixels, header)
+    def _decode(self, image: bytes, header: Header) -> Pixels:
+        """The pixels of one file, (H, W, C)."""
+        card = self.card
+        return self.decoder(image, card.input, card.preprocessing, self.limits.max_pixels, header)
+
+    async def _decode_all(
+        self, images: Sequence[bytes], headers: Sequence[Header], deadline: Deadline
+    ) -> list[Pixels]:
+        """The pixels of several files, or of a large one."""
+        if sum(map(_work, images, headers)) <= INLINE_WORK:
+            return list(map(self._decode, images, headers))
+        tasks = [
+            partial(self._decode, image, header)
             for image, header in zip(images, headers, strict=True)
         ]
+        return await self.executor(tasks, sum(map(len, images)), deadline)
 
     async def _for_tensors(self, deadline: Deadline) -> Batchers:
         """The batchers for float tensors; the first requests wait for them until their deadline.
@@ -309,12 +318,10 @@ class Service:
             decode_start += self.clock() - before
             defense = admission.grant.defense
         if isinstance(images, list):
-            tasks = self._decoders(images, headers)
-            if sum(map(_work, images, headers)) <= INLINE_WORK:
-                rows = [task() for task in tasks]
+            if len(images) == 1 and _work(images[0], headers[0]) <= INLINE_WORK:
+                images = self._decode(images[0], headers[0])[np.newaxis]  # as nearly always
             else:
-                rows = await self.executor(tasks, sum(map(len, images)), deadline)
-            images = rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
+                images = np.stack(await self._decode_all(images, headers, deadline))
         batchers = self.pixels if images.dtype == np.uint8 else await self._for_tensors(deadline)
         decoded = self.clock()
         batcher = batchers.default if defense is None else batchers.per_client
@@ -364,7 +371,8 @@ class Service:
 
 def _work(data: bytes, header: Header) -> int:
     """The work of decoding a file, in pixels and bytes of a plain one."""
-    return (header.pixels + len(data)) * (1 if header.plain else NOT_PLAIN)
+    work = header.width * header.height + len(data)
+    return work if header.channels else work * NOT_PLAIN
 
 
 def _milliseconds(value: bytes) -> int:

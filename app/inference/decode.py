@@ -66,7 +66,8 @@ def decode(
     """
     if header is None or not header.whole:
         header = inspect(data, max_pixels, whole=True)
-    data = header.picture(data)
+    if header.spans:
+        data = header.picture(data)
     if header.channels == shape.channels:
         pixels = _quick(data, header)
         if pixels is not None:

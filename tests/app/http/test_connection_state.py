@@ -204,6 +204,45 @@ async def test_lines_without_end_are_cut_off(name, early):
     assert peer.statuses[-1] in (400, 401, 431)
 
 
+LATER = {
+    "no host": (b"GET / HTTP/1.1\r\nX-A: b\r\n\r\n", 400),
+    "two hosts": (b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
+    "another coding": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 400),
+    "connect": (b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "many headers": (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X-A: b\r\n" * 200 + b"\r\n", 431),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+@on_a_loop
+async def test_the_headers_of_each_request_of_a_connection_are_checked(name):
+    host = Host()
+    host.application.go.set()
+    connection, peer = host.connect()
+    for sent in (GET, CHUNKED + b"0\r\n\r\n", GET):
+        await send_all(connection, sent)
+    later, status = LATER[name]
+    await send_all(connection, later)
+    assert peer.statuses == [200, 200, 200, status]
+    assert peer.closing
+    assert len(host.application.asked) == 3
+
+
+@on_a_loop
+async def test_requests_for_one_path_after_another_get_their_own():
+    host = Host()
+    host.application.go.set()
+    connection, _ = host.connect()
+    targets = [b"/%d%%20?x=%d" % (i % 12, i) for i in range(40)]
+    for target in targets:
+        await send_all(connection, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+    found = [
+        (scope["path"], scope["raw_path"] + b"?" + scope["query_string"])
+        for scope in host.application.asked
+    ]
+    assert found == [(f"/{i % 12} ", target) for i, target in enumerate(targets)]
+
+
 async def unauthorized(scope, receive, send):
     length = (b"content-length", b"0")
     await send({"type": "http.response.start", "status": 401, "headers": [length]})
