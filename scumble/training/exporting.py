@@ -14,6 +14,7 @@ from typing import Any, get_args
 import click
 
 from app.errors import ConfigError
+from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import ONNX_FILE, open_bundle
 from app.inference.graph import defended
 from app.precision import Precision
@@ -131,7 +132,8 @@ def write_defended(
     if defense in defenses.TABLE and defense not in holds:
         raise refusal
     try:
-        chosen = defenses.configure(defense, parameters(params))
+        auxiliaries = Auxiliaries(bundle, precision=precision)
+        chosen = defenses.configure(defense, parameters(params), bundle=auxiliaries)
     except defenses.DefenseError as exc:
         raise ConfigError(f"defense {defense!r}: {exc}") from exc
     described = {

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from app.inference import engines
+from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import golden_inputs, open_bundle
 from app.settings import default_model_dir
 from scumble.defenses import make
@@ -21,6 +22,7 @@ CASES = [
     ("mnist", "reverse_sigmoid", {"beta": 0.64}),
     ("cifar10", "dcp", {"beta": 1.0}),
     ("gtsrb", "label", {}),
+    ("gtsrb", "codebook", {"form": "calibrated", "cells": 8}),
 ]
 ROUNDED = '--param=steps=[["dcp", {"beta": 1}], ["round", {"decimals": 1}]]'
 
@@ -40,7 +42,9 @@ def test_the_file_answers_as_the_service_does(name, defense, params, precision, 
     bundle = open_bundle(MODELS, name)
     images = golden_inputs(bundle.card.input)
     load = lambda model: engines.load(engine, model, threads=1, precision=precision)  # noqa: E731  # one argument of three
-    expected = make(defense, **params)(load(bundle.onnx(precision))(images), images)
+    auxiliaries = Auxiliaries(bundle, precision=precision)
+    defend = make(defense, bundle=auxiliaries, **params)
+    expected = defend(load(bundle.onnx(precision))(images), images)
     found = load(out.read_bytes())(images)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
