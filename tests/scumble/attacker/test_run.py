@@ -114,7 +114,7 @@ def test_modifiers_are_part_of_the_result(adapt, serve, folder, tmp_path):
 @pytest.mark.server
 def test_a_killed_run_goes_on_and_gives_the_same_copy(serve, folder, tmp_path):
     server = serve(workers=1)
-    options = ["--transport", "tensor", "--threads", "1", "--set", "attack.batch=8"]
+    options = ["--transport", "tensor", "--threads", "1"]
     options += ["--budget", "4000"]
     whole = attack(server.url, folder, tmp_path / "whole", "dfme", *options)
     assert whole.exit_code == 0, whole.output
@@ -247,7 +247,7 @@ def test_results_are_checked(tmp_path):
     path = tmp_path / "result.json"
     with pytest.raises(BadResult, match="not a result of an attack"):
         read(path)
-    (found,) = list((ROOT / "evaluation" / "results" / "steal").glob("knockoff-mnist.json"))
+    (found,) = list((ROOT / "docs" / "results" / "records" / "steal").glob("knockoff-mnist.json"))
     whole = json.loads(found.read_text())
     for member in ("seeds", "ledger", "transport", "victim", "curve"):
         path.write_text(json.dumps({key: whole[key] for key in whole if key != member}))
@@ -259,7 +259,7 @@ def test_results_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "evaluation" / "results" / "steal").glob("*.json")), ids=lambda p: p.stem
+    "path", sorted((ROOT / "docs" / "results" / "records" / "steal").glob("*.json")), ids=lambda p: p.stem
 )
 def test_committed_results_are_whole(path):
     result = read(path)
