@@ -33,6 +33,7 @@ from scumble.data.image_sets import Dataset, load
 from scumble.evaluation.steal import CELLS
 
 ROOT = Path(__file__).parents[3]
+STEAL = ROOT / "docs" / "results" / "records" / "steal"
 
 # attack -> options that make it short; 8 x 8 pixels in colour, 4 classes
 SHORT = {
@@ -247,7 +248,7 @@ def test_results_are_checked(tmp_path):
     path = tmp_path / "result.json"
     with pytest.raises(BadResult, match="not a result of an attack"):
         read(path)
-    (found,) = list((ROOT / "docs" / "results" / "records" / "steal").glob("knockoff-mnist.json"))
+    (found,) = list(STEAL.glob("knockoff-mnist.json"))
     whole = json.loads(found.read_text())
     for member in ("seeds", "ledger", "transport", "victim", "curve"):
         path.write_text(json.dumps({key: whole[key] for key in whole if key != member}))
@@ -258,9 +259,7 @@ def test_results_are_checked(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "docs" / "results" / "records" / "steal").glob("*.json")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted(STEAL.glob("*.json")), ids=lambda p: p.stem)
 def test_committed_results_are_whole(path):
     result = read(path)
     assert isinstance(result, Result)
