@@ -41,9 +41,9 @@ def clone(tmp_path_factory) -> Path:
     """A fresh one, which make takes for installed: our environment stands in for its own."""
     folder = tmp_path_factory.mktemp("newcomer") / "scumble"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)  # noqa: S607
-    (folder / ".venv").mkdir()
-    for stamp in (".base", ".dev"):
-        (folder / ".venv" / stamp).touch()
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for made in (".base", ".dev", "bin/uv"):
+        (folder / ".venv" / made).touch()
     return folder
 
 
