@@ -71,7 +71,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 WORKDIR /
 RUN SCUMBLE_ENGINE=onnxruntime /opt/venv/bin/scumble check \
     && /opt/venv/bin/scumble check \
-    && /opt/venv/bin/python3 -c "import app.processes.serve, app.processes.supervisor, app.processes.worker, app.admin.application, app.admin.console.helper"
+    && /opt/venv/bin/python3 -c "import app.processes.serve, app.processes.supervisor, app.processes.worker, app.admin.application, app.admin.console.preview_process"
 
 FROM ${BASE_IMAGE} AS service
 RUN useradd --no-log-init --uid 10001 --user-group --no-create-home scumble

@@ -192,7 +192,7 @@ def test_sigterm_ends_all_of_it(ray):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({}, "each of 2 workers would have for itself"),
+        ({}, "which 2 workers do not share"),
         (
             {"tls_cert": "c.pem"},
             "not on Ray Serve, whose proxy has no such thing: SCUMBLE_TLS_CERT",

@@ -307,7 +307,7 @@ def test_no_codec_is_imported_by_a_request(models):
 
 
 def test_the_supervisor_is_quick_to_start_and_small():
-    modules = "app.processes.supervisor, app.admin.application, app.admin.console.helper"
+    modules = "app.processes.supervisor, app.admin.application, app.admin.console.preview_process"
     heavy = {"numpy", "PIL", "imagecodecs", "fastapi", "openvino"}
     code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

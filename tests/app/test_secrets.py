@@ -148,7 +148,11 @@ def test_check_the_console_and_start_errors_show_no_secret(
     said = [CliRunner().invoke(main, ["check"]).output]
     try:
         settings = load_settings()
-        said += [repr(settings), str(settings), repr(about(settings))]
+        said += [
+            repr(settings),
+            str(settings),
+            repr(about(settings, settings.model_dir / settings.model)),
+        ]
         create_app(settings)
     except ConfigError as exc:
         said.append(str(exc))

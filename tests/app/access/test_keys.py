@@ -172,7 +172,7 @@ def test_a_key_that_contradicts_one_of_the_same_client_is_not_added(tmp_path):
 
 
 def test_no_file_is_named():
-    assert "give --file or set SCUMBLE_KEYS_FILE" in run("list").output
+    assert "use --file or set SCUMBLE_KEYS_FILE" in run("list").output
 
 
 @pytest.mark.parametrize(
