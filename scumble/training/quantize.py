@@ -121,7 +121,7 @@ def ship(
     """Write the best of `found` as `int8.onnx`, with golden outputs and a card that knows it."""
     best = max(found, key=lambda c: c.rank)
     size = len(bundle.read("float32.onnx"))
-    probs = {e: answers(best.file, judge.test.images, "int8", e) for e in engines()}
+    probs = {e: answers(best.file, judge.test.images, "int8", e) for e in engines("int8")}
     agreement = {
         "images": len(judge.test),
         "engines": list(probs),
