@@ -321,7 +321,7 @@ def with_metadata() -> dict[str, bytes]:
         "jpeg rgb": encoded(source, "JPEG", keep_rgb=True, icc_profile=icc),
         "jpeg progressive": encoded(source, "JPEG", progressive=True, icc_profile=icc),
         "jpeg, bytes after": encoded(source, "JPEG") + bytes(1000),
-        "mpo": encoded(source, "MPO", **more),
+        "mpo": encoded(source, "MPO", save_all=True, append_images=[source]),
         "webp": encoded(source, "WEBP", icc_profile=icc, exif=exif, xmp=b"<x/>"),
         "webp lossless": encoded(source, "WEBP", lossless=True, icc_profile=icc, exif=exif),
         "webp alpha": encoded(clear[0], "WEBP", exif=exif),
