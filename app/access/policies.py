@@ -18,6 +18,7 @@ from app.errors import ConfigError
 from scumble.defenses import Defense, DefenseError
 from scumble.defenses.base import Inputs, Probs
 from scumble.defenses.chain import Chain
+from scumble.defenses.evidence import Evidence, Score
 from scumble.defenses.label import Label
 from scumble.defenses.round import Round
 from scumble.defenses.top_k import TopK
@@ -74,7 +75,13 @@ class Policies:
             self._built = built  # only now: an error keeps the old ones
             return grants
 
-    def warm_up(self, images: Inputs, rows: Probs, engine_s: float = 0.0) -> None:
+    def warm_up(
+        self,
+        images: Inputs,
+        rows: Probs,
+        engine_s: float = 0.0,
+        evidence: Callable[[frozenset[Score]], Evidence] | None = None,
+    ) -> None:
         """Warm up the defenses of keys, present and future, for one form of images.
 
         A defense may load or compile something for its first batch, so this may be slow. The
@@ -84,12 +91,14 @@ class Policies:
             images: one or more, pixels or tensors.
             rows: their clean probabilities.
             engine_s: seconds that the engine takes for the largest batch.
+            evidence: of the images, with the scores that it is asked for; None for no scores.
 
         Raises:
-            ConfigError: a defense fails on the images or is too slow.
+            ConfigError: a defense fails on the images or is too slow, or needs scores that the
+                network does not have.
         """
         with self._lock:
-            example = _Example(images, rows, engine_s)
+            example = _Example(images, rows, engine_s, evidence or (lambda _: Evidence.of(rows)))
             self._examples.append(example)
             for identity, defense in self._built.items():
                 if identity != self._server:
@@ -111,23 +120,28 @@ class Policies:
         Raises:
             DefenseError: the defense fails, or is too slow on its second run as well.
         """
-        images, rows, engine_s = example
+        images, rows, engine_s, examine = example
         allowed_s = self._limit_s - engine_s
+        evidence = examine(defense.needs) if defense.withholds else None
         for size in self._sizes:
             batch, clean = images[:1].repeat(size, 0), rows[:1].repeat(size, 0)
-            if self._seconds(defense, clean, batch) <= allowed_s:
+            known = None if evidence is None else evidence.first(size)
+            if self._seconds(defense, clean, batch, known) <= allowed_s:
                 continue
-            seconds = self._seconds(defense, clean, batch)  # the first run may load something
+            # The first run may load something.
+            seconds = self._seconds(defense, clean, batch, known)
             if seconds > allowed_s:
                 raise DefenseError(
                     f"takes {seconds:.2g} s for {size} image(s), and the engine {engine_s:.2g} s; "
                     f"allowed: {self._limit_s:.2g} s together, 1/4 of SCUMBLE_WATCHDOG_S"
                 )
 
-    def _seconds(self, defense: Defense, rows: Probs, images: Inputs) -> float:
+    def _seconds(
+        self, defense: Defense, rows: Probs, images: Inputs, evidence: Evidence | None
+    ) -> float:
         start = self._clock()
         try:
-            defense(rows, images)
+            defense.answer(rows, images, evidence)
         except Exception as exc:  # any error here would fail the requests of clients
             raise DefenseError(f"fails on {len(rows)} image(s): {exc!r}") from exc
         return self._clock() - start
@@ -175,6 +189,7 @@ class _Example(NamedTuple):
     images: Inputs
     rows: Probs
     engine_s: float
+    evidence: Callable[[frozenset[Score]], Evidence]
 
 
 def _identity(name: str, params: Mapping[str, Any]) -> bytes:

@@ -25,14 +25,18 @@ from app.inference.pipeline import Composed, Composer, Fused, self_test
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from scumble import defenses
+from scumble.defenses.evidence import Evidence, Score
 
 # A batch that takes longer than this runs on a thread, so that the event loop serves others.
 INLINE_S = 0.010
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 log = logging.getLogger("scumble")
 
-WarmUp = Callable[[npt.NDArray[Any], Probs, float], None]
-"""Takes images, their clean probabilities, and the seconds of the engine for the largest batch."""
+WarmUp = Callable[
+    [npt.NDArray[Any], Probs, float, Callable[[frozenset[Score]], Evidence] | None], None
+]
+"""Takes images, their clean probabilities, the seconds of the engine for the largest batch, and
+what gives the images' evidence with the scores that it is asked for."""
 
 
 def make_defense(settings: Settings, bundle: Bundle) -> defenses.Defense:
@@ -117,15 +121,14 @@ class LoadedModel:
         tensors = images.transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(255)
         composed = self.composer(graph, tensors, self.settings.batch.max_size)
         log_limited(self.settings, composed)
-        warm_up(tensors, composed.unfused.engine(tensors), composed.engine_s)
+        _warm_up(composed, tensors, warm_up)
         batchers = self._batchers(composed)
         batchers.prepare()
         return batchers
 
     def warm_up(self, warm_up: WarmUp) -> None:
         """Call `warm_up` with example pixels."""
-        images = golden_inputs(self.bundle.card.input)
-        warm_up(images, self.composed.unfused.engine(images), self.composed.engine_s)
+        _warm_up(self.composed, golden_inputs(self.bundle.card.input), warm_up)
 
     def log_loaded(self, engine: EngineName, defense: defenses.Defense) -> None:
         """Log what is served and how."""
@@ -191,6 +194,11 @@ def load_model(
         settings.batch.execution == "auto" and composed.seconds < INLINE_S
     )
     return LoadedModel(settings, bundle, metrics, composer, composed, inline)
+
+
+def _warm_up(composed: Composed, images: npt.NDArray[Any], warm_up: WarmUp) -> None:
+    rows = composed.unfused.engine(images)
+    warm_up(images, rows, composed.engine_s, partial(composed.unfused.evidence, images, rows))
 
 
 def warm_up_decoders(shape: InputShape, preprocessing: Preprocessing) -> None:

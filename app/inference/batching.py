@@ -135,7 +135,7 @@ class Batcher:
     def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Let the engine compile for the batches to come, until told to stop; on another thread."""
         sizes = (size for size in FAST if size <= self._max_size)
-        self._pipeline.engine.prepare(itertools.takewhile(lambda _: not stop(), sizes))
+        self._pipeline.prepare(itertools.takewhile(lambda _: not stop(), sizes))
 
     def close(self) -> None:
         """Let the running batch finish and end the thread."""

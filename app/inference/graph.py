@@ -8,12 +8,14 @@ float tensors instead of pixels, the nodes before it go.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from app.errors import ConfigError
+from app.inference.score_graph import head_of, tap
 from scumble.defenses.base import Defense
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ ANSWERS = (
     "answers"  # output of `with_l1_output`: defended rows, and their distance as the last column
 )
 CLEAN = "clean"  # what was the output before a defense was put behind it
+ABSTAINED = "abstained"  # output of a defended file: which rows are
 OPSET = 18  # of the operators that defenses use
 
 
@@ -129,12 +132,34 @@ def single_output(model: bytes, name: str) -> bytes:
 
 
 class Appender:
-    """`scumble.defenses.base.Nodes` on a real graph."""
+    """`scumble.defenses.base.Nodes` on a real graph.
+
+    Args:
+        graph: whose rows are named `CLEAN`.
+        classes: K.
+
+    Attributes:
+        width: number of features; 0 where none are recognised.
+    """
 
     def __init__(self, graph: onnx.GraphProto, classes: int) -> None:
         self.classes = classes
+        self.clean = CLEAN
         self._graph = graph
         self._count = 0
+        head = head_of(graph, CLEAN)
+        self.width = head.width
+        self._head = head
+
+    @cached_property
+    def logits(self) -> str | None:
+        """The logits; None where the rows are no softmax."""
+        return None if self._head.logits is None else tap(self, self._graph, self._head.logits)
+
+    @cached_property
+    def features(self) -> str | None:
+        """The input of the last linear layer; None where there is none."""
+        return None if self._head.features is None else tap(self, self._graph, self._head.features)
 
     def __call__(
         self, op: str, *inputs: str | float | npt.NDArray[Any], **attributes: int | str
@@ -169,6 +194,8 @@ def defended(
 ) -> bytes | None:
     """The same network with defended answers under the same name, for any ONNX runtime.
 
+    If the defense withholds, a second output `abstained`, bool (N,), says which rows are.
+
     Args:
         model: the clean network.
         defense: what is put behind it.
@@ -187,8 +214,13 @@ def defended(
     found = _append(proto, defense)
     if found is None:
         return None
-    _, rows = found
+    op, rows, abstained = found
     proto.graph.node.append(onnx.helper.make_node("Identity", [rows], [name]))
+    if abstained is not None:
+        flags = onnx.helper.make_tensor_value_info(ABSTAINED, onnx.TensorProto.BOOL, ["N"])
+        column = op("Squeeze", abstained, np.array([1]))
+        proto.graph.node.append(onnx.helper.make_node("Identity", [column], [ABSTAINED]))
+        proto.graph.output.append(flags)
     for key, value in (described or {}).items():
         proto.metadata_props.add(key=key, value=value)
     return proto.SerializeToString()
@@ -197,7 +229,8 @@ def defended(
 def with_l1_output(model: bytes, defense: Defense) -> bytes | None:
     """The same network for a service that measures what it does: one output (N, K + 1).
 
-    Its columns are the K defended probabilities and the L1 distance to the clean ones.
+    Its columns are the K defended probabilities and the L1 distance to the clean ones; then, if the
+    defense withholds, 1 for rows that are abstained and 0 for the others.
 
     Returns:
         None as in `defended`.
@@ -211,19 +244,29 @@ def with_l1_output(model: bytes, defense: Defense) -> bytes | None:
     found = _append(proto, defense)
     if found is None:
         return None
-    op, rows = found
+    op, rows, abstained = found
     distance = op("ReduceSum", op("Abs", op("Sub", rows, CLEAN)), np.array([1]), keepdims=1)
-    proto.graph.node.append(
-        onnx.helper.make_node("Concat", [rows, distance], [ANSWERS], ANSWERS, axis=1)
-    )
+    columns = [rows, distance]
+    if abstained is not None:
+        columns.append(op("Cast", abstained, to=onnx.TensorProto.FLOAT))
+    proto.graph.node.append(onnx.helper.make_node("Concat", columns, [ANSWERS], ANSWERS, axis=1))
     (output,) = proto.graph.output
     output.name = ANSWERS
-    output.type.tensor_type.shape.dim[1].dim_value += 1
+    output.type.tensor_type.shape.dim[1].dim_value += len(columns) - 1
     return proto.SerializeToString()
 
 
-def _append(proto: onnx.ModelProto, defense: Defense) -> tuple[Appender, str] | None:
-    """Behind the one output, renamed to `CLEAN`: what appended nodes, and the defended rows."""
+def _append(proto: onnx.ModelProto, defense: Defense) -> tuple[Appender, str, str | None] | None:
+    """Behind the one output, renamed to `CLEAN`: what appended nodes, rows, which are abstained."""
+    op = appender_behind(proto)
+    if op is None:
+        return None
+    found = defense.answer_nodes(op, CLEAN)
+    return None if found is None else (op, *found)
+
+
+def appender_behind(proto: onnx.ModelProto) -> Appender | None:
+    """Rename the one output to `CLEAN`; gives what appends nodes, None for older operators."""
     if {opset.domain: opset.version for opset in proto.opset_import}.get("", 0) < OPSET:
         return None
     graph = proto.graph
@@ -231,9 +274,7 @@ def _append(proto: onnx.ModelProto, defense: Defense) -> tuple[Appender, str] | 
     for node in graph.node:
         node.input[:] = [CLEAN if name == output.name else name for name in node.input]
         node.output[:] = [CLEAN if name == output.name else name for name in node.output]
-    op = Appender(graph, output.type.tensor_type.shape.dim[1].dim_value)
-    rows = defense.nodes(op, CLEAN)
-    return None if rows is None else (op, rows)
+    return Appender(graph, output.type.tensor_type.shape.dim[1].dim_value)
 
 
 def behind(graph: onnx.GraphProto, start: str) -> tuple[list[onnx.NodeProto], set[str]]:

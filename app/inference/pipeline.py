@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,12 @@ from app.errors import BundleError, ConfigError
 from app.inference.bundle import Bundle, golden_inputs
 from app.inference.engines import FAST, Batch, Engine, Probs, parts, size_within
 from app.inference.graph import with_l1_output
+from app.inference.score_graph import ScoredEngine
 from app.precision import Precision
 from scumble.defenses.base import Defense
+from scumble.defenses.evidence import ABSTAINED, Evidence, Marks, Score
 from scumble.defenses.none import NoDefense
+from scumble.defenses.scores import Whitener
 
 # A steep gate magnifies the engine's rounding; a graph that computes something else is far off.
 FUSED_TOLERANCE = 1e-3
@@ -32,12 +35,14 @@ class Answers:
         l1: (N,) distance to the clean probabilities, in [0, 2].
         infer_s: seconds in the engine.
         defend_s: seconds in the defense.
+        marks: (N,) what was withheld; None where nothing can be.
     """
 
     probabilities: Probs
     l1: Probs
     infer_s: float
     defend_s: float
+    marks: Marks | None = None
 
     @property
     def seconds(self) -> float:
@@ -47,14 +52,24 @@ class Answers:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Engine and defense as one function of a batch."""
+    """Engine and defense as one function of a batch.
+
+    Attributes:
+        engine: gives clean rows.
+        defense: the server's.
+        clock: seconds.
+        scores: takes the engine's place once a defense needs scores; None where none can.
+    """
 
     engine: Engine
     defense: Defense
     clock: Callable[[], float] = time.perf_counter
+    scores: ScoredEngine | None = None
 
     def __call__(self, batch: Batch) -> Answers:
         """Answer uint8 (N, H, W, C) or float32 (N, C, H, W)."""
+        if self.defense.withholds:
+            return self.by_client(batch, [(len(batch), None)])
         start = self.clock()
         clean = self.engine(batch)
         inferred = self.clock()
@@ -74,17 +89,48 @@ class Pipeline:
             parts: number of images and their defense, in order; None for the pipeline's own.
         """
         start = self.clock()
-        clean = self.engine(batch)
+        if self.scores is not None and self.scores.made:
+            clean, evidence = self.scores(batch)
+        else:
+            clean = self.engine(batch)
+            evidence = None
         inferred = self.clock()
-        rows, first = [], 0
+        rows, first, marks = [], 0, None
         for n, defense in parts:
             last = first + n
             chosen = self.defense if defense is None else defense
-            rows.append(chosen(clean[first:last], batch[first:last]))
+            part, images = clean[first:last], batch[first:last]
+            if chosen.withholds:
+                known = Evidence.of(part) if evidence is None else evidence[first:last]
+                answered = chosen.answer(part, images, known)
+                rows.append(answered.rows)
+                marks = np.zeros(len(batch), np.uint8) if marks is None else marks
+                marks[first:last] = 0 if answered.marks is None else answered.marks
+            else:
+                rows.append(chosen(part, images))
             first = last
         probabilities = rows[0] if len(rows) == 1 else np.concatenate(rows)
         l1 = np.abs(probabilities - clean).sum(1)
-        return Answers(probabilities, l1, inferred - start, self.clock() - inferred)
+        return Answers(probabilities, l1, inferred - start, self.clock() - inferred, marks)
+
+    def evidence(self, images: Batch, rows: Probs, needs: frozenset[Score]) -> Evidence:
+        """Evidence of example images, to warm up a defense; loads the engine of the scores.
+
+        Raises:
+            ConfigError: the network has no such scores.
+        """
+        if not needs:
+            return Evidence.of(rows)
+        if self.scores is None:
+            raise ConfigError(f"no scores ({', '.join(sorted(needs))}) of this network")
+        return self.scores.require(images)
+
+    def prepare(self, sizes: Iterable[int]) -> None:
+        """Compile for batches of these sizes."""
+        for size in sizes:
+            self.engine.prepare((size,))
+            if self.scores is not None and self.scores.made:
+                self.scores.prepare((size,))
 
 
 @dataclass(frozen=True)
@@ -92,16 +138,29 @@ class Fused:
     """Engine and defense in one graph, as `app.inference.graph.with_l1_output` makes it.
 
     The time of the defense counts as time of the engine.
+
+    Attributes:
+        engine: runs the graph.
+        clock: seconds.
+        withholds: the graph says in its last column which rows are abstained.
     """
 
     engine: Engine
     clock: Callable[[], float] = time.perf_counter
+    withholds: bool = False
 
     def __call__(self, batch: Batch) -> Answers:
         """Answer uint8 (N, H, W, C) or float32 (N, C, H, W)."""
         start = self.clock()
         rows = self.engine(batch)
+        if self.withholds:
+            marks = (rows[:, -1] > 0.5).astype(np.uint8) * np.uint8(ABSTAINED)
+            return Answers(rows[:, :-2], rows[:, -2], self.clock() - start, 0.0, marks)
         return Answers(rows[:, :-1], rows[:, -1], self.clock() - start, 0.0)
+
+    def prepare(self, sizes: Iterable[int]) -> None:
+        """Compile for batches of these sizes."""
+        self.engine.prepare(sizes)
 
 
 Compute = Pipeline | Fused
@@ -126,7 +185,7 @@ def fuse(
         graph = with_l1_output(model, pipeline.defense)
     if graph is None:
         return pipeline
-    fused = Fused(load(graph), pipeline.clock)
+    fused = Fused(load(graph), pipeline.clock, pipeline.defense.withholds)
     fused.engine.prepare((1,))
     difference = max(
         float(np.abs(fused(one).probabilities - pipeline(one).probabilities).max())
@@ -167,6 +226,7 @@ class Composer:
         fusible: the defense may be moved into the graph.
         limit_s: seconds that a batch may take.
         clock: seconds.
+        whitener: of the bundle, for the score `residual`; None where it has none.
     """
 
     load: Callable[[bytes], Engine]
@@ -174,6 +234,7 @@ class Composer:
     fusible: bool
     limit_s: float = math.inf
     clock: Callable[[], float] = time.perf_counter
+    whitener: Whitener | None = None
 
     def __call__(self, model: bytes, example: Batch, largest: int) -> Composed:
         """Load, fuse and warm up a network.
@@ -184,10 +245,14 @@ class Composer:
             largest: images of the largest batch wanted.
 
         Raises:
-            ConfigError: one image alone takes longer than a batch may.
+            ConfigError: one image alone takes longer than a batch may, or the network lacks scores
+                that the defense needs.
         """
-        unfused = Pipeline(self.load(model), self.defense, self.clock)
+        scores = ScoredEngine(self.load, model, self.whitener, largest)
+        unfused = Pipeline(self.load(model), self.defense, self.clock, scores)
         unfused.engine.prepare((1,))
+        if self.defense.needs:
+            scores.require(example)
         fused = fuse(unfused, self.load, model, example) if self.fusible else unfused
         max_size, answers = warm_up(fused, example, largest, self.limit_s)
         if answers.seconds > self.limit_s:
@@ -249,7 +314,7 @@ def warm_up(
 
     def answer(size: int) -> Answers:
         batch = example[:1].repeat(size, 0)
-        pipeline.engine.prepare(parts(size))
+        pipeline.prepare(parts(size))
         pipeline(batch)
         return pipeline(batch)
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from scumble.defenses.evidence import Answered, Evidence, Score
 from scumble.defenses.parameters import CheckedParameters
 
 Probs = npt.NDArray[np.floating[Any]]
@@ -36,9 +37,21 @@ class Nodes(Protocol):
 
     Attributes:
         classes: K.
+        clean: the network's own rows (N, K), whatever a defense before this one made of them.
     """
 
     classes: int
+    clean: str
+
+    @property
+    def logits(self) -> str | None:
+        """(N, K), what the rows are the softmax of; None where they are no softmax."""
+        ...
+
+    @property
+    def features(self) -> str | None:
+        """(N, d), the input of the last linear layer; None where none is recognised."""
+        ...
 
     def __call__(
         self, op: str, *inputs: str | float | npt.NDArray[Any], **attributes: int | str
@@ -95,6 +108,27 @@ class Defense(CheckedParameters, ABC):
             Rows of the same shape and dtype.
         """
 
+    @property
+    def needs(self) -> frozenset[Score]:
+        """Scores that `answer` must be given as evidence."""
+        return frozenset()
+
+    @property
+    def withholds(self) -> bool:
+        """Whether `answer` may withhold rows: it then says which, and needs evidence."""
+        return False
+
+    def answer(self, probs: Probs, inputs: Inputs | None, evidence: Evidence | None) -> Answered:
+        """The rows to send out, and what was withheld.
+
+        Args:
+            probs: as for `__call__`.
+            inputs: as for `__call__`.
+            evidence: of the clean rows; None for a defense that does not withhold.
+        """
+        del evidence
+        return Answered(self(probs, inputs))
+
     def nodes(self, op: Nodes, probs: str) -> str | None:
         """The same inside a network's graph: equal to `__call__` within 1e-6 (3e-6: lee2018).
 
@@ -107,6 +141,16 @@ class Defense(CheckedParameters, ABC):
         """
         del op, probs
         return None
+
+    def answer_nodes(self, op: Nodes, probs: str) -> tuple[str, str | None] | None:
+        """`answer` inside a network's graph.
+
+        Returns:
+            The rows to send out, and which are abstained: bool (N, 1), or None for a defense that
+            withholds nothing. None as a whole where it cannot be written so.
+        """
+        rows = self.nodes(op, probs)
+        return None if rows is None else (rows, None)
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:

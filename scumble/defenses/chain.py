@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from scumble.defenses.base import Defense, DefenseError, Inputs, Nodes, Probs
+from scumble.defenses.evidence import ABSTAINED, ANSWERED, Answered, Evidence, Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +37,56 @@ class Chain(Defense):
             raise self._refusal("steps", "must be one defense or more")
         object.__setattr__(self, "steps", tuple(steps))
 
+    @property
+    def needs(self) -> frozenset[Score]:
+        """Those of all steps."""
+        return frozenset().union(*(step.needs for step in self.steps))
+
+    @property
+    def withholds(self) -> bool:
+        """Whether a step does."""
+        return any(step.withholds for step in self.steps)
+
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
         """The rows (N, K) after the last step."""
+        if self.withholds:
+            return self.answer(probs, inputs, None).rows
         for step in self.steps:
             probs = step(probs, inputs)
         return probs
 
+    def answer(self, probs: Probs, inputs: Inputs | None, evidence: Evidence | None) -> Answered:
+        """The rows after the last step; no step changes a row that an earlier one abstained."""
+        if not self.withholds:
+            return Answered(self(probs, inputs))
+        evidence = evidence or Evidence.of(probs)
+        rows, marks = probs, np.full(len(probs), ANSWERED, np.uint8)
+        for step in self.steps:
+            changed, more = step.answer(rows, inputs, evidence)
+            rows = np.where((marks == ABSTAINED)[:, None], rows, changed)
+            if more is not None:
+                np.maximum(marks, more, out=marks)
+        return Answered(rows, marks)
+
     def nodes(self, op: Nodes, probs: str) -> str | None:
         """The rows after the last step; None if a step cannot be written as nodes."""
-        rows: str | None = probs
+        found = self.answer_nodes(op, probs)
+        return None if found is None else found[0]
+
+    def answer_nodes(self, op: Nodes, probs: str) -> tuple[str, str | None] | None:
+        """The same with what is abstained."""
+        rows, abstained = probs, None
         for step in self.steps:
-            if rows is not None:
-                rows = step.nodes(op, rows)
-        return rows
+            found = step.answer_nodes(op, rows)
+            if found is None:
+                return None
+            changed, more = found
+            if abstained is None:
+                rows, abstained = changed, more
+            else:
+                rows = op("Where", abstained, rows, changed)
+                abstained = abstained if more is None else op("Or", abstained, more)
+        return rows, abstained
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scumble.defenses.base import Defense, Inputs, Probs
+from scumble.defenses.evidence import ANSWERED, Answered, Evidence, Score
 
 # Bound, in units of machine epsilon times max p, on what rounding adds to p + t (y - p).
 _ROUNDING = 16
@@ -26,9 +27,31 @@ class KeepTop1(Defense):
 
     defense: Defense
 
+    @property
+    def needs(self) -> frozenset[Score]:
+        """Those of the defense inside."""
+        return self.defense.needs
+
+    @property
+    def withholds(self) -> bool:
+        """Whether the defense inside does."""
+        return self.defense.withholds
+
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
         """The guarded rows (N, K); their arg-max (first maximum) is that of `probs`."""
-        y = self.defense(probs, inputs)
+        if self.withholds:
+            return self.answer(probs, inputs, None).rows
+        return self._guarded(probs, self.defense(probs, inputs))
+
+    def answer(self, probs: Probs, inputs: Inputs | None, evidence: Evidence | None) -> Answered:
+        """The guarded rows; what is withheld is not guarded."""
+        rows, marks = self.defense.answer(probs, inputs, evidence)
+        guarded = self._guarded(probs, rows)
+        if marks is not None:
+            guarded = np.where((marks == ANSWERED)[:, None], guarded, rows)
+        return Answered(guarded, marks)
+
+    def _guarded(self, probs: Probs, y: Probs) -> Probs:
         top = probs.argmax(axis=1)
         at = np.arange(len(probs)), top
         highest = probs[at][:, None]

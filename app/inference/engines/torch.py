@@ -177,18 +177,18 @@ def _axes(x: Tensor, axes: Tensor | None) -> list[int]:
     return list(range(x.ndim)) if axes is None else axes.tolist()
 
 
-def _reduce_mean(
-    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
-) -> Tensor:
-    del noop_with_empty_axes
-    return x.mean(_axes(x, axes), keepdim=bool(keepdims))
+def _reduce(over: Callable[[Tensor, list[int], bool], Tensor]) -> Op:
+    def op(
+        x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
+    ) -> Tensor:
+        del noop_with_empty_axes
+        return over(x, _axes(x, axes), bool(keepdims))
+
+    return op
 
 
-def _reduce_max(
-    x: Tensor, axes: Tensor | None = None, *, keepdims: int = 1, noop_with_empty_axes: int = 0
-) -> Tensor:
-    del noop_with_empty_axes
-    return x.amax(_axes(x, axes), keepdim=bool(keepdims))
+def _concat(*parts: Tensor, axis: int) -> Tensor:
+    return torch.cat(parts, axis)
 
 
 def _reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0) -> Tensor:
@@ -218,27 +218,33 @@ def _dequantize(
     return levels * along(scale, q, axis)
 
 
-# What this project's exports, torchvision's resnets and mobilenets, and their int8 forms use.
+# What this project's exports, torchvision's resnets and mobilenets, their int8 forms and the scores
+# of `app.inference.score_graph` use.
 OPS: dict[str, Op] = {
     "Add": lambda a, b: a + b,
     "Cast": _cast,
     "Clip": lambda x, low=None, high=None: x.clamp(low, high),
+    "Concat": _concat,
     "Conv": _conv,
     "DequantizeLinear": _dequantize,
     "Div": lambda a, b: a / b,
+    "Exp": lambda x: x.exp(),
     "Flatten": lambda x, axis=1: x.flatten(axis),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda x: x.mean((2, 3), keepdim=True),
     "Identity": lambda x: x,
+    "Log": lambda x: x.log(),
     "MatMul": lambda a, b: a @ b,
     "MaxPool": _max_pool,
     "Mul": lambda a, b: a * b,
     "QuantizeLinear": _quantize,
-    "ReduceMax": _reduce_max,
-    "ReduceMean": _reduce_mean,
+    "ReduceMax": _reduce(torch.amax),
+    "ReduceMean": _reduce(torch.mean),
+    "ReduceSum": _reduce(torch.sum),
     "Relu": lambda x: x.relu(),
     "Reshape": _reshape,
     "Softmax": lambda x, axis=-1: x.softmax(axis),
+    "Sqrt": lambda x: x.sqrt(),
     "Sub": lambda a, b: a - b,
     "Transpose": lambda x, perm: x.permute(perm),
 }
