@@ -11,6 +11,8 @@ import json
 import math
 import os
 import secrets
+import tomllib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,18 +26,22 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
 
 from app.errors import ConfigError
 from app.precision import Precision
 from app.system.cores import available_cores
-from app.system.json_values import Parameters
+from app.system.json_values import Parameters, parse
 from app.system.urls import HIDDEN, redacted, split
+from app.system.validation import allowed
 
 PREFIX = "SCUMBLE_"
 # As browsers send it: lower case, without a trailing slash.
@@ -43,6 +49,7 @@ ORIGIN = r"^(\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?)
 NESTED = "__"
 STORE_SCHEMES = frozenset({"memory", "sqlite", "redis", "rediss", "unix"})
 STORES = "allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB"
+COLLECTORS = "allowed: http://HOST:PORT and https://HOST:PORT, without a query"
 URLS = frozenset({"store", "otel_endpoint"})  # settings that may contain a password
 
 
@@ -152,9 +159,11 @@ def collector(url: str) -> str:
     Raises:
         ValueError: not a usable URL; the message contains no part of it.
     """
+    if "://" not in url:
+        raise ValueError(COLLECTORS)
     parts = split(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError("allowed: http://HOST:PORT and https://HOST:PORT, without a query")
+        raise ValueError(COLLECTORS)
     return url
 
 
@@ -164,10 +173,9 @@ def store_url(url: str) -> str:
     Raises:
         ValueError: it is invalid; the message contains no part of it.
     """
-    try:
-        parts = split(url)
-    except ValueError as exc:
-        raise ValueError(f"{exc}; {STORES}") from None
+    if "://" not in url:
+        raise ValueError(STORES)
+    parts = split(url)
     bare = not (parts.netloc or parts.path or parts.query or parts.fragment)
     if parts.scheme not in STORE_SCHEMES or (parts.scheme == "memory" and not bare):
         raise ValueError(STORES)
@@ -294,7 +302,9 @@ class Settings(BaseSettings):
     @classmethod
     def _no_route(cls, value: str | None) -> str | None:
         if value is not None and value.split("/")[1:2] in (["v1"], ["v2"]):
-            raise ValueError("must not begin with /v1 or /v2, which are routes of the service")
+            raise ValueError(
+                "a path that does not begin with /v1 or /v2, which are routes of the service"
+            )
         return value
 
     @property
@@ -322,10 +332,54 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, environment, then the TOML file."""
-        del dotenv_settings, file_secret_settings
+        del env_settings, dotenv_settings, file_secret_settings
         file = os.environ.get(f"{PREFIX}CONFIG")
-        toml = [TomlConfigSettingsSource(settings_cls, Path(file))] if file else []
-        return (init_settings, env_settings, *toml)
+        toml = [InitSettingsSource(settings_cls, read_file(file))] if file else []
+        return (init_settings, Environment(settings_cls), *toml)
+
+
+class Environment(EnvSettingsSource):
+    """The environment, with an error that names the variable whose JSON is malformed."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """Parse the JSON of a variable.
+
+        Raises:
+            ConfigError: it is malformed.
+        """
+        del field
+        return parse(PREFIX + field_name.upper(), value)
+
+
+def read_file(file: str) -> dict[str, Any]:
+    """Read a TOML file of settings.
+
+    Raises:
+        ConfigError: the file cannot be read, is not valid TOML, or has an unknown setting.
+    """
+    try:
+        found = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as exc:
+        reason = (exc.strerror or str(exc)).lower()
+        raise ConfigError(f"{PREFIX}CONFIG is {file!r}: {reason}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"{PREFIX}CONFIG is {file!r}, which is not valid TOML: {exc}") from exc
+    known = [variable.removeprefix(PREFIX).lower() for variable, _ in _fields(Settings, PREFIX)]
+    dotted = [name.replace(NESTED, ".") for name in known]
+    for name in _strangers(found, Settings):
+        raise ConfigError(f"{file}: {_unknown(name, dotted)}")
+    return found
+
+
+def _strangers(table: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    """Names in `table` that no setting of `model` has."""
+    for key, value in table.items():
+        field = model.model_fields.get(key)
+        kind = field and field.annotation
+        if field is None:
+            yield prefix + key
+        elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Section):
+            yield from _strangers(value, kind, f"{key}.")
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -335,15 +389,13 @@ def load_settings(**overrides: Any) -> Settings:
         ConfigError: an unknown variable, a value that is not allowed, or an unreadable file.
     """
     refuse_unknown(os.environ)
-    file = os.environ.get(f"{PREFIX}CONFIG")
-    if file and not Path(file).is_file():
-        raise ConfigError(f"{PREFIX}CONFIG is {file!r}: no such file")
     try:
         return Settings(**overrides)
     except ValidationError as exc:
-        raise ConfigError("; ".join(map(_sentence, exc.errors()))) from exc
-    except (ValueError, RecursionError) as exc:  # malformed JSON in a variable or TOML in the file
-        raise ConfigError(f"{exc}: {exc.__cause__}" if exc.__cause__ else str(exc)) from exc
+        found = defaultdict(list)
+        for error in exc.errors():
+            found[_variable(error["loc"])].append(error)
+        raise ConfigError("; ".join(_sentence(*item) for item in found.items())) from exc
 
 
 def variables() -> dict[str, str]:
@@ -376,9 +428,15 @@ def refuse_unknown(environ: Mapping[str, str]) -> None:
     sections = {name.rpartition(NESTED)[0] for name in known if NESTED in name}
     for name in environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known.keys() | sections:
-            close = difflib.get_close_matches(name.upper(), known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"unknown setting {name}{hint} (scumble check lists all settings)")
+            raise ConfigError(_unknown(name, known))
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    """A sentence about a setting that does not exist."""
+    alike = name.upper() if name.upper().startswith(PREFIX) else name
+    close = difflib.get_close_matches(alike, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"unknown setting {name}{hint} (scumble check --all lists all settings)"
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterable[tuple[str, str]]:
@@ -390,11 +448,23 @@ def _fields(model: type[BaseModel], prefix: str) -> Iterable[tuple[str, str]]:
             yield f"{prefix}{name.upper()}", field.description or ""
 
 
-def _sentence(error: Any) -> str:
-    name = PREFIX + NESTED.join(str(part) for part in error["loc"]).upper()
-    value = error["input"]
-    if error["loc"][0] in URLS and isinstance(value, str):
+def _variable(place: tuple[int | str, ...]) -> str:
+    """The variable of a setting, without the parts of its value."""
+    words = [str(part) for part in place]
+    depth = 1
+    field = Settings.model_fields.get(words[0])
+    if field and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        depth = 2
+    return PREFIX + NESTED.join(words[:depth]).upper()
+
+
+def _sentence(variable: str, errors: list[ErrorDetails]) -> str:
+    """One sentence about a setting: its value, and what is allowed."""
+    name, value = errors[0]["loc"][0], errors[0]["input"]
+    if name in URLS and isinstance(value, str):
         value = redacted(value)
-    elif error["loc"][0] in {"secret", *URLS} or error["type"] == "extra_forbidden":
+    elif name in {"secret", *URLS} or errors[0]["type"] == "extra_forbidden":
         value = HIDDEN  # may be a secret under a misspelt name
-    return f"{name} is {value!r}: {error['msg']}"
+    if errors[0]["type"] == "extra_forbidden":
+        return _unknown(variable, variables())
+    return f"{variable} is {value!r}; allowed: {allowed(errors)}"

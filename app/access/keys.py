@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from app.errors import ConfigError
 from app.system.json_values import Parameters
 from app.system.timestamps import timestamp
+from app.system.validation import sentence
 
 PREFIX = "scumble_"  # lets scanners for leaked secrets find one
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
@@ -94,7 +95,7 @@ class Key(Member):
     @model_validator(mode="after")
     def _names_what_it_configures(self) -> Self:
         if self.defense is None and self.defense_params:
-            raise ValueError("defense_params without a defense")
+            raise ValueError("defense_params is given without a defense")
         return self
 
 
@@ -180,8 +181,8 @@ def parse_keys(path: Path, content: bytes) -> KeyFile:
         return KeyFile.model_validate_json(content)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"SCUMBLE_KEYS_FILE: {path}: {where}: {first['msg']}") from exc
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"SCUMBLE_KEYS_FILE: {path}: {sentence(place, first)}") from exc
 
 
 def write_keys(path: Path, file: KeyFile) -> None:

@@ -11,10 +11,13 @@ from typing import Any
 
 import click
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from app.access.keys import Key, KeyFile, add_key, digest, new_key, read_keys, revoke_key
 from app.errors import ConfigError
+from app.system.json_values import parse
 from app.system.timestamps import timestamp
+from app.system.validation import allowed, sentence
 
 file_option = click.option(
     "--file",
@@ -101,10 +104,7 @@ def revoke(path: Path | None, key_id: str) -> None:
 
 
 def _record(key: str, options: dict[str, Any]) -> Key:
-    try:
-        params = json.loads(options["defense_params"])
-    except (ValueError, RecursionError) as exc:
-        raise ConfigError(f"--defense-params is {options['defense_params'][:99]!r}: {exc}") from exc
+    params = parse("--defense-params", options["defense_params"])
     try:
         return Key.model_validate(
             {
@@ -123,10 +123,16 @@ def _record(key: str, options: dict[str, Any]) -> Key:
             }
         )
     except ValidationError as exc:
-        problems = exc.errors(include_url=False, include_input=False)
-        raise ConfigError(
-            "; ".join(f"{'.'.join(map(str, p['loc'])) or 'the key'}: {p['msg']}" for p in problems)
-        ) from exc
+        raise ConfigError("; ".join(map(_sentence, exc.errors(include_url=False)))) from exc
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """One sentence about an option; the last name of the place is the option's."""
+    names = [str(part) for part in error["loc"] if isinstance(part, str)]
+    if not names:
+        return allowed([error])
+    option = {"routes": "route", "form": "output"}.get(names[-1], names[-1]).replace("_", "-")
+    return sentence(f"--{option}", error)
 
 
 def _try(key: Key) -> None:

@@ -11,6 +11,7 @@ import click
 
 from app.errors import ConfigError
 from app.settings import Settings, load_settings, shown, variables
+from app.system.json_values import parse
 
 RELOAD_S = 600
 
@@ -146,12 +147,7 @@ def _settings(arguments: dict[str, Any]) -> Settings:
     if given.get("workers", "auto") != "auto":
         given["workers"] = _number("--workers", given["workers"])
     if "defense_params" in given:
-        try:
-            given["defense_params"] = json.loads(given["defense_params"])
-        except (ValueError, RecursionError) as exc:
-            raise ConfigError(
-                f"--defense-params is {given['defense_params'][:99]!r}: {exc}"
-            ) from exc
+        given["defense_params"] = parse("--defense-params", given["defense_params"])
     return load_settings(**given)
 
 

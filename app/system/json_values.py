@@ -6,12 +6,32 @@ refused where they are read, so that nothing fails later.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from app.errors import ConfigError
+
 DEPTH = 16
+SHOWN = 99
+
+
+def parse(name: str, text: str) -> Any:
+    """Parse JSON that a person wrote.
+
+    Args:
+        name: of the option or variable, for the message.
+        text: its value.
+
+    Raises:
+        ConfigError: the text is not valid JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"{name} is {text[:SHOWN]!r}, which is not valid JSON: {exc}") from exc
 
 
 def portable(value: Any, depth: int = DEPTH) -> Any:

@@ -50,6 +50,8 @@ def replace(value: T, name: str, changes: Mapping[str, Any]) -> T:
         try:
             checked = TypeAdapter(hints[field]).validate_python(new)
         except ValidationError as exc:
-            raise AttackError(f"{name}.{field} is {new!r}: {exc.errors()[0]['msg']}") from exc
+            reason = exc.errors()[0]["msg"].partition(", unable")[0]
+            needed = reason.removeprefix("Input should be ")
+            raise AttackError(f"{name}.{field} is {new!r}; allowed: {needed}") from exc
         value = dataclasses.replace(value, **{field: checked})  # type: ignore[type-var] # same
     return value

@@ -134,10 +134,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         (["--client", "a", "--defense-params", "[" * 200_000], "--defense-params is"),
         (["--client", "a", "--output", "top_k"], "top_k needs k"),
         (["--client", "a", "--k", "3"], "full takes no k"),
-        (["--client", "a", "--output", "rounded", "--decimals", "9"], "decimals"),
-        (["--client", "a", "--window-s", "0"], "window_s"),
-        (["--client", "a", "--total-images", "-1"], "total_images"),
-        (["--client", "a", "--route", "v1"], "routes"),
+        (["--client", "a", "--output", "rounded", "--decimals", "9"], "--decimals is 9"),
+        (["--client", "a", "--window-s", "0"], "--window-s is 0; allowed: at least 1"),
+        (["--client", "a", "--total-images", "-1"], "--total-images is -1; allowed: at"),
+        (["--client", "a", "--route", "v1"], "--route is 'v1'; allowed: text"),
     ],
 )
 def test_what_a_server_would_refuse_is_not_added(tmp_path, models, arguments, message):
