@@ -35,7 +35,8 @@ test-lowest: .venv/.dev ## the server's tests with the lowest releases that pypr
 	$(BIN)/uv pip install --quiet --python runs/lowest/venv/bin/python --no-deps --editable .
 	runs/lowest/venv/bin/python -m pytest -m 'not torch' -W ignore::DeprecationWarning \
 		tests/app/test_private_parts.py tests/app/inference/test_decode.py \
-		$(addprefix tests/app/http/test_,$(addsuffix .py,application bodies v2))
+		tests/app/http/test_application.py tests/app/http/test_bodies.py \
+		tests/app/http/protocols/test_v2.py
 
 test-newest: .venv/bin/uv ## the whole suite with the newest releases, uvicorn's upper bound lifted
 	mkdir -p runs/newest

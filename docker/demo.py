@@ -377,7 +377,7 @@ def own_engine(environ: dict[str, str]) -> Iterator[Project]:
                 run("apt-get", "-qq", "install", "-y", "--no-install-recommends", *missing)
             trixie = folder / "trixie"
             packages = ("docker-compose", "prometheus", "promtool")
-            run(ROOT / "docker" / "trixie.sh", trixie, *packages)
+            run(ROOT / "docker" / "unpack_debian_packages.sh", trixie, *packages)
             plugins = folder / "config" / "cli-plugins"
             plugins.mkdir(parents=True)
             found = trixie / "usr/libexec/docker/cli-plugins/docker-compose"

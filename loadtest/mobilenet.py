@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from app.inference.bundle import InputShape
-from scumble.training.export import export_bundle, finish
+from scumble.training.bundle_export import export_bundle, finish
 from scumble.training.quantize import ptq
 from scumble.training.sources import (
     IMAGENET_MEAN,

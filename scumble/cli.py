@@ -121,7 +121,9 @@ COMMANDS = {
         "scumble.training.calibrate:calibrate", "Calibrate the answers of a bundle.", "train"
     ),
     "export": Row(
-        "scumble.training.exporting:export", "Export a bundle or a defended ONNX file.", "train"
+        "scumble.training.export_command:export",
+        "Export a bundle or a defended ONNX file.",
+        "train",
     ),
 }
 

@@ -25,12 +25,12 @@ from app.access.grants import Grant, Grants
 from app.access.keys import digest
 from app.access.quotas import Admission
 from app.access.stores import StateStore, StoreError
-from app.context import request_context
 from app.endpoint import Endpoint
 from app.errors import OverBudget, Unauthorized, Unavailable
+from app.request_context import request_context
 from app.system.background import Throttle
 from app.system.file_watcher import WatchedFile
-from app.telemetry.clients import Clients
+from app.telemetry.client_usage import ClientUsage
 
 OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 log = logging.getLogger("scumble")
@@ -57,7 +57,7 @@ class Access:
         keyless: Grant,
         store: StateStore,
         failures: Counter,
-        clients: Clients,
+        clients: ClientUsage,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.store = store

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from app.access.grants import Grant
 from app.access.stores import Bucket, Charge, StateStore, StoreError
 from app.errors import OverBudget, Unavailable
-from app.telemetry.clients import Clients
+from app.telemetry.client_usage import ClientUsage
 
 SHARED = "all:"  # prefix of the names of the buckets that all clients share
 NEVER_S = 86400  # Retry-After if waiting does not help; clients take a day for "do not retry"
@@ -37,7 +37,7 @@ class Admission:
 
     grant: Grant
     store: StateStore
-    clients: Clients
+    clients: ClientUsage
     on_store_failure: Callable[[StoreError], None]
     images: int = 0
     charged: Charge | None = None

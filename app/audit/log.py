@@ -23,9 +23,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from app.context import request_context
 from app.endpoint import Endpoint
 from app.errors import Internal, RequestError, Unavailable
+from app.request_context import request_context
 from app.system.background import Throttle
 from app.system.timestamps import timestamp
 

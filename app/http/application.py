@@ -26,13 +26,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors
 from app.access import admission
-from app.context import request_context
 from app.endpoint import Endpoint
-from app.http import schemas, v1, v2_routes
+from app.http import schemas
 from app.http.middleware import Dispatch, Observe
 from app.http.prediction import Service
 from app.http.prefix_and_cors import Cors, Prefix
+from app.http.protocols import v1, v2_routes
 from app.http.routing import Route, problems
+from app.request_context import request_context
 
 if TYPE_CHECKING:
     from app.telemetry.tracing import Tracing

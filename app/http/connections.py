@@ -33,8 +33,8 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.server import ServerState
 
-from app.context import KEY, ClientConnection, RequestContext
 from app.errors import MEDIA_TYPE, BadFraming, HeadersTooLarge, RequestError, TooSlow, Unavailable
+from app.request_context import KEY, ClientConnection, RequestContext
 from app.settings import HttpSettings
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from starlette.responses import Response
 
 from app.access.admission import Access
 from app.audit.log import Audit
-from app.context import ClientConnection, RequestContext, request_context
 from app.endpoint import Endpoint
 from app.errors import ClientGone, TooLarge, TooLate, Unavailable, Unprocessable
 from app.http.bodies import Headers, small_number
@@ -32,6 +31,7 @@ from app.inference.deadline import LATE, Deadline
 from app.inference.decode import Header, Pixels, decode, inspect
 from app.inference.engines import Batch, Probs
 from app.inference.executor import BoundedExecutor
+from app.request_context import ClientConnection, RequestContext, request_context
 from app.settings import LimitSettings
 from app.system.file_watcher import FileWatcher
 from app.system.heap import trim_heap

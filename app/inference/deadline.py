@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from app.context import ALWAYS_CONNECTED, ClientConnection
 from app.errors import ClientGone, RequestError, TooLate
+from app.request_context import ALWAYS_CONNECTED, ClientConnection
 
 LATE = "the deadline passed before it was the request's turn"
 

@@ -1,8 +1,8 @@
 """ONNX files taken apart and put together: cut open at `tensor`, down to one output, defended.
 
 A bundle's graph starts with uint8 pixels; the float32 (N, C, H, W) in [0, 1] that it makes of them
-is named `tensor` (see `scumble/training/export.py`). With that as the input, for clients that send
-float tensors instead of pixels, the nodes before it go.
+is named `tensor` (see `scumble/training/bundle_export.py`). With that as the input, for clients
+that send float tensors instead of pixels, the nodes before it go.
 """
 
 from __future__ import annotations

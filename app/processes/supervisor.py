@@ -26,7 +26,7 @@ from app.errors import ConfigError, Unavailable
 from app.http.connections import refusal
 from app.processes import worker
 from app.processes.connection_dispatcher import ConnectionDispatcher
-from app.processes.last_good import LastGoodFiles
+from app.processes.last_good_files import LastGoodFiles
 from app.processes.messages import Message, Receiver, Status, message_pair
 from app.processes.snapshot import copy_bundle
 from app.processes.watchdog import Watchdog

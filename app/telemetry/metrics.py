@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from app.errors import REASONS
 from app.system.file_watcher import FILE_NAMES
-from app.telemetry.clients import Clients
+from app.telemetry.client_usage import ClientUsage
 
 Stage = Literal["read", "decode", "queue", "infer", "defend", "encode"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -152,7 +152,7 @@ class Metrics:
             registry=registry,
         )
         self.reload_failing_s = {name: reload_failing_s.labels(name) for name in FILE_NAMES}
-        self.clients = Clients(registry)
+        self.clients = ClientUsage(registry)
         audit_lines = Counter(
             "scumble_audit_lines_total",
             "Lines of the audit log.",

@@ -26,7 +26,7 @@ from opentelemetry.trace import (
 )
 from starlette.types import Scope
 
-from app.context import request_context
+from app.request_context import request_context
 
 CLOSE_S = 2.0  # how long the end of a worker may wait for the collector
 

@@ -35,7 +35,7 @@ PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN = "<!-- written by python -m docs.generators.request_path -->\n"
 END = "<!-- end of the request path -->"
 FOLDERS = ("app/", "scumble/")
-LEFT_OUT = ("app/telemetry/", "app/context.py", "app/inference/deadline.py")
+LEFT_OUT = ("app/telemetry/", "app/request_context.py", "app/inference/deadline.py")
 VALUES = (Bucket, Grant, Header)
 ENDPOINT = "app/http/prediction.py"
 

@@ -13,12 +13,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from scumble.defenses.assisted import Assisted
+from scumble.defenses.auxiliary_network import AuxiliaryNetworkDefense
 from scumble.defenses.base import Inputs, Probs
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveMisinformation(Assisted):
+class AdaptiveMisinformation(AuxiliaryNetworkDefense):
     """Rows less confident than tau are replaced by those of the misinformation network f.
 
     m = max p,  a = 1 / (1 + exp(nu (m - tau))),  y = (1 - a) p + a f(x).

@@ -12,14 +12,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from scumble.defenses.assisted import Assisted
+from scumble.defenses.auxiliary_network import AuxiliaryNetworkDefense
 from scumble.defenses.base import Inputs, Probs
 
 FLOOR = 1e-15  # the published code goes through logarithms
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grad2(Assisted):
+class Grad2(AuxiliaryNetworkDefense):
     """Maximises <G^T y, 1> over |y - p|_1 <= epsilon, G the gradients of a surrogate's log-softmax.
 
     The objective is linear in y, with the coefficients score_k = <d log softmax_k / d theta, 1>

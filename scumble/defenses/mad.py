@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from scumble.defenses.assisted import Assisted
+from scumble.defenses.auxiliary_network import AuxiliaryNetworkDefense
 from scumble.defenses.base import Inputs, Probs
 
 Keep = Literal["none", "argmax"]
@@ -24,7 +24,7 @@ EXACT = 10  # most classes for which all 2^(K-1) sets are tried, as in the sourc
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAD(Assisted):
+class MAD(AuxiliaryNetworkDefense):
     """y = (1 - t) p + t y*, y* the target whose gradient makes the largest angle with that of p.
 
     G_k is the gradient of log softmax_k with respect to the surrogate's last linear layer, and

@@ -35,7 +35,7 @@ from app.inference.graph import with_l1_output
 from app.precision import Precision
 from app.settings import default_model_dir
 from scumble.defenses import configure
-from scumble.evaluation.cells import Defended
+from scumble.evaluation.experiment import Defended
 from scumble.evaluation.reference import Reference, grad2_reference, mad_reference
 from scumble.machine import processor
 from scumble.training.auxiliary import surrogate_of

@@ -24,7 +24,7 @@ from scumble.attacker import consent
 from scumble.attacker.errors import AttackError
 from scumble.attacker.run import configure
 from scumble.data.image_sets import DatasetError
-from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, Record, read
 from scumble.evaluation.referee import job, judge

@@ -38,7 +38,7 @@ from scumble.client.wire import encode
 from scumble.data.digits import SIDE, digits
 from scumble.data.image_sets import Dataset, load, write_parquet
 from scumble.evaluation import scores
-from scumble.evaluation.guests import Visits, admit, visit
+from scumble.evaluation.demo_clients import Visits, admit, visit
 from scumble.evaluation.local_server import serving
 from scumble.evaluation.referee import REQUESTS, UNTIMED, ask, latencies
 from scumble.training.train import affine, as_tensors, chain, light

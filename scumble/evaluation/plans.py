@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.experiment import Cell, Defended
 from scumble.training.auxiliary import TRANSFER
 
 GAMMA = 0.2

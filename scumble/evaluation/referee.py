@@ -23,7 +23,7 @@ from scumble.attacker.transports import Images, Probs
 from scumble.client.http_client import Client
 from scumble.data.image_sets import Dataset
 from scumble.evaluation import scores
-from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.failures import failure
 from scumble.evaluation.local_server import Server, serving
 from scumble.evaluation.record import Percentile, Record, Transfer, Utility

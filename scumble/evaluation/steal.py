@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from scumble.attacker.run import run
-from scumble.evaluation.cells import Cell
+from scumble.evaluation.experiment import Cell
 from scumble.evaluation.referee import job, server
 
 RESULTS = Path("runs/records/steal")

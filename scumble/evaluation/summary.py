@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.failures import flat
 from scumble.evaluation.record import Record, read
 from scumble.evaluation.scores import Spread, spread

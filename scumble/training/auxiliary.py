@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from app.inference.bundle import Bundle, Card, open_bundle, write_card
 from app.inference.graph import parse, single_output
 from scumble.data.image_sets import Dataset, load
-from scumble.training.cli import models_option, plain_errors, typed
+from scumble.training.bundle_export import to_onnx
+from scumble.training.command_options import models_option, plain_errors, typed
 from scumble.training.commands import data_option
 from scumble.training.dual import WithScores, fused
-from scumble.training.export import to_onnx
 from scumble.training.measure import answers, describe, fitted, gap, share_right, threads
 from scumble.training.nets import Normalize, small_cnn
 from scumble.training.train import Recipe, train

@@ -21,8 +21,8 @@ from app.precision import Precision
 from scumble.data.image_sets import Dataset, load
 from scumble.defenses.codebook import Codebook, Form, find
 from scumble.machine import processor
-from scumble.training.cli import models_option, plain_errors, typed
 from scumble.training.codebook import fit
+from scumble.training.command_options import models_option, plain_errors, typed
 from scumble.training.commands import data_option
 from scumble.training.confidence import calibration_error, ranking
 from scumble.training.measure import answers, describe, fitted, gap, threads

@@ -11,8 +11,8 @@ import torch
 
 from app.inference.bundle import Bundle, InputShape, open_bundle
 from scumble.data.image_sets import load
-from scumble.training.cli import models_option, plain_errors, typed, version_option
-from scumble.training.export import export_bundle, finish
+from scumble.training.bundle_export import export_bundle, finish
+from scumble.training.command_options import models_option, plain_errors, typed, version_option
 from scumble.training.measure import answers, card_accuracy, fitted, share_right, threads
 from scumble.training.qat import Tuning
 from scumble.training.quantize import METHODS, PRESETS, Candidate, Judge, candidates, ship

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from app.inference.engines.torch import OPS, Interpreter, along
 from app.inference.graph import parse, tensor_input
 from scumble.data.image_sets import Dataset
-from scumble.training.export import LOGITS
+from scumble.training.bundle_export import LOGITS
 from scumble.training.train import AUGMENTS, as_tensors, batches, follow
 
 SUFFIX = "_quantized"  # how ONNX Runtime names the integers of an initializer

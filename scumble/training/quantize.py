@@ -29,7 +29,7 @@ from app.inference.bundle import Bundle, Card
 from app.inference.engines import EngineName, Probs
 from app.inference.graph import parse
 from scumble.data.image_sets import Dataset
-from scumble.training.export import engines, finish
+from scumble.training.bundle_export import engines, finish
 from scumble.training.measure import answers, card_accuracy, describe, gap, share_right
 from scumble.training.qat import Tuning, tune
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scumble.training.export import ExportError
+from scumble.training.bundle_export import ExportError
 from scumble.training.nets import Normalize
 
 # As they are typed after --mean and --std.

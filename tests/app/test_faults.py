@@ -14,9 +14,9 @@ import pytest
 
 from app.access.keys import KeyFile, write_keys
 from app.telemetry.metrics import FLUSH_S
-from tests.app import telling
+from tests.app import probe_defenses
 from tests.app.access.test_admission import row
-from tests.app.stubborn import GATE, HELD, HUNG, NAME, SLOW, SLOW_S, begun, plain
+from tests.app.blocking_defense import GATE, HELD, HUNG, NAME, SLOW, SLOW_S, begun, plain
 from tests.pictures import PNG
 
 pytestmark = pytest.mark.server
@@ -71,8 +71,8 @@ def held(server, gate, **headers):
 
 
 @pytest.fixture
-def stubborn(serve, tmp_path):
-    """`stubborn(**settings)` -> a server with the stubborn defense."""
+def blocking_server(serve, tmp_path):
+    """`blocking_server(**settings)` -> a server with the blocking defense."""
 
     def start(**settings):
         settings = {"workers": 1, "defense": NAME, "tensor_input": False, **settings}
@@ -82,14 +82,14 @@ def stubborn(serve, tmp_path):
 
 
 @pytest.fixture
-def budgeted(stubborn, tmp_path):
+def budgeted(blocking_server, tmp_path):
     """The same with a key `five` that may have five images, and `slow` that may have any."""
     path = tmp_path / "keys.json"
     rows = [row("five", limits={"total_images": 5}, defense=NAME), row("slow", defense=NAME)]
     write_keys(path, KeyFile(keys=rows))
 
     def start(**settings):
-        return stubborn(keys_file=path, **settings)
+        return blocking_server(keys_file=path, **settings)
 
     return start
 
@@ -111,8 +111,8 @@ def test_a_deadline_is_kept_and_costs_nothing(budgeted, gate):
     five_are_left(server)
 
 
-def test_the_servers_deadline_holds_for_all_and_clients_only_shorten_it(stubborn, gate):
-    server = stubborn(batch__execution="thread", limits__deadline_ms=100)
+def test_the_servers_deadline_holds_for_all_and_clients_only_shorten_it(blocking_server, gate):
+    server = blocking_server(batch__execution="thread", limits__deadline_ms=100)
     assert httpx2.get(f"{server.url}/v1/model").json()["limits"]["deadline_ms"] == 100
     with held(server, gate):
         assert post(server, **{"X-Deadline-Ms": "60000"}).status_code == 504
@@ -140,8 +140,8 @@ def test_a_client_that_goes_while_it_waits_costs_nothing(budgeted, execution):
 
 
 @pytest.mark.parametrize("size", [1000, 100_000, 300_000, 2_000_000])
-def test_who_hangs_up_is_dropped_whatever_was_sent(stubborn, size):
-    server = stubborn(batch__execution="thread", batch__max_size=1)
+def test_who_hangs_up_is_dropped_whatever_was_sent(blocking_server, size):
+    server = blocking_server(batch__execution="thread", batch__max_size=1)
     found = server.metrics
     gone = 'scumble_rejections_total{reason="gone"}'
     with ThreadPoolExecutor(1) as pool:
@@ -160,15 +160,15 @@ def test_who_hangs_up_is_dropped_whatever_was_sent(stubborn, size):
     assert found()['scumble_images_total{model="tiny",precision="float32"}'] == 6
 
 
-def test_liveness_is_answered_while_a_batch_runs_on_its_thread(stubborn, gate):
-    server = stubborn(batch__execution="thread")
+def test_liveness_is_answered_while_a_batch_runs_on_its_thread(blocking_server, gate):
+    server = blocking_server(batch__execution="thread")
     with held(server, gate):
         for url in (server.url, server.admin):
             assert httpx2.get(f"{url}/livez").status_code == 200
 
 
-def test_liveness_waits_for_an_inline_batch_and_never_on_the_admin_port(stubborn, gate):
-    server = stubborn(batch__execution="inline")
+def test_liveness_waits_for_an_inline_batch_and_never_on_the_admin_port(blocking_server, gate):
+    server = blocking_server(batch__execution="inline")
     with held(server, gate), connect(server) as waiting:
         waiting.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         assert httpx2.get(f"{server.admin}/livez").status_code == 200
@@ -208,7 +208,7 @@ def kill_one(server) -> None:
 
 
 def test_a_lawful_request_that_takes_longer_than_the_watchdog_allows_is_answered(serve):
-    server = serve(workers=1, defense=telling.SLOW, watchdog_s=4, tensor_input=False)
+    server = serve(workers=1, defense=probe_defenses.SLOW, watchdog_s=4, tensor_input=False)
     worker = server.workers()
     files = [("image", ("x.png", PNG, "image/png"))] * 32  # 4.8 s
     answer = httpx2.post(f"{server.url}/v1/predict", files=files, timeout=60)
@@ -217,8 +217,8 @@ def test_a_lawful_request_that_takes_longer_than_the_watchdog_allows_is_answered
 
 
 @pytest.mark.parametrize("execution", ["inline", "thread"])
-def test_a_worker_that_hangs_is_replaced_while_the_other_serves(stubborn, execution):
-    server = stubborn(workers=2, watchdog_s=4, batch__execution=execution)
+def test_a_worker_that_hangs_is_replaced_while_the_other_serves(blocking_server, execution):
+    server = blocking_server(workers=2, watchdog_s=4, batch__execution=execution)
     with connect(server) as victim, httpx2.Client(base_url=server.url, headers=IMAGE) as other:
         victim.sendall(raw(plain(HUNG)))
         assert other.post("/v1/predict", content=PNG).status_code == 200  # the other worker's
@@ -239,16 +239,18 @@ def test_a_worker_that_hangs_is_replaced_while_the_other_serves(stubborn, execut
     assert [post(server).status_code for _ in range(4)] == [200] * 4
 
 
-def test_a_worker_that_does_not_return_gets_no_new_connections(stubborn):
-    server = stubborn(workers=2, watchdog_s=4, batch__execution="inline", shutdown_timeout_s=1)
+def test_a_worker_that_does_not_return_gets_no_new_connections(blocking_server):
+    server = blocking_server(
+        workers=2, watchdog_s=4, batch__execution="inline", shutdown_timeout_s=1
+    )
     with connect(server) as stuck:
         stuck.sendall(raw(plain(HUNG)))
         time.sleep(2)  # it is late from a quarter of the watchdog's time on
         assert [post(server).status_code for _ in range(8)] == [200] * 8
 
 
-def test_a_slow_worker_is_not_replaced(stubborn):
-    server = stubborn(workers=2, watchdog_s=2, batch__execution="inline")
+def test_a_slow_worker_is_not_replaced(blocking_server):
+    server = blocking_server(workers=2, watchdog_s=2, batch__execution="inline")
     with busy(server):
         time.sleep(SLOW_S / 2)
     assert server.metrics()['scumble_worker_restarts_total{reason="hung"}'] == 0

@@ -18,7 +18,7 @@ from app.main import create_app
 from app.processes.snapshot import copy_bundle
 from app.settings import Settings
 from scumble.defenses import make
-from tests.app import telling
+from tests.app import probe_defenses
 from tests.pictures import PNG
 
 HEADERS = {"Content-Type": "image/png"}
@@ -92,7 +92,7 @@ def test_the_same_image_gets_the_same_random_answer_on_every_replica(make_client
 
 @pytest.mark.parametrize(("execution", "on_thread"), [("inline", 0), ("thread", 1)])
 def test_execution_can_be_chosen(make_client, execution, on_thread):
-    found = ask(make_client(batch={"execution": execution}, defense=telling.THREAD))
+    found = ask(make_client(batch={"execution": execution}, defense=probe_defenses.THREAD))
     np.testing.assert_array_equal(found, np.eye(4)[on_thread])
     same = ask(make_client(batch={"execution": execution}))
     np.testing.assert_array_equal(same, ask(make_client()))
@@ -118,7 +118,7 @@ def test_the_log_says_where_the_defense_runs(make_client, caplog, options, where
 
 
 def test_a_graph_that_is_off_is_not_served(make_client, caplog):
-    params = {"defense": telling.WRONG_GRAPH, "defense_params": {"beta": 1.2}}
+    params = {"defense": probe_defenses.WRONG_GRAPH, "defense_params": {"beta": 1.2}}
     served = ask(make_client(**params))
     assert "the defense runs behind the engine: its graph is off by" in caplog.text
     assert served.sum() == pytest.approx(1)
@@ -257,7 +257,7 @@ def test_settings_come_from_the_environment(monkeypatch, models):
 
 def test_batches_are_limited_to_what_fits_the_watchdog(make_client, caplog):
     with caplog.at_level("INFO", logger="scumble"):
-        client = make_client(defense=telling.SLOW, watchdog_s=4.8)  # a quarter is 1.2 s
+        client = make_client(defense=probe_defenses.SLOW, watchdog_s=4.8)  # a quarter is 1.2 s
     (loaded,) = [record for record in caplog.records if record.message == "loaded"]
     assert loaded.max_batch in (1, 2, 4)  # 8 images sleep for 1.2 s, and need more
     assert f"batch size limited to {loaded.max_batch} images" in caplog.text
@@ -267,7 +267,7 @@ def test_batches_are_limited_to_what_fits_the_watchdog(make_client, caplog):
 
 def test_one_image_that_takes_longer_than_a_batch_may_does_not_start(models):
     with pytest.raises(ConfigError, match=r"one image takes 0\.\d+ s; allowed: 0\.1 s, 1/4"):
-        create_app(settings(models, defense=telling.SLOW, watchdog_s=0.4))
+        create_app(settings(models, defense=probe_defenses.SLOW, watchdog_s=0.4))
 
 
 def test_bundle_prints_as_its_constructor(models):

@@ -1,8 +1,9 @@
 """Answers inverted by an attacker who knows the defense and its parameters.
 
 Sources: Tang et al., "ModelGuard: Information-Theoretic Defense Against Model Extraction Attacks"
-(USENIX Security 2024), whose partial Bayes attacker stops at the prior of `table.py`. The root
-search of `roots.py` makes it exact; it follows from the formulas in `maps.py`.
+(USENIX Security 2024), whose partial Bayes attacker stops at the prior of `nearest_neighbours.py`.
+The root search of `exact_inverse.py` makes it exact; it follows from the formulas in
+`perturbation_formulas.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import nn
 
 from scumble.attacker import device
 from scumble.attacker.adapt.base import Mapped, ModifierParameters
-from scumble.attacker.adapt.maps import Array, Kind, Known, Odds
-from scumble.attacker.adapt.roots import Roots
-from scumble.attacker.adapt.table import Table
+from scumble.attacker.adapt.exact_inverse import ExactInverse
+from scumble.attacker.adapt.nearest_neighbours import NearestNeighbours
+from scumble.attacker.adapt.perturbation_formulas import Array, Kind, KnownDefense, Odds
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.transports import Images, Probs
 
@@ -75,12 +76,14 @@ class Invert(ModifierParameters):
 
     def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
         """The oracle with inverted answers."""
-        known = Known(self.defense, self.beta, self.gamma, self.nu, self.odds)
-        roots = Roots(known, oracle.labels)
+        known = KnownDefense(self.defense, self.beta, self.gamma, self.nu, self.odds)
+        exact = ExactInverse(known, oracle.labels)
         table = None
         if self.prior == "table":
             rng = np.random.default_rng(self.seed)
-            table = Table(known, oracle.labels, self.pairs, self.neighbours, self.scales, rng)
+            table = NearestNeighbours(
+                known, oracle.labels, self.pairs, self.neighbours, self.scales, rng
+            )
 
         def answer(rows: Probs, images: Images) -> Probs:
             # Beyond the gate the answer is the clean row; a row that was moved never gets there.
@@ -91,7 +94,7 @@ class Invert(ModifierParameters):
             y /= y.sum(axis=1, keepdims=True)
             prior = table(y) if table else _opinion(student, images[moved])
             inverted = rows.copy()
-            inverted[moved] = roots(y, prior)
+            inverted[moved] = exact(y, prior)
             return inverted
 
         return Mapped(oracle, answer)

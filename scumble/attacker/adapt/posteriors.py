@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from scumble.attacker.adapt.maps import Array
+from scumble.attacker.adapt.perturbation_formulas import Array
 
 
 def draw(n: int, classes: int, scales: Sequence[float], rng: np.random.Generator) -> Array:

@@ -18,7 +18,7 @@ from torch import nn
 
 from scumble.attacker import device
 from scumble.attacker.adapt.base import Mapped, ModifierParameters
-from scumble.attacker.adapt.maps import Array, gate, perturb
+from scumble.attacker.adapt.perturbation_formulas import Array, gate, perturb
 from scumble.attacker.adapt.posteriors import draw
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.transports import Images, Probs

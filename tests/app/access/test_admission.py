@@ -10,7 +10,7 @@ from app.access.stores import StoreError
 from app.errors import ConfigError
 from app.main import create_app
 from app.settings import Settings
-from tests.app import stubborn, telling
+from tests.app import blocking_defense, probe_defenses
 from tests.app.http.test_application import check_problem, samples
 from tests.pictures import PNG
 
@@ -199,7 +199,7 @@ def test_tensors_have_the_same_policies(client, form):
 
 def test_no_client_meets_the_first_batch_of_a_defense(make_client, tmp_path):
     path = tmp_path / "keys.json"
-    write_keys(path, KeyFile(keys=(row("mine", defense=telling.FIRST),)))
+    write_keys(path, KeyFile(keys=(row("mine", defense=probe_defenses.FIRST),)))
     client = make_client(keys_file=path)
     for form in FORMS:
         np.testing.assert_array_equal(infer(client, form, "mine"), np.eye(4)[[0] * 3])
@@ -263,9 +263,11 @@ def test_what_is_refused_costs_nothing(client):
 
 
 def test_our_fault_and_a_full_queue_are_refunded(keyed, keys_file):
-    five = row("five", limits={"total_images": 5}, defense=stubborn.NAME)
+    five = row("five", limits={"total_images": 5}, defense=blocking_defense.NAME)
     write_keys(keys_file, KeyFile(keys=(five,)))
-    failing = [("image", ("x.png", stubborn.plain(stubborn.FAILING), "image/png"))] * 2
+    failing = [
+        ("image", ("x.png", blocking_defense.plain(blocking_defense.FAILING), "image/png"))
+    ] * 2
     client = keyed(limits={"max_queue": 3})
     assert ask(client, "five", 4).status_code == 503
     answer = client.post("/v1/predict", files=failing, headers={"X-API-Key": "five"})

@@ -12,9 +12,9 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from app.context import KEY
 from app.errors import REASONS
 from app.http.connections import BLANK, STEP, BodyMemory, Common, Connection
+from app.request_context import KEY
 from app.settings import HttpSettings
 
 LIMIT = 16_384

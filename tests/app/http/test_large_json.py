@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from app.context import ClientConnection
 from app.errors import BadFraming, ClientGone, TooLarge
 from app.http.application import build
 from app.http.bodies import (
@@ -25,6 +24,7 @@ from app.http.bodies import (
 )
 from app.inference.deadline import NO_DEADLINE, Deadline
 from app.inference.executor import BoundedExecutor
+from app.request_context import ClientConnection
 from tests.pictures import PNG, encoded, picture
 
 V1, V2 = "/v1/predict", "/v2/models/tiny/infer"

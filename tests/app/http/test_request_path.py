@@ -17,11 +17,11 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.access.keys import KeyFile, write_keys
-from app.context import KEY, ClientConnection, RequestContext
 from app.errors import Unprocessable
 from app.http.application import build
 from app.inference.decode import decode
 from app.main import create_app
+from app.request_context import KEY, ClientConnection, RequestContext
 from app.settings import Settings
 from tests.app.access.test_admission import left, row
 from tests.app.http.test_application import samples

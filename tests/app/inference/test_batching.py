@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from app.context import ALWAYS_CONNECTED, ClientConnection
 from app.errors import ClientGone, TooLate, Unavailable
 from app.inference.adaptive_batch_limit import AdaptiveBatchLimit
 from app.inference.batching import Batcher
 from app.inference.deadline import Deadline
 from app.inference.engines import FAST, size_within
 from app.inference.pipeline import Pipeline
+from app.request_context import ALWAYS_CONNECTED, ClientConnection
 from app.telemetry.metrics import Metrics
 from scumble.defenses import make
 

@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 
-from app.context import ALWAYS_CONNECTED, ClientConnection
 from app.errors import ClientGone, TooLate, Unavailable
 from app.inference.deadline import NO_DEADLINE, Deadline
 from app.inference.executor import BoundedExecutor
+from app.request_context import ALWAYS_CONNECTED, ClientConnection
 
 pytestmark = pytest.mark.anyio
 

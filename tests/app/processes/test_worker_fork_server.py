@@ -14,7 +14,7 @@ import pytest
 
 from loadtest.peers.processes import stat
 from scumble.evaluation.local_server import Server, children, start, variables
-from tests.app.test_faults import busy, post, stubborn  # noqa: F401  # a fixture
+from tests.app.test_faults import blocking_server, busy, post  # noqa: F401  # a fixture
 
 pytestmark = pytest.mark.server
 
@@ -46,8 +46,8 @@ def test_workers_share_the_memory_of_what_it_imported(serve):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_to_all_processes_does_not_end_it(stubborn, how):  # noqa: F811  # the fixture
-    server = stubborn(batch__execution="thread")
+def test_a_signal_to_all_processes_does_not_end_it(blocking_server, how):  # noqa: F811  # the fixture
+    server = blocking_server(batch__execution="thread")
     (forker,) = server.forkers()
     with busy(server):
         for pid in [*server.workers(), forker]:
@@ -58,8 +58,8 @@ def test_a_signal_to_all_processes_does_not_end_it(stubborn, how):  # noqa: F811
     assert server.stop() == 0
 
 
-def test_a_request_is_answered_when_all_are_told_to_end(stubborn):  # noqa: F811  # the fixture
-    server = stubborn(workers=2, batch__execution="thread")
+def test_a_request_is_answered_when_all_are_told_to_end(blocking_server):  # noqa: F811  # the fixture
+    server = blocking_server(workers=2, batch__execution="thread")
     with busy(server):  # its answer must come
         for pid in [server.process.pid, *server.forkers(), *server.workers()]:
             os.kill(pid, signal.SIGTERM)

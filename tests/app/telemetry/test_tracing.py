@@ -15,9 +15,9 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.testclient import TestClient
 
-from app.context import KEY, RequestContext
 from app.errors import ConfigError
 from app.main import create_app
+from app.request_context import KEY, RequestContext
 from app.settings import Settings
 from app.telemetry.assembly import make_tracing
 from app.telemetry.metrics import STAGES

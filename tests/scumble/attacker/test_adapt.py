@@ -7,7 +7,7 @@ from torch import nn
 
 from scumble import defenses
 from scumble.attacker.adapt import MODIFIERS, apply, make
-from scumble.attacker.adapt.maps import Known
+from scumble.attacker.adapt.perturbation_formulas import KnownDefense
 from scumble.attacker.adapt.posteriors import draw
 from scumble.attacker.errors import AttackError, BudgetExhausted
 
@@ -275,11 +275,11 @@ def test_own_maps_are_those_of_the_service(beta, odds, classes):
     for gamma in (0.1, 0.2, 0.9):
         for own, theirs in (
             (
-                Known("dcp", beta, gamma, 1000, odds),
+                KnownDefense("dcp", beta, gamma, 1000, odds),
                 defenses.make("dcp", beta=beta, gamma=gamma, mode=mode),
             ),
             (
-                Known("reverse_sigmoid", beta, gamma, 1000, odds),
+                KnownDefense("reverse_sigmoid", beta, gamma, 1000, odds),
                 defenses.make("reverse_sigmoid", beta=beta, gamma=gamma, odds=odds),
             ),
         ):
@@ -291,7 +291,7 @@ def test_own_maps_are_those_of_the_service(beta, odds, classes):
     [(0.7, 0.2, 0.0323, 0.1469), (1.0, 0.2, 0.0480, 0.1931), (1.5, 0.1, 0.0379, 0.1581)],
 )
 def test_the_fold_is_where_the_least_is_added_to(beta, gamma, fold, least):
-    known = Known("reverse_sigmoid", beta, gamma, 1000, "clamped")
+    known = KnownDefense("reverse_sigmoid", beta, gamma, 1000, "clamped")
     found = known.fold(np.array([beta]))
     assert found[0] == pytest.approx(fold, abs=2e-4)
     assert known.raised(found, np.array([beta]))[0] == pytest.approx(least, abs=1e-4)
@@ -302,7 +302,7 @@ def test_the_fold_is_where_the_least_is_added_to(beta, gamma, fold, least):
 @pytest.mark.parametrize("odds", ["clamped", "lee2018"])
 @pytest.mark.parametrize("defense", ["dcp", "reverse_sigmoid"])
 def test_slopes_are_those_of_the_maps(defense, odds):
-    known = Known(defense, 0.8, 0.2, 1000, odds)
+    known = KnownDefense(defense, 0.8, 0.2, 1000, odds)
     p = np.array([1e-6, 0.01, 0.3, 0.499, 0.501, 0.9])
     m = np.array([0.5, 0.795, 0.8, 0.802, 0.9, 0.99])
     c = np.array(0.8)
@@ -320,7 +320,7 @@ def test_slopes_are_those_of_the_maps(defense, odds):
     [("dcp", 0.7), ("dcp", 1), ("dcp", 1.2), ("reverse_sigmoid", 0.64)],
 )
 def test_with_a_good_prior_inversion_is_exact(defense, beta, odds, classes):
-    known = Known(defense, beta, 0.2, 1000, odds)
+    known = KnownDefense(defense, beta, 0.2, 1000, odds)
     z = logits(classes, 200)
     noise = 0.05 * np.random.default_rng(0).standard_normal(z.shape)
     clean = softmax(z)
@@ -338,7 +338,7 @@ def _moved(prior, known, clean):
 
 
 def test_rows_in_the_gate_and_with_empty_tails_are_found():
-    known = Known("dcp", 1.0, 0.2, 1000, "clamped")
+    known = KnownDefense("dcp", 1.0, 0.2, 1000, "clamped")
     top = np.array([0.6, 0.97, 0.99, 0.995, 0.999, 0.9999])
     clean = np.zeros((6, 5))
     clean[:, 1], clean[:, 3] = top, 1 - top
@@ -362,7 +362,7 @@ def test_rows_in_the_gate_and_with_empty_tails_are_found():
     ],
 )
 def test_inversion_with_six_decimals(classes, beta, prior, mean, median):
-    known = Known("dcp", beta, 0.2, 1000, "clamped")
+    known = KnownDefense("dcp", beta, 0.2, 1000, "clamped")
     z = logits(classes)
     z = z[softmax(z).max(axis=1) < beta]
     clean = softmax(z)
@@ -401,7 +401,7 @@ def test_recovery_helps_against_defenses_that_it_is_not_told():
 def test_classes_are_treated_alike():
     clean = softmax(logits(10, 40))
     swapped = np.random.default_rng(0).permutation(10)
-    known = Known("dcp", 1.0, 0.2, 1000, "clamped")
+    known = KnownDefense("dcp", 1.0, 0.2, 1000, "clamped")
     for modifier in (
         make("invert", pairs=2000),
         make("recover", pairs=600, epochs=1, hidden=[16]),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from docs.generators import results
-from scumble.evaluation.cells import Defended
 from scumble.evaluation.claims import CLAIMS, Advice, advice, default_strengths
+from scumble.evaluation.experiment import Defended
 from scumble.evaluation.plans import dcp
 from scumble.evaluation.scores import Spread
 from scumble.evaluation.summary import Line, best, load, summarise

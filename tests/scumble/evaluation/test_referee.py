@@ -17,7 +17,7 @@ from scumble.attacker.errors import AttackError
 from scumble.attacker.run import configure
 from scumble.cli import main
 from scumble.evaluation import commands
-from scumble.evaluation.cells import Cell, Defended
+from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, read
 from scumble.evaluation.referee import Recorder, job, judge

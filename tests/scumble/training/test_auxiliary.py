@@ -15,7 +15,7 @@ from scumble.data.digits import digits
 from scumble.defenses import make
 from scumble.evaluation.reference import grad2_reference, grad2_scores, mad_reference
 from scumble.training.auxiliary import auxiliary, surrogate_of, untruth
-from scumble.training.export import export_bundle
+from scumble.training.bundle_export import export_bundle
 
 pytestmark = pytest.mark.torch
 

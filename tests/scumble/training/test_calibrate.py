@@ -14,10 +14,10 @@ from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import CODEBOOK_FILE, Bundle, InputShape
 from scumble.data.digits import digits
 from scumble.defenses import DefenseError, make
+from scumble.training.bundle_export import export_bundle
 from scumble.training.calibrate import calibrate
 from scumble.training.codebook import ahead, borders_of, calibrated, classwise, fit, pooled, rising
 from scumble.training.confidence import calibration_error, ranking
-from scumble.training.export import export_bundle
 
 pytestmark = pytest.mark.torch
 

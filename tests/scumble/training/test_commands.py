@@ -12,7 +12,7 @@ from app.inference.bundle import Bundle, golden_inputs
 from app.inference.engines import load
 from scumble.data.image_sets import write_parquet
 from scumble.training.commands import quantize, train
-from scumble.training.exporting import export
+from scumble.training.export_command import export
 
 OWN = """
 import torch

@@ -11,7 +11,7 @@ from app.inference.bundle import Bundle, InputShape
 from app.inference.engines import ENGINES, load
 from app.inference.graph import parse, tensor_input
 from scumble.data.image_sets import Dataset
-from scumble.training.export import export_bundle, to_onnx
+from scumble.training.bundle_export import export_bundle, to_onnx
 from scumble.training.nets import NETS, Normalize
 from scumble.training.qat import Student, Tuning, tune
 from scumble.training.quantize import (

@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from app.main import create_app
 from app.settings import Settings
-from scumble.training.exporting import export
+from scumble.training.export_command import export
 from tests.pictures import encoded, picture
 
 pytestmark = pytest.mark.torch

@@ -17,7 +17,7 @@ from app.inference.engines import ENGINES, FAST, load, resolve
 from app.inference.graph import tensor_input
 from app.inference.pipeline import self_test
 from app.inference.processor import adds_int8_exactly
-from scumble.training.export import to_onnx
+from scumble.training.bundle_export import to_onnx
 from scumble.training.nets import NETS, Normalize
 
 MODELS = Path(__file__).parents[4] / "models"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.context import (
+from app.request_context import (
     ALWAYS_CONNECTED,
     KEY,
     ClientConnection,

@@ -23,7 +23,7 @@ def absent(inputs: Inputs) -> Probs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Assisted(Defense):
+class AuxiliaryNetworkDefense(Defense):
     """Base of the defenses with an auxiliary network.
 
     Every row is asked about, whether its answer is used or not, so time tells nothing.

@@ -58,7 +58,7 @@ def gate(m: Array, beta: float | Array, nu: float) -> Array:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownDefense:
     """A defense whose parameters the attacker knows.
 
     Attributes:

@@ -14,7 +14,7 @@ from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import golden_inputs, open_bundle
 from app.settings import default_model_dir
 from scumble.defenses import make
-from scumble.training.exporting import export
+from scumble.training.export_command import export
 
 MODELS = default_model_dir()
 CASES = [

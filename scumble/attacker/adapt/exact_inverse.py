@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from scumble.attacker.adapt.maps import FLOOR, Array, Known, lift
+from scumble.attacker.adapt.perturbation_formulas import FLOOR, Array, KnownDefense, lift
 
 Indices = npt.NDArray[np.intp]
 
@@ -28,7 +28,7 @@ CHUNK = 128  # rows at a time
 TINY = 1e-9  # what keeps a divisor from 0
 
 
-class Roots:
+class ExactInverse:
     """The inverse of one defense for one number of classes.
 
     Args:
@@ -36,7 +36,7 @@ class Roots:
         classes: K.
     """
 
-    def __init__(self, known: Known, classes: int) -> None:
+    def __init__(self, known: KnownDefense, classes: int) -> None:
         self._known = known
         self._floor = FLOOR[known.odds]
         self._m = _grid(known, classes)
@@ -163,7 +163,7 @@ class Roots:
         return low, high
 
 
-def _grid(known: Known, classes: int) -> Array:
+def _grid(known: KnownDefense, classes: int) -> Array:
     """Points of m from 1/K to 1, denser near 1 and in the gate."""
     parts = [np.linspace(1 / classes, 1, 80), 1 - np.geomspace(1e-9, 0.05, 20)]
     if known.defense == "dcp":

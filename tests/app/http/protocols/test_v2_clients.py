@@ -25,7 +25,7 @@ from tests.pictures import encoded, picture
 from tests.tiny import LABELS
 
 pytestmark = pytest.mark.server
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 HERE = Path(__file__).parent / "clients"
 LENGTH = "Inference-Header-Content-Length"
 PIXELS = np.stack([np.asarray(picture(seed=n)) for n in range(3)])

@@ -9,7 +9,7 @@ from torch import nn
 from app.inference.bundle import Bundle, InputShape, golden_inputs
 from app.inference.engines import ENGINES, load
 from app.inference.graph import parse, tensor_input
-from scumble.training.export import ExportError, classes_of, export_bundle, to_onnx
+from scumble.training.bundle_export import ExportError, classes_of, export_bundle, to_onnx
 from scumble.training.quantize import ptq
 from scumble.training.sources import load_weights, own_module, pt2_module, torchvision_model
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# docker/trixie.sh FOLDER PACKAGE...: unpack packages of Debian 13 into FOLDER, on an older Debian.
+# docker/unpack_debian_packages.sh FOLDER PACKAGE...: unpack packages of Debian 13 into FOLDER, on an older Debian.
 # The machine's own lists and packages stay as they are; the mirror is the machine's own.
 set -euo pipefail
 folder=$(realpath -m "$1")

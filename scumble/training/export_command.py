@@ -19,7 +19,13 @@ from app.inference.bundle import ONNX_FILE, open_bundle
 from app.inference.graph import defended
 from app.precision import Precision
 from scumble import defenses
-from scumble.training.cli import file, models_option, plain_errors, typed, version_option
+from scumble.training.command_options import (
+    file,
+    models_option,
+    plain_errors,
+    typed,
+    version_option,
+)
 
 
 @click.command()
@@ -197,7 +203,7 @@ def write_bundle(
     import torch
 
     from app.inference.bundle import InputShape
-    from scumble.training.export import classes_of, export_bundle
+    from scumble.training.bundle_export import classes_of, export_bundle
     from scumble.training.measure import threads
     from scumble.training.sources import (
         IMAGENET_MEAN,

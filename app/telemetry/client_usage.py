@@ -11,7 +11,7 @@ from functools import cache
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
-class Clients:
+class ClientUsage:
     """Counts for the clients that keys name."""
 
     def __init__(self, registry: CollectorRegistry) -> None:

@@ -14,12 +14,12 @@ from starlette.testclient import TestClient
 
 from app.errors import ConfigError, RequestError
 from app.http.application import build
-from app.http.v2 import LENGTH, InferRequest, read_infer, write_infer
+from app.http.protocols.v2 import LENGTH, InferRequest, read_infer, write_infer
 from app.inference.async_lazy import AsyncLazy
 from app.inference.bundle import Card
 from app.main import create_app
 from app.settings import LimitSettings, Settings
-from tests.app import telling
+from tests.app import probe_defenses
 from tests.pictures import encoded, picture
 from tests.tiny import LABELS, SHAPE
 
@@ -469,7 +469,7 @@ def test_float_tensors_cost_nothing_until_somebody_sends_one(make_client):
 
 
 def test_the_first_tensors_keep_their_deadline_while_their_engine_is_made(make_client):
-    client = make_client(defense=telling.SLOW_TENSORS)
+    client = make_client(defense=probe_defenses.SLOW_TENSORS)
     asked = binary(PLANAR)
     asked["headers"]["X-Deadline-Ms"] = "50"
     assert client.post(URL, **asked).status_code == 504

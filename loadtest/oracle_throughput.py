@@ -5,7 +5,7 @@ and of 256; the faster of the two counts. The oracle: a server with as many work
 `pixels` with requests of 256 images on several connections; client and server share the cores.
 Rounds take turns.
 
-    python -m loadtest.oracle            writes loadtest/oracle.json
+    python -m loadtest.oracle_throughput            writes loadtest/oracle_throughput.json
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main(rounds: int, images: int, connections: int, out: Path) -> None:
         cases.append(compare(model, precision, rounds, images, connections))
         click.echo(json.dumps(cases[-1]))
     document = {
-        "command": f"python -m loadtest.oracle --rounds {rounds} --images {images} "
+        "command": f"python -m loadtest.oracle_throughput --rounds {rounds} --images {images} "
         f"--connections {connections}",
         "cores": len(os.sched_getaffinity(0)),
         "processor": processor(),

@@ -1,6 +1,6 @@
-"""Defenses whose answers tell how they were called, for tests of the whole service.
+"""Defenses whose answers show how they were called, for tests of the whole service.
 
-Each answer is certain of one class, whose number is what it tells.
+Each answer has all of its probability on one class, whose number is what it shows.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""One cell of a comparison: victim, defense, attack and seed."""
+"""One experiment, a cell of a comparison: victim, defense, attack and seed."""
 
 from __future__ import annotations
 

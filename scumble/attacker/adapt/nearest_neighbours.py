@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from scumble.attacker.adapt.maps import Array, Known
+from scumble.attacker.adapt.perturbation_formulas import Array, KnownDefense
 from scumble.attacker.adapt.posteriors import draw
 
 CHUNK = 32  # rows at a time, so that their distances fit the cache
 
 
-class Table:
+class NearestNeighbours:
     """Nearest neighbours among `pairs` drawn rows.
 
     Args:
@@ -32,7 +32,7 @@ class Table:
 
     def __init__(
         self,
-        known: Known,
+        known: KnownDefense,
         classes: int,
         pairs: int,
         neighbours: int,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.processes.last_good import LastGoodFiles
+from app.processes.last_good_files import LastGoodFiles
 from app.processes.messages import CHUNK, Chunk, Sender, message_pair
 from app.system.file_watcher import Contents, LastGood
 

@@ -11,14 +11,14 @@ from PIL import Image
 from scumble.defenses.base import Defense
 from tests.pictures import encoded
 
-NAME = f"{Path(__file__)}:Stubborn"
+NAME = f"{Path(__file__)}:Blocking"
 SLOW, HUNG, FAILING, HELD = 200, 201, 202, 203
 SLOW_S = 0.8
-GATE = "STUBBORN_GATE"  # environment variable with the path of a file that ends the wait for HELD
+GATE = "BLOCKING_GATE"  # environment variable with the path of a file that ends the wait for HELD
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stubborn(Defense):
+class Blocking(Defense):
     """Gives what it gets, sooner or later."""
 
     def __call__(self, probs, inputs):

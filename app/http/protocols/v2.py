@@ -3,8 +3,8 @@
     body = JSON header [+ the input's bytes, row-major, little-endian]
     Inference-Header-Content-Length = bytes of the JSON, where bytes follow; 0: the body is one file
 
-One input, see `app.http.v2_tensors`. One output, `probabilities`: FP32 (N, K), or, where the
-request has `classification: k`, BYTES (N, k) of `probability:index:label`, the most probable
+One input, see `app.http.protocols.v2_tensors`. One output, `probabilities`: FP32 (N, K), or, where
+the request has `classification: k`, BYTES (N, k) of `probability:index:label`, the most probable
 first. Either is sent as bytes if the request has `binary_data`.
 
 Source: the protocol's REST specification, and Triton's extensions for binary tensors and for
@@ -32,7 +32,7 @@ from app.http.bodies import (
     refuse_encoding,
     small_number,
 )
-from app.http.v2_tensors import FILES, PIXELS, PREFIX, read_tensor, shapes
+from app.http.protocols.v2_tensors import FILES, PIXELS, PREFIX, read_tensor, shapes
 from app.inference.bundle import Card
 from app.inference.deadline import Deadline
 from app.inference.engines import Batch, Probs

@@ -16,9 +16,9 @@ from app.endpoint import Endpoint
 from app.errors import Unavailable
 from app.http import schemas
 from app.http.prediction import Service
+from app.http.protocols.v2 import V2, metadata
 from app.http.responses import json_response
 from app.http.routing import DEADLINE_PARAMETER, Route, problems
-from app.http.v2 import V2, metadata
 
 EXTENSIONS = ["binary_tensor_data", "classification"]
 
