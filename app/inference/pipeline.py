@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -66,9 +67,14 @@ class Pipeline:
     clock: Callable[[], float] = time.perf_counter
     scores: ScoredEngine | None = None
 
+    @cached_property
+    def withholds(self) -> bool:
+        """Whether the server's defense may withhold rows, asked once and not for every batch."""
+        return self.defense.withholds
+
     def __call__(self, batch: Batch) -> Answers:
         """Answer uint8 (N, H, W, C) or float32 (N, C, H, W)."""
-        if self.defense.withholds:
+        if self.withholds:
             return self.by_client(batch, [(len(batch), None)])
         start = self.clock()
         clean = self.engine(batch)
