@@ -366,12 +366,12 @@ def read_file(file: str) -> dict[str, Any]:
         raise ConfigError(f"{PREFIX}CONFIG is {file!r}, which is not valid TOML: {exc}") from exc
     known = [variable.removeprefix(PREFIX).lower() for variable, _ in _fields(Settings, PREFIX)]
     dotted = [name.replace(NESTED, ".") for name in known]
-    for name in _strangers(found, Settings):
+    for name in _unknown_names(found, Settings):
         raise ConfigError(f"{file}: {_unknown(name, dotted)}")
     return found
 
 
-def _strangers(table: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+def _unknown_names(table: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> Iterable[str]:
     """Names in `table` that no setting of `model` has."""
     for key, value in table.items():
         field = model.model_fields.get(key)
@@ -379,7 +379,7 @@ def _strangers(table: Mapping[str, Any], model: type[BaseModel], prefix: str = "
         if field is None:
             yield prefix + key
         elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, Section):
-            yield from _strangers(value, kind, f"{key}.")
+            yield from _unknown_names(value, kind, f"{key}.")
 
 
 def load_settings(**overrides: Any) -> Settings:
