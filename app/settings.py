@@ -371,7 +371,9 @@ def read_file(file: str) -> dict[str, Any]:
     return found
 
 
-def _unknown_names(table: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+def _unknown_names(
+    table: Mapping[str, Any], model: type[BaseModel], prefix: str = ""
+) -> Iterable[str]:
     """Names in `table` that no setting of `model` has."""
     for key, value in table.items():
         field = model.model_fields.get(key)

@@ -100,8 +100,6 @@ def check(**arguments: Any) -> None:
 
     try:
         settings = _settings(arguments)
-        for name, help_text in variables().items():
-            click.echo(f"{name:35} = {shown(settings, name):28} {help_text}")
         bundle = open_bundle(settings.model_dir, settings.model)
         engine = engines.resolve(settings.engine, settings.precision)
         defense = make_defense(settings, bundle)
@@ -109,6 +107,8 @@ def check(**arguments: Any) -> None:
         open_certificate(settings)
     except ConfigError as exc:
         raise click.ClickException(str(exc)) from exc
+    for name, help_text in variables().items():
+        click.echo(f"{name:35} = {shown(settings, name):28} {help_text}")
     accuracy = ", ".join(
         f"{name} {figure.value:.2%} of {figure.images} ({figure.data})"
         for name, figure in bundle.card.accuracy.items()

@@ -42,7 +42,7 @@ from scumble.attacker.result import (
     write,
 )
 from scumble.attacker.transports import TRANSPORTS, Probs
-from scumble.data.image_sets import Dataset, load
+from scumble.data.image_sets import Dataset, load, require
 from scumble.machine import processor
 
 
@@ -118,12 +118,12 @@ def run(
     """
     clock, started = time.perf_counter(), datetime.now(UTC)
     attack, modifiers = configure(job)
+    described = template.load(job.template) if job.template else None
+    attack.check(job.budget, images=job.queries is not None)
+    require_data(job)
     if job.threads:
         torch.set_num_threads(job.threads)
     claim(job, out)
-    described = template.load(job.template) if job.template else None
-    if described is None and job.transport not in TRANSPORTS:
-        raise AttackError(f"transport is {job.transport!r}; allowed: {', '.join(TRANSPORTS)}")
 
     def open_oracle(budget: int, journal: Path, progress: bool) -> HttpOracle:
         return HttpOracle(
@@ -233,7 +233,20 @@ def configure(job: Job) -> tuple[Attack, list[adapt.Modifier]]:
     if changes:
         allowed = ", ".join(["attack", "fit", *job.adapt])
         raise AttackError(f"unknown name {next(iter(changes))!r} in --set; allowed: {allowed}")
+    if job.template is None and job.transport not in TRANSPORTS:
+        raise AttackError(f"transport is {job.transport!r}; allowed: {', '.join(TRANSPORTS)}")
     return attack, modifiers
+
+
+def require_data(job: Job) -> None:
+    """Check that the job's data sets are there, before anything is asked.
+
+    Raises:
+        DatasetError: one is not there.
+    """
+    require(*part_of(job.test, "test"), root=job.root)
+    if job.queries:
+        require(*part_of(job.queries, "train"), root=job.root)
 
 
 def claim(job: Job, out: Path) -> None:
@@ -261,10 +274,14 @@ def claim(job: Job, out: Path) -> None:
 
 def data(source: str, split: str, root: Path | None, limit: int = 0) -> Dataset:
     """A data set; `name:train` and `name:test` choose the part of a name."""
-    name, colon, part = source.rpartition(":")
-    chosen = load(name, part, root=root) if colon and part in ("train", "test") else None
-    chosen = chosen or load(source, split, root=root)
+    chosen = load(*part_of(source, split), root=root)
     return chosen.subset(np.arange(limit)) if 0 < limit < len(chosen) else chosen
+
+
+def part_of(source: str, split: str) -> tuple[str, str]:
+    """The data set and the part of it that `source` means; `split` unless it names another."""
+    name, colon, part = source.rpartition(":")
+    return (name, part) if colon and part in ("train", "test") else (source, split)
 
 
 def count(admin: str | None) -> int:

@@ -20,6 +20,7 @@ from PIL import Image
 from scumble.data.png import encode_png
 
 SPLITS = ("train", "test")
+CACHE = Path.home() / ".cache" / "scumble"  # of downloads
 DIGITS = "digits"  # comes with scikit-learn: no download
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".bmp")
 
@@ -107,11 +108,32 @@ def load(source: str, split: str = "train", *, root: Path | None = None) -> Data
     if source == DIGITS:
         return _digits(split)
     if source in TORCHVISION:
-        return _torchvision(source, split, root or Path.home() / ".cache" / "scumble")
-    raise DatasetError(
-        f"no data set {source!r}: give a .parquet file, a folder of class folders, "
-        f"or one of {', '.join(sorted([DIGITS, *TORCHVISION]))}"
-    )
+        return _torchvision(source, split, root or CACHE)
+    raise _unknown(source)
+
+
+def require(source: str, split: str = "train", *, root: Path | None = None) -> None:
+    """Check that `load` finds a data set. Nothing is decoded; a set of torchvision is downloaded.
+
+    Args:
+        source: see `load`.
+        split: see `load`.
+        root: see `load`.
+
+    Raises:
+        DatasetError: nothing of that name, no such file, or the download failed.
+    """
+    path = Path(source)
+    packed = root is not None and (root / f"{source}_{split}.parquet").is_file()
+    if path.suffix == ".parquet":
+        if not path.is_file():
+            raise DatasetError(f"no file {source!r}")
+    elif path.is_dir() or packed or source == DIGITS:
+        pass
+    elif source in TORCHVISION:
+        _download(source, split, root or CACHE)
+    else:
+        raise _unknown(source)
 
 
 def write_parquet(
@@ -190,13 +212,27 @@ def _folder(path: Path) -> Dataset:
     return Dataset(path.name, images, labels, tuple(classes), groups)
 
 
-def _torchvision(name: str, split: str, root: Path) -> Dataset:
+def _unknown(source: str) -> DatasetError:
+    return DatasetError(
+        f"no data set {source!r}: give a .parquet file, a folder of class folders, "
+        f"or one of {', '.join(sorted([DIGITS, *TORCHVISION]))}"
+    )
+
+
+def _download(name: str, split: str, root: Path) -> Any:
     import torchvision.datasets as tv
 
     try:
-        data = TORCHVISION[name](tv, root, split)
+        return TORCHVISION[name](tv, root, split)
     except (OSError, RuntimeError) as exc:
-        raise DatasetError(f"{name!r} cannot be downloaded into {str(root)!r}: {exc}") from exc
+        raise DatasetError(
+            f"{name!r} cannot be downloaded into {str(root)!r}: {exc}; give a folder that has "
+            f"{name}_{split}.parquet, or use {DIGITS}, which needs no download"
+        ) from exc
+
+
+def _torchvision(name: str, split: str, root: Path) -> Dataset:
+    data = _download(name, split, root)
     pairs = list(data)
     images = _stack(name, (image for image, _ in pairs))
     labels = np.array([label for _, label in pairs], np.int64)

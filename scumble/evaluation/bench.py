@@ -17,7 +17,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ import click
 import numpy as np
 import torch
 
+from app.errors import ConfigError
 from app.inference import engines
 from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import Bundle, open_bundle
@@ -39,6 +40,7 @@ from scumble.evaluation.experiment import Defended
 from scumble.evaluation.reference import Reference, grad2_reference, mad_reference
 from scumble.machine import processor
 from scumble.training.auxiliary import surrogate_of
+from scumble.training.command_options import plain_errors
 
 # Two engines of the very same graph differ by some percent: where their memory lies is chance.
 PAIRS = 7
@@ -84,18 +86,19 @@ def bench() -> None:
 def defenses(models: str, precisions: str, rounds: int, slow_rounds: int, out: Path) -> None:
     """Milliseconds per image that each defense adds, as ratios to dcp and to inference."""
     torch.set_num_threads(1)
+    with plain_errors():
+        compared = chosen(models.split(","), precisions.split(","))
+        out.parent.mkdir(parents=True, exist_ok=True)
     cases = []
-    for model in models.split(","):
-        bundle = open_bundle(default_model_dir(), model)
-        for precision in precisions.split(","):
-            for batch in (1, 32):
-                for case in measure(bundle, precision, batch, rounds, slow_rounds):  # type: ignore[arg-type] # refused by the engine if wrong
-                    cases.append(case)
-                    click.echo(
-                        f"{model} {precision} batch {batch}: {case['defense']:24} "
-                        f"{case['ms_per_image']:.4f} ms, {case['over_dcp']:.1f} x dcp, "
-                        f"{case['over_inference']:.1%} of inference"
-                    )
+    for bundle, precision in compared:
+        for batch in (1, 32):
+            for case in measure(bundle, precision, batch, rounds, slow_rounds):
+                cases.append(case)
+                click.echo(
+                    f"{case['model']} {precision} batch {batch}: {case['defense']:24} "
+                    f"{case['ms_per_image']:.4f} ms, {case['over_dcp']:.1f} x dcp, "
+                    f"{case['over_inference']:.1%} of inference"
+                )
     document = {
         "command": f"scumble bench defenses --models {models} --precisions {precisions} "
         f"--rounds {rounds} --slow-rounds {slow_rounds}",
@@ -105,8 +108,26 @@ def defenses(models: str, precisions: str, rounds: int, slow_rounds: int, out: P
         "packages": {name: version(name) for name in ("numpy", "openvino", "torch")},
         "cases": cases,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def chosen(models: Sequence[str], precisions: Sequence[str]) -> list[tuple[Bundle, Precision]]:
+    """The bundles, each with the precisions that are measured, checked before anything is.
+
+    Raises:
+        ConfigError: there is no such bundle or precision, or a bundle lacks a surrogate.
+    """
+    allowed = ("float32", "int8")
+    found: list[tuple[Bundle, Precision]] = []
+    for model in models:
+        bundle = open_bundle(default_model_dir(), model)
+        surrogate_of(bundle)
+        for precision in precisions:
+            if precision not in allowed:
+                raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(allowed)}")
+            bundle.onnx(precision)  # type: ignore[arg-type]  # checked above
+            found.append((bundle, precision))  # type: ignore[arg-type]  # checked above
+    return found
 
 
 def measure(

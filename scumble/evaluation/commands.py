@@ -20,14 +20,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from app.errors import ScumbleError
 from scumble.attacker import consent
+from scumble.attacker.attacks import DATA_FREE
 from scumble.attacker.errors import AttackError
-from scumble.attacker.run import configure
 from scumble.data.image_sets import DatasetError
+from scumble.evaluation.checks import check
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, Record, read
-from scumble.evaluation.referee import job, judge
+from scumble.evaluation.referee import judge
 from scumble.evaluation.summary import summarise
 from scumble.evaluation.tables import ordered
 from scumble.training.auxiliary import TRANSFER
@@ -116,11 +118,12 @@ def evaluate(
         if options["url"]:
             headers = consent.check(options["url"], consent=consented, token=owner_token)
         cells = planned(ctx, plans, options) if plans else [single(**options)]
-    except (AttackError, ValueError) as exc:
-        raise click.ClickException(str(exc)) from exc
-    cells = list({cell.key: cell for cell in seeded(cells, seeds)}.values())
-    out.mkdir(parents=True, exist_ok=True)
-    waiting = [cell for cell in cells if not done(out / f"{cell.key}.json")]
+        cells = list({cell.key: cell for cell in seeded(cells, seeds)}.values())
+        waiting = [cell for cell in cells if not done(out / f"{cell.key}.json")]
+        check(waiting, root)
+        out.mkdir(parents=True, exist_ok=True)
+    except (ScumbleError, AttackError, ValueError) as exc:
+        raise click.ClickException(" ".join(str(exc).split())) from exc
     console = Console(highlight=False)
     failed = run_cells(
         waiting, out, root, finished=len(cells) - len(waiting), jobs=jobs, threads=threads,
@@ -208,16 +211,17 @@ def single(*, defense: str, params: str, url: str | None, adapt: str, **options:
 
     Raises:
         ValueError: `params` is not a JSON object, or has a key twice.
-        AttackError: the attack does not exist, or has no such settings.
     """
-    given = json.loads(params, object_pairs_hook=distinct)
+    try:
+        given = json.loads(params, object_pairs_hook=distinct)
+    except (json.JSONDecodeError, RecursionError) as exc:
+        raise ValueError(f"--params is {params[:99]!r}, which is not valid JSON: {exc}") from exc
     if not isinstance(given, dict):
-        raise ValueError(f"params is {params!r}; needed: a JSON object")
+        raise ValueError(f"--params is {params!r}; allowed: a JSON object")
     names = tuple(name.strip() for name in adapt.split(",") if name.strip())
     cell = Cell(defense=Defended(defense, given, url), adapt=names, **options)  # type: ignore[arg-type] # click has checked them
-    configure(job(cell, "", None, None, 1))  # refused here, before servers are started
-    data_free = cell.attack in ("dfme", "maze")
-    return replace(cell, queries=None if data_free else cell.queries or TRANSFER.get(cell.victim))
+    queries = cell.queries or TRANSFER.get(cell.victim)
+    return replace(cell, queries=None if cell.attack in DATA_FREE else queries)
 
 
 def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:

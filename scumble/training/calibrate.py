@@ -22,7 +22,7 @@ from scumble.data.image_sets import Dataset, load
 from scumble.defenses.codebook import Codebook, Form, find
 from scumble.machine import processor
 from scumble.training.codebook import fit
-from scumble.training.command_options import models_option, plain_errors, typed
+from scumble.training.command_options import models_option, plain_errors, require_writable, typed
 from scumble.training.commands import data_option
 from scumble.training.confidence import calibration_error, ranking
 from scumble.training.measure import answers, describe, fitted, gap, threads
@@ -119,6 +119,7 @@ def calibrate(
     """
     with plain_errors():
         bundle = open_bundle(models, name)
+        require_writable(bundle.folder)
         own = load(own_source or name, "train", root=data)
         test = fitted(load(test_source or name, "test", root=data), bundle.card)
         if own_source is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from app.errors import ScumbleError
+from app.errors import ConfigError, ScumbleError
 from scumble.data.image_sets import DatasetError
 
 file = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -33,6 +34,17 @@ def plain_errors() -> Iterator[None]:
         yield
     except (ScumbleError, DatasetError, OSError) as exc:
         raise click.ClickException(" ".join(str(exc).split())) from exc
+
+
+def require_writable(path: Path) -> None:
+    """Check before long work that its result can be written.
+
+    Raises:
+        ConfigError: `path` cannot be written, or not be made.
+    """
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+        raise ConfigError(f"{str(path)!r} cannot be written: no permission for {str(there)!r}")
 
 
 def typed(ctx: click.Context, program: str = "") -> str:

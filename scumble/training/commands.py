@@ -12,7 +12,13 @@ import torch
 from app.inference.bundle import Bundle, InputShape, open_bundle
 from scumble.data.image_sets import load
 from scumble.training.bundle_export import export_bundle, finish
-from scumble.training.command_options import models_option, plain_errors, typed, version_option
+from scumble.training.command_options import (
+    models_option,
+    plain_errors,
+    require_writable,
+    typed,
+    version_option,
+)
 from scumble.training.measure import answers, card_accuracy, fitted, share_right, threads
 from scumble.training.qat import Tuning
 from scumble.training.quantize import METHODS, PRESETS, Candidate, Judge, candidates, ship
@@ -62,6 +68,7 @@ def train(
         seed=recipe.seed if seed is None else seed,
     )
     with plain_errors():
+        require_writable(models / name)
         images = load(name, "train", root=data)
         test = load(name, "test", root=data)
         rest, held_out = images.split(recipe.holdout, recipe.seed)
@@ -104,7 +111,13 @@ def train(
 @click.option("--method", type=click.Choice([*METHODS, "both"]), default="both", show_default=True)
 @click.option("--preset", type=click.Choice([*PRESETS, "both"]), default="both", show_default=True)
 @click.option("--epochs", type=click.IntRange(1), default=Tuning.epochs, show_default=True)
-@click.option("--lr", type=float, default=Tuning.lr, show_default=True, help="Of qat.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(0, min_open=True),
+    default=Tuning.lr,
+    show_default=True,
+    help="Of qat.",
+)
 @click.option("--augment", type=click.Choice(list(AUGMENTS)), help="Of qat; default: as trained.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @models_option
@@ -126,6 +139,7 @@ def quantize(
     """Give the bundle NAME an int8 file: the best of the candidates on held-out images."""
     with plain_errors():
         bundle = open_bundle(models, name)
+        require_writable(bundle.folder)
         recipe = bundle.card.training.get("recipe", {})
         images = load(train_source or name, "train", root=data)
         test = fitted(load(test_source or name, "test", root=data), bundle.card)

@@ -23,6 +23,7 @@ from scumble.training.command_options import (
     file,
     models_option,
     plain_errors,
+    require_writable,
     typed,
     version_option,
 )
@@ -110,8 +111,10 @@ def export(
     with plain_errors():
         if defense:
             out = out or Path(f"{name}-{precision}-{defense}.onnx")
+            require_writable(out)
             click.echo(write_defended(models, name, defense, params, precision, out))
         else:
+            require_writable(models / name)
             command = typed(ctx)
             sources: dict[str, Any] = {"torchvision": torchvision, "module": module, "pt2": pt2}
             click.echo(write_bundle(models, name, command=command, **sources, **network))

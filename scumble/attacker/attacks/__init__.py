@@ -22,6 +22,18 @@ from scumble.attacker.watch import Watch
 class Attack(Protocol):
     """One way to steal."""
 
+    def check(self, budget: int, *, images: bool) -> None:
+        """Check before anything is asked whether the attack can be run.
+
+        Args:
+            budget: queries.
+            images: whether there are images of the attacker's own.
+
+        Raises:
+            AttackError: the budget is too small, or images are missing.
+        """
+        ...
+
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """Spend the budget and train the copy.
 
@@ -44,6 +56,8 @@ ATTACKS: dict[str, Mapping[str, Callable[[int], Attack]]] = {
     "maze": maze.PROFILES,
     "jbda": jbda.PROFILES,
 }
+
+DATA_FREE = frozenset({"dfme", "maze"})  # these make their own images
 
 
 def make(name: str, profile: str = "cpu", *, seed: int = 0) -> Attack:

@@ -63,13 +63,24 @@ class Dfme:
     views: int = 20
     seed: int = 0
 
+    @property
+    def cost(self) -> int:
+        """Queries of one iteration."""
+        return self.batch * (self.g_steps * (self.directions + 1) + self.s_steps)
+
+    def check(self, budget: int, *, images: bool) -> None:
+        """See `Attack`."""
+        del images
+        if budget < self.cost:
+            raise AttackError(
+                f"the budget is {budget}; one iteration of dfme costs {self.cost} queries"
+            )
+
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`; `pool` is not used."""
         del pool
         budget = oracle.remaining
-        cost = self.batch * (self.g_steps * (self.directions + 1) + self.s_steps)
-        if budget < cost:
-            raise AttackError(f"the budget is {budget}; one iteration of dfme costs {cost} queries")
+        self.check(budget, images=False)
         step = self.step or default_step(oracle)
         rng = torch.Generator().manual_seed(self.seed)
         with torch.random.fork_rng(devices=[]):
@@ -80,7 +91,7 @@ class Dfme:
             student.parameters(), self.lr_s, momentum=0.9, weight_decay=self.weight_decay
         )
         adam = torch.optim.Adam(generator.parameters(), self.lr_g)
-        rounds = budget // cost
+        rounds = budget // self.cost
         falls = [int(share * rounds) for share in self.milestones]
         schedules = [
             torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, self.decay)

@@ -45,14 +45,20 @@ class Jbda:
         if self.seeds < 2:
             raise AttackError(f"seeds is {self.seeds}; allowed: 2 and more")
 
+    def check(self, budget: int, *, images: bool) -> None:
+        """See `Attack`."""
+        del budget
+        if not images:
+            raise AttackError("jbda needs images of its own: give a data set with --queries")
+
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`.
 
         Raises:
             AttackError: no pool, or no answers that can be used.
         """
-        if pool is None:
-            raise AttackError("jbda needs images of its own: give a data set with --queries")
+        self.check(oracle.remaining, images=pool is not None)
+        assert pool is not None  # noqa: S101  # checked above
         rng = np.random.default_rng(self.seed)
         start = copy.deepcopy(student.state_dict())
         new = pool.images[rng.permutation(len(pool))[: self.seeds]]

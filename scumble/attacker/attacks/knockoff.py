@@ -54,14 +54,20 @@ class Knockoff:
         if self.strategy not in STRATEGIES:
             raise AttackError(f"strategy is {self.strategy!r}; allowed: {', '.join(STRATEGIES)}")
 
+    def check(self, budget: int, *, images: bool) -> None:
+        """See `Attack`."""
+        del budget
+        if not images:
+            raise AttackError("knockoff needs images of its own: give a data set with --queries")
+
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`.
 
         Raises:
             AttackError: no pool, or no answers that can be used.
         """
-        if pool is None:
-            raise AttackError("knockoff needs images of its own: give a data set with --queries")
+        self.check(oracle.remaining, images=pool is not None)
+        assert pool is not None  # noqa: S101  # checked above
         plan = self._random(pool) if self.strategy == "random" else Bandit(self, pool, student)
         asked: list[Rows] = []
         answers: list[Probs] = []

@@ -64,13 +64,24 @@ class Maze:
     views: int = 20
     seed: int = 0
 
+    @property
+    def cost(self) -> int:
+        """Queries of one iteration."""
+        return self.batch * (self.directions + self.s_steps)
+
+    def check(self, budget: int, *, images: bool) -> None:
+        """See `Attack`."""
+        del images
+        if budget < self.cost:
+            raise AttackError(
+                f"the budget is {budget}; one iteration of maze costs {self.cost} queries"
+            )
+
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`; `pool` is not used."""
         del pool
         budget = oracle.remaining
-        cost = self.batch * (self.directions + self.s_steps)
-        if budget < cost:
-            raise AttackError(f"the budget is {budget}; one iteration of maze costs {cost} queries")
+        self.check(budget, images=False)
         rng = torch.Generator().manual_seed(self.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -84,7 +95,7 @@ class Maze:
             if self.adam
             else torch.optim.SGD(generator.parameters(), self.lr_g, momentum=0.9)
         )
-        rounds = budget // cost
+        rounds = budget // self.cost
         schedules = [falling(optimizer, rounds) for optimizer in (clone, game)]
         shown = {round((i + 1) * rounds / self.views) for i in range(self.views)}
         memory = Memory(self.memory, oracle.shape, oracle.labels)
