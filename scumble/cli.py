@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
+HELP_OPTIONS = frozenset({"-h", "--help"})
+OURS = frozenset({"app", "scumble"})
+REPORTED = ("onnxruntime", "openvino", "torch", "uvicorn", "numpy")
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
 
@@ -53,8 +57,25 @@ class LazyCommand(click.Command):
         parent: click.Context | None = None,
         **extra: Any,
     ) -> click.Context:
-        """Import the command and make its context."""
-        return self.row.load().make_context(info_name, args, parent, **extra)
+        """Import the command and make its context.
+
+        Raises:
+            MissingExtra: a package of its extra is not installed.
+        """
+        try:
+            command = self.row.load()
+        except ImportError as exc:
+            path = f"{parent.command_path if parent else ''} {info_name}".strip()
+            missing = missing_extra(exc, self.row, path)
+            if missing is None:
+                raise  # a bug of this project; no installation would help
+            if extra.get("resilient_parsing"):  # the shell completes the command
+                return super().make_context(info_name, args, parent, **extra)
+            if not HELP_OPTIONS.isdisjoint(args):
+                click.echo(f"Usage: {path} ...\n\n  {self.row.help}\n\n{missing.message}")
+                raise click.exceptions.Exit from None
+            raise missing from exc
+        return command.make_context(info_name, args, parent, **extra)
 
 
 class Table(click.Group):
@@ -83,20 +104,43 @@ class Table(click.Group):
             raise click.exceptions.Exit(INTERRUPTED) from None
         except ImportError as exc:
             row = self.table[ctx.invoked_subcommand or ""]
-            if row.extra is None or self._is_ours(exc.name):
+            missing = missing_extra(exc, row, f"{ctx.command_path} {ctx.invoked_subcommand}")
+            if missing is None:
                 raise  # a bug of this project; no installation would help
-            raise MissingExtra(
-                f"{ctx.command_path} {ctx.invoked_subcommand}: {exc}. "
-                f"Install it with: pip install 'scumble[{row.extra}]'"
-            ) from exc
+            raise missing from exc
+        except BrokenPipeError:
+            raise  # click ends quietly
+        except OSError as exc:
+            raise click.ClickException(str(exc)) from exc
 
-    def _is_ours(self, module: str | None) -> bool:
-        roots = {_package(row.target.partition(":")[0]) for row in self.table.values()}
-        return _package(module or "") in roots
+
+def missing_extra(exc: ImportError, row: Row, path: str) -> MissingExtra | None:
+    """The error for a package that is not installed; None if the module is this project's own."""
+    if row.extra is None or _package(exc.name or "") in OURS | {_package(row.target)}:
+        return None
+    from app.system.installation import install_command
+
+    return MissingExtra(
+        f"{path} needs the extra {row.extra}: {exc}. Install it with: {install_command(row.extra)}"
+    )
 
 
 def _package(module: str) -> str:
-    return module.partition(".")[0]
+    return module.partition(":")[0].partition(".")[0]
+
+
+def show_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Print the versions of this project, Python, the engines and the HTTP server, and exit."""
+    del parameter
+    if not value or ctx.resilient_parsing:
+        return
+    from app.system.installation import versions
+
+    click.echo(f"scumble {versions(('scumble',))['scumble']}")
+    found = {"python": platform.python_version(), **versions(REPORTED)}
+    for name, version in found.items():
+        click.echo(f"{name:12} {version}")
+    ctx.exit()
 
 
 COMMANDS = {
@@ -128,8 +172,20 @@ COMMANDS = {
 }
 
 
-@click.group("scumble", cls=Table, table=COMMANDS)
-@click.version_option(package_name="scumble")
+@click.group(
+    "scumble",
+    cls=Table,
+    table=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Show the versions of Scumble, Python and the engines, and exit.",
+)
 def main() -> None:
     """Serve an image classifier that defends itself against model stealing."""
 

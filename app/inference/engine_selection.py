@@ -12,6 +12,7 @@ from typing import Literal
 from app.errors import ConfigError
 from app.inference.processor import adds_int8_exactly
 from app.precision import Precision
+from app.system.installation import install_command
 
 EngineName = Literal["openvino", "onnxruntime", "torch"]
 
@@ -49,5 +50,5 @@ def resolve(
             return engine
     raise ConfigError(
         f"engine is {name!r}; installed here: {', '.join(installed) or 'none'} (or auto). "
-        "The torch engine needs the extra: pip install 'scumble[torch]'"
+        f"The torch engine needs an extra: {install_command('torch')}"
     )

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from app.errors import ConfigError
 from app.settings import Settings, collector
+from app.system.installation import install_command
 from app.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def make_tracing(settings: Settings, environ: Mapping[str, str]) -> Tracing | No
     try:
         from app.telemetry.tracing import Tracing, exporting
     except ImportError as exc:
-        sentence = f"no traces: {exc}; install it with: pip install 'scumble[otel]'"
+        sentence = f"no traces: {exc}; install it with: {install_command('otel')}"
         if named:
             raise ConfigError(sentence) from exc
         log.warning("%s", sentence)  # a platform may set OTEL_* for everything that runs on it

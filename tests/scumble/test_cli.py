@@ -1,5 +1,6 @@
 import importlib.metadata
 import json
+import platform
 import re
 import signal
 import socket
@@ -16,6 +17,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from app.system.installation import install_command
 from scumble import Client
 from scumble.cli import COMMANDS, Row, Table, main
 from scumble.client.commands import classify
@@ -131,9 +133,29 @@ def test_every_row_of_the_table_names_a_command(name):
     assert command.help
 
 
-def test_version(run):
-    installed = importlib.metadata.version("scumble")
-    assert run("--version").stdout == f"scumble, version {installed}\n"
+def test_version_has_the_engines(run):
+    lines = run("--version").stdout.splitlines()
+    assert lines[0] == f"scumble {importlib.metadata.version('scumble')}"
+    shown = dict(line.split(maxsplit=1) for line in lines[1:])
+    assert shown["python"] == platform.python_version()
+    assert shown["onnxruntime"] == importlib.metadata.version("onnxruntime")
+    assert {"openvino", "torch"} <= shown.keys()
+
+
+@pytest.mark.parametrize("words", [(), ("serve",), ("keys", "add"), ("predict",)], ids=" ".join)
+def test_h_is_help(run, words):
+    assert run(*words, "-h").stdout == run(*words, "--help").stdout != ""
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("scumble serv", "plain,serve"), ("scumble serve --defense-p", "plain,--defense-params")],
+)
+def test_shells_complete_commands_and_options(typed, offered, monkeypatch):
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    asked = CliRunner(env={"_SCUMBLE_COMPLETE": "bash_complete"}).invoke(main, prog_name="scumble")
+    assert asked.output.splitlines() == [offered]
 
 
 def test_an_unknown_subcommand(run):
@@ -177,9 +199,30 @@ def test_a_missing_extra_is_named_in_one_line(run, group, where):
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr == (
-        "Error: scumble do: No module named 'torch_like'. "
-        "Install it with: pip install 'scumble[train]'\n"
+        "Error: scumble do needs the extra train: No module named 'torch_like'. "
+        f"Install it with: {install_command('train')}\n"
     )
+
+
+def test_help_is_shown_where_an_extra_is_missing(run, group):
+    result = run("do", "-h", command=group("import torch_like", "train"))
+    assert result.exit_code == 0
+    assert result.stdout.startswith("Usage: scumble do ...\n\n  Do it.\n")
+    assert "needs the extra train" in result.stdout
+
+
+def test_completion_survives_a_missing_extra(group, monkeypatch):
+    monkeypatch.setenv("COMP_WORDS", "scumble do --")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    runner = CliRunner(env={"_SCUMBLE_COMPLETE": "bash_complete"})
+    asked = runner.invoke(group("import torch_like", "train"), prog_name="scumble")
+    assert asked.exception is None or isinstance(asked.exception, SystemExit)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(run, group):
+    result = run("do", command=group(DO + "    open('no/such', 'w')"))
+    assert result.exit_code == 1
+    assert result.stderr == "Error: [Errno 2] No such file or directory: 'no/such'\n"
 
 
 @pytest.mark.parametrize(

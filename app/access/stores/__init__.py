@@ -18,6 +18,7 @@ from typing import Protocol
 
 from app.errors import ConfigError, ScumbleError
 from app.settings import store_url
+from app.system.installation import install_command
 from app.system.urls import redacted, split
 
 MEMORY = "memory://"
@@ -128,6 +129,6 @@ def open_store(url: str) -> StateStore:
     except ImportError as exc:
         raise ConfigError(
             f"SCUMBLE_STORE is {redacted(url)!r}: {exc}; "
-            "install it with: pip install 'scumble[redis]'"
+            f"install it with: {install_command('redis')}"
         ) from exc
     return RedisStore.at(url)
