@@ -33,7 +33,7 @@ Images = Annotated[int, Field(ge=0, le=10**12)]
 
 
 class Member(BaseModel):
-    """A part of the file; unknown members are refused."""
+    """A part of the key file; unknown members are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -64,20 +64,21 @@ class KeyLimits(Member):
 
 
 class Key(Member):
-    """One key: whose it is, and what it allows.
+    """One key: its client, and what it allows.
 
     Attributes:
-        id: to name the key by, in lists and logs.
+        id: the name of the key in lists and logs.
         sha256: of the key, in hexadecimal.
-        client: whose budgets it draws on; several keys of a client share them.
+        client: the client whose budgets it uses; several keys of a client share them.
         created: ISO 8601, UTC.
-        revoked: when it was, else None.
-        defense: a defense's name; None for the server's own.
-        defense_params: its parameters.
-        output: what is left out of the answers.
+        revoked: when the key was revoked, else None.
+        defense: name of a defense; None for the server's.
+        defense_params: parameters of the defense.
+        output: how much of an answer the client sees.
         limits: budgets.
-        on_store_failure: refuse (closed) or serve uncounted (open) while the store is away.
-        routes: paths that the key may use, each with all below it; none for all.
+        on_store_failure: refuse requests (closed) or serve them uncounted (open) while the budget
+            store is unavailable.
+        routes: paths that the key may use, each with all paths below it; empty for all.
     """
 
     id: Name
@@ -100,7 +101,7 @@ class Key(Member):
 
 
 class KeyFile(Member):
-    """The whole file."""
+    """The contents of a key file."""
 
     version: Literal[1] = 1
     keys: tuple[Key, ...] = Field(default=(), strict=False)
@@ -114,23 +115,23 @@ class KeyFile(Member):
 
 
 def new_key(random: Callable[[int], bytes] = secrets.token_bytes) -> str:
-    """Make a key. The file cannot give it back, so it is shown once."""
+    """Make a key. It is shown once, as it cannot be recovered from the file."""
     return PREFIX + urlsafe_b64encode(random(32)).rstrip(b"=").decode()
 
 
 def digest(key: bytes) -> bytes:
-    """The SHA-256 of a key, which the file holds."""
+    """The SHA-256 of a key, as stored in the file."""
     return hashlib.sha256(key).digest()
 
 
 def refuse_contradictions(file: KeyFile) -> None:
-    """Refuse a file whose keys disagree about a budget that they share.
+    """Refuse a file whose keys set different limits for a budget that they share.
 
-    Keys of one client share what they count: their totals, and windows of the same length. Which of
-    two limits holds would depend on the key that asks. Revoked keys ask nothing.
+    Keys of one client share their totals, and windows of the same length. With different limits,
+    the one that applies would depend on the key that is used. Revoked keys are ignored.
 
     Raises:
-        ConfigError: two keys of a client name different limits; says which.
+        ConfigError: two keys of a client have different limits; the message names them.
     """
     first: dict[tuple[str, int], tuple[str, int]] = {}
     for key in file.keys:
@@ -154,7 +155,7 @@ def read_keys(path: Path) -> KeyFile:
     """The keys of a file.
 
     Raises:
-        ConfigError: no such file, or not one of ours; the message has no part of a hash.
+        ConfigError: it cannot be read or is not a key file; the message contains no hash.
     """
     return parse_keys(path, load_keys(path))
 
@@ -175,7 +176,7 @@ def parse_keys(path: Path, content: bytes) -> KeyFile:
     """The keys of a file that has been read; `path` is for the message.
 
     Raises:
-        ConfigError: it is not one of ours; the message has no part of a hash.
+        ConfigError: it is not a key file; the message contains no hash.
     """
     try:
         return KeyFile.model_validate_json(content)
@@ -186,7 +187,7 @@ def parse_keys(path: Path, content: bytes) -> KeyFile:
 
 
 def write_keys(path: Path, file: KeyFile) -> None:
-    """Replace the file in one step: readers see the old one or the new one, whole.
+    """Replace the file atomically: readers see either the old or the new contents.
 
     Raises:
         OSError: the folder cannot be written.
@@ -212,39 +213,40 @@ def changing(path: Path) -> Iterator[None]:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield
-        os.fsync(folder)  # the new name is on the disk too
+        os.fsync(folder)  # writes the new directory entry to the disk
     finally:
         os.close(folder)
 
 
 def add_key(path: Path, key: Key) -> None:
-    """Add a key; the file is made if it is not there.
+    """Add a key; the file is created if it does not exist.
 
     Raises:
-        ConfigError: the file is broken, has a key of that id, or one of the same client whose
-            limits contradict.
+        ConfigError: the file is broken, has a key with that id, or has a key of the same client
+            with different limits.
         OSError: the folder cannot be read or written.
     """
     with changing(path):
         keys = read_keys(path).keys if path.exists() else ()
         if any(old.id == key.id for old in keys):
-            raise ConfigError(f"{path} has a key {key.id!r} already")
+            raise ConfigError(f"{path} already has a key {key.id!r}")
         file = KeyFile(keys=(*keys, key))
         refuse_contradictions(file)
         write_keys(path, file)
 
 
 def revoke_key(path: Path, key_id: str, now: datetime) -> Key:
-    """Revoke a key; it stays in the file, so that its user is told and its id is not given again.
+    """Revoke a key; it stays in the file, so that its requests get 403 and its id is not reused.
 
     Raises:
-        ConfigError: the file is broken, or has no such key.
+        ConfigError: the file is broken, or has no key with that id.
         OSError: the folder cannot be read or written.
     """
     with changing(path):
         keys = {key.id: key for key in read_keys(path).keys}
         if key_id not in keys:
-            raise ConfigError(f"{path} has no key {key_id!r}; there: {', '.join(keys) or 'none'}")
+            known = ", ".join(keys) or "none"
+            raise ConfigError(f"{path} has no key {key_id!r}; available: {known}")
         if keys[key_id].revoked is None:
             keys[key_id] = keys[key_id].model_copy(
                 update={"revoked": timestamp(now.timestamp(), "seconds")}

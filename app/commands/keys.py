@@ -127,7 +127,7 @@ def _record(key: str, options: dict[str, Any]) -> Key:
 
 
 def _sentence(error: ErrorDetails) -> str:
-    """One sentence about an option; the last name of the place is the option's."""
+    """One sentence about an option, named by the last part of the error's location."""
     names = [str(part) for part in error["loc"] if isinstance(part, str)]
     if not names:
         return allowed([error])

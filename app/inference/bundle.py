@@ -3,12 +3,12 @@
     card.json       what the model is, how it was made, sha256 of every other file
     float32.onnx    uint8 pixels (N, H, W, C) -> probabilities float32 (N, K)
     int8.onnx       the same, quantized in QDQ form
-    golden.json     outputs for a few made-up inputs, checked at every load
+    golden.json     outputs for a few synthetic inputs, checked at every load
     surrogate.onnx, misinformation.onnx    optional, for some defenses (`app.inference.auxiliary`)
     codebook.float32.json, codebook.int8.json    optional, what the defense `codebook` serves
 
-Each file is read once, hashed, and handed on as bytes, so that what was checked is what runs. The
-card names files of its own folder only, and no network has weights in files outside of itself.
+Each file is read once, hashed and passed on as bytes, so that the bytes that were checked are those
+that run. A card names only files in its own folder, and a network stores all weights in its file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = "scumble-bundle/1"
 GOLDEN_COUNT = 6
-# Which file a precision runs; bf16 is the float file under another hint.
+# The file of each precision; bf16 runs the float file with another hint to the engine.
 ONNX_FILE: dict[Precision, str] = {
     "float32": "float32.onnx",
     "bf16": "float32.onnx",
@@ -48,13 +48,13 @@ CODEBOOK_FILE: dict[Precision, str] = {
 }
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
-"""Of a file in the bundle's folder: no path, and not hidden."""
+"""Name of a file in the bundle's folder: not a path, and not hidden."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Frozen(BaseModel):
-    """Strict and immutable, unknown members refused."""
+    """A strict, immutable model that refuses unknown members."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -68,7 +68,7 @@ class InputShape(Frozen):
 
 
 class Preprocessing(Frozen):
-    """How a decoded picture of another size is brought to the input size (before the graph).
+    """How a decoded picture is resized to the input size, before the graph.
 
     `stretch` resizes to the input size. `crop` resizes so that the central `ratio` of the shorter
     side fills the input, then crops the centre, as is usual for ImageNet networks.
@@ -79,7 +79,7 @@ class Preprocessing(Frozen):
 
 
 class Accuracy(Frozen):
-    """Share of right arg-maxes, in [0, 1], on `images` images of `data`."""
+    """Share of correct predictions, in [0, 1], on `images` images of `data`."""
 
     value: float = Field(ge=0, le=1)
     images: int = Field(gt=0)
@@ -129,8 +129,8 @@ class Bundle:
         """A file's bytes.
 
         Raises:
-            BundleError: the card does not list it, it is missing or no regular file, its sha256 is
-                another, or it is a network with weights in other files.
+            BundleError: the card does not list it, it is missing or not a regular file, its sha256
+                differs, or it is a network with weights in other files.
         """
         if file not in self.card.files:
             raise BundleError(f"{self} has no {file}; its card lists {', '.join(self.card.files)}")
@@ -141,7 +141,7 @@ class Bundle:
         found = hashlib.sha256(content).hexdigest()
         if found != self.card.files[file]:
             raise BundleError(
-                f"{self}: {file} has sha256 {found}, its card says {self.card.files[file]}"
+                f"{self}: {file} has sha256 {found}, but its card has {self.card.files[file]}"
             )
         if file.endswith(".onnx"):
             self._refuse_weights_elsewhere(file, content)
@@ -159,11 +159,11 @@ class Bundle:
             raise BundleError(f"{self}: golden.json is malformed: {exc}") from exc
 
     def _refuse_weights_elsewhere(self, file: str, content: bytes) -> None:
-        """Refuse what engines would read from files that the card does not vouch for."""
-        if b"location" not in content:  # the word that such a network has; quick to look for
+        """Refuse weights that an engine would read from files that the card does not cover."""
+        if b"location" not in content:  # a cheap test: the key that such a network contains
             return
         from app.inference.graph import (
-            outside,  # here: it imports numpy, which the supervisor needs not
+            outside,  # imported here because it needs numpy, and the supervisor does not
         )
 
         if (elsewhere := outside(content)) is not None:
@@ -185,10 +185,10 @@ class Bundle:
 
 
 def _content(path: Path) -> bytes:
-    """A regular file's bytes: a pipe would never end, and a device neither.
+    """The bytes of a regular file; a pipe or a device might never end.
 
     Raises:
-        OSError: it cannot be read, or is something else.
+        OSError: it cannot be read, or is not a regular file.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file")
@@ -199,22 +199,22 @@ def open_bundle(root: Path, name: str) -> Bundle:
     """The bundle `root`/`name`.
 
     Raises:
-        BundleError: none there; the message lists those that are.
+        BundleError: it does not exist; the message lists the available ones.
     """
     found = sorted(p.parent.name for p in root.glob("*/card.json"))
     if name not in found:
         raise BundleError(
-            f"no model {name!r} in {str(root)!r}; there: {', '.join(found) or 'no bundle at all'}"
+            f"no model {name!r} in {str(root)!r}; available: {', '.join(found) or 'none'}"
         )
     return Bundle(root / name)
 
 
 def golden_inputs(shape: InputShape) -> npt.NDArray[np.uint8]:
-    """`GOLDEN_COUNT` made-up pictures, uint8 (n, H, W, C): waves of rising frequency.
+    """`GOLDEN_COUNT` synthetic pictures, uint8 (n, H, W, C): waves of rising frequency.
 
-    A formula and not stored images: nothing to license, nothing to ship.
+    They are computed, so there are no images to license or to ship.
     """
-    import numpy as np  # here: the supervisor, which starts the workers, needs none
+    import numpy as np  # imported here because the supervisor does not need it
 
     n, y, x, c = np.ogrid[:GOLDEN_COUNT, : shape.height, : shape.width, : shape.channels]
     phase = (n + 1) * (y / shape.height + (n % 3) * x / shape.width) * np.pi + c + n
@@ -225,7 +225,7 @@ def write_card(folder: Path, card: dict[str, Any]) -> Card:
     """Hash the files of `folder`, complete `card` with them, check it, write it.
 
     Raises:
-        BundleError: the card would not load again.
+        BundleError: the card is not valid.
     """
     files = {
         p.name: hashlib.sha256(p.read_bytes()).hexdigest()

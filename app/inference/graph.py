@@ -1,8 +1,8 @@
-"""ONNX files taken apart and put together: cut open at `tensor`, down to one output, defended.
+"""Changes ONNX files: another input, a single output, or a defense appended.
 
-A bundle's graph starts with uint8 pixels; the float32 (N, C, H, W) in [0, 1] that it makes of them
-is named `tensor` (see `scumble/training/bundle_export.py`). With that as the input, for clients
-that send float tensors instead of pixels, the nodes before it go.
+A bundle's graph starts with uint8 pixels, which it converts to float32 (N, C, H, W) in [0, 1], a
+value named `tensor` (see `scumble/training/bundle_export.py`). For clients that send float tensors
+instead of pixels, `tensor` becomes the input and the nodes before it are removed.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ def parse(model: bytes) -> onnx.ModelProto:
     except DecodeError as exc:
         raise ConfigError(f"{len(model)} bytes are not an ONNX model: {exc}") from exc
     if not proto.graph.node:
-        raise ConfigError(f"{len(model)} bytes are not an ONNX model: no graph in them")
+        raise ConfigError(f"{len(model)} bytes are not an ONNX model: they contain no graph")
     return proto
 
 
 def outside(model: bytes) -> str | None:
-    """The file in which a network has weights that are not in `model`; None where all are there.
+    """The first external file that a network stores weights in; None if all are in `model`.
 
     Raises:
-        ConfigError: not an ONNX model.
+        ConfigError: `model` is not an ONNX model.
     """
     return next(_locations(parse(model)), None)
 
 
 def _locations(message: Message) -> Iterator[str]:
-    """Of all tensors anywhere in a protobuf message: subgraphs and attributes hold some, too."""
+    """External files of all tensors in a message, including subgraphs and attributes."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
@@ -74,7 +74,8 @@ def tensor_input(model: bytes) -> bytes:
     """The same network with the input `tensor`, float32 (N, C, H, W) in [0, 1].
 
     Raises:
-        ConfigError: not an ONNX model, no such tensor, or pixels are used behind it too.
+        ConfigError: `model` is not an ONNX model, has no value `tensor`, or uses the pixels after
+            that value too.
     """
     import onnx
 
@@ -84,12 +85,12 @@ def tensor_input(model: bytes) -> bytes:
         return model
     if not any(TENSOR in node.output for node in graph.node):
         raise ConfigError(
-            f"the graph makes no tensor named {TENSOR!r}; make the bundle with `scumble export`"
+            f"the graph has no value named {TENSOR!r}; make the bundle with `scumble export`"
         )
     kept, needed = behind(graph, TENSOR)
     pixels = graph.input[0]
     if pixels.name in needed:
-        raise ConfigError(f"the graph uses {pixels.name!r} behind {TENSOR!r} too")
+        raise ConfigError(f"the graph uses {pixels.name!r} after {TENSOR!r} too")
     n, h, w, c = (d.dim_value or d.dim_param for d in pixels.type.tensor_type.shape.dim)
     cut = onnx.helper.make_graph(
         kept,
@@ -103,10 +104,10 @@ def tensor_input(model: bytes) -> bytes:
 
 
 def single_output(model: bytes, name: str) -> bytes:
-    """The same network with the one output `name`, without what only the others need.
+    """The same network with the single output `name`, without nodes that only others need.
 
     Raises:
-        ConfigError: not an ONNX model, or it has no such output.
+        ConfigError: `model` is not an ONNX model, or has no such output.
     """
     import onnx
 
@@ -116,7 +117,7 @@ def single_output(model: bytes, name: str) -> bytes:
     if list(outputs) == [name]:
         return model
     if name not in outputs:
-        raise ConfigError(f"the graph has no output {name!r}; there: {', '.join(outputs)}")
+        raise ConfigError(f"the graph has no output {name!r}; available: {', '.join(outputs)}")
     graph.ClearField("output")
     graph.output.append(outputs[name])
     kept, needed = behind(graph, "")
@@ -132,10 +133,10 @@ def single_output(model: bytes, name: str) -> bytes:
 
 
 class Appender:
-    """`scumble.defenses.base.Nodes` on a real graph.
+    """Implements `scumble.defenses.base.Nodes` for a graph.
 
     Args:
-        graph: whose rows are named `CLEAN`.
+        graph: its rows are named `CLEAN`.
         classes: K.
 
     Attributes:
@@ -153,18 +154,18 @@ class Appender:
 
     @cached_property
     def logits(self) -> str | None:
-        """The logits; None where the rows are no softmax."""
+        """The logits; None if the rows are not a softmax."""
         return None if self._head.logits is None else tap(self, self._graph, self._head.logits)
 
     @cached_property
     def features(self) -> str | None:
-        """The input of the last linear layer; None where there is none."""
+        """The input of the last linear layer; None if there is none."""
         return None if self._head.features is None else tap(self, self._graph, self._head.features)
 
     def __call__(
         self, op: str, *inputs: str | float | npt.NDArray[Any], **attributes: int | str
     ) -> str:
-        """Append one node; gives the name of its result."""
+        """Append one node and return the name of its result."""
         import onnx
 
         names = [i if isinstance(i, str) else self._constant(i) for i in inputs]
@@ -192,20 +193,22 @@ class Appender:
 def defended(
     model: bytes, defense: Defense, described: Mapping[str, str] | None = None
 ) -> bytes | None:
-    """The same network with defended answers under the same name, for any ONNX runtime.
+    """The same network with the defense appended, for any ONNX runtime.
 
-    If the defense withholds, a second output `abstained`, bool (N,), says which rows are.
+    The output keeps its name. If the defense withholds rows, a second output `abstained`, bool
+    (N,), marks them.
 
     Args:
         model: the clean network.
-        defense: what is put behind it.
+        defense: the defense to append.
         described: metadata of the file.
 
     Returns:
-        None where the defense cannot be written as nodes, or the network's operators are older.
+        The new file; None if the defense cannot be written as nodes, or the network's operators are
+        too old.
 
     Raises:
-        ConfigError: not an ONNX model.
+        ConfigError: `model` is not an ONNX model.
     """
     import onnx
 
@@ -227,16 +230,16 @@ def defended(
 
 
 def with_l1_output(model: bytes, defense: Defense) -> bytes | None:
-    """The same network for a service that measures what it does: one output (N, K + 1).
+    """The same network with the defense appended, and its effect as another column: (N, K + 1).
 
-    Its columns are the K defended probabilities and the L1 distance to the clean ones; then, if the
-    defense withholds, 1 for rows that are abstained and 0 for the others.
+    The columns are the K defended probabilities and the L1 distance to the clean ones; then, if the
+    defense withholds rows, 1 for abstained rows and 0 for the others.
 
     Returns:
-        None as in `defended`.
+        The new file, or None as in `defended`.
 
     Raises:
-        ConfigError: not an ONNX model.
+        ConfigError: `model` is not an ONNX model.
     """
     import onnx
 
@@ -257,7 +260,11 @@ def with_l1_output(model: bytes, defense: Defense) -> bytes | None:
 
 
 def _append(proto: onnx.ModelProto, defense: Defense) -> tuple[Appender, str, str | None] | None:
-    """Behind the one output, renamed to `CLEAN`: what appended nodes, rows, which are abstained."""
+    """Append the defense to the output, renamed to `CLEAN`.
+
+    Returns:
+        What appended the nodes, the defended rows, and which are abstained.
+    """
     op = appender_behind(proto)
     if op is None:
         return None
@@ -266,7 +273,7 @@ def _append(proto: onnx.ModelProto, defense: Defense) -> tuple[Appender, str, st
 
 
 def appender_behind(proto: onnx.ModelProto) -> Appender | None:
-    """Rename the one output to `CLEAN`; gives what appends nodes, None for older operators."""
+    """Rename the output to `CLEAN` and return what appends nodes; None if operators are too old."""
     if {opset.domain: opset.version for opset in proto.opset_import}.get("", 0) < OPSET:
         return None
     graph = proto.graph
@@ -278,10 +285,10 @@ def appender_behind(proto: onnx.ModelProto) -> Appender | None:
 
 
 def behind(graph: onnx.GraphProto, start: str) -> tuple[list[onnx.NodeProto], set[str]]:
-    """The nodes that the outputs need once `start` is given, in order, and all names they need."""
+    """The nodes between `start` and the outputs, in order, and all names that these need."""
     needed = {output.name for output in graph.output}
     kept = []
-    for node in reversed(graph.node):  # ONNX keeps nodes sorted: makers before users
+    for node in reversed(graph.node):  # ONNX sorts nodes: producers come before consumers
         if needed & set(node.output) - {start}:
             needed.update(node.input)
             kept.append(node)

@@ -9,16 +9,16 @@ from app.telemetry.metrics import Stage
 
 
 class Stages(NamedTuple):
-    """Times of one clock, in seconds, and what the batcher measured of its part.
+    """Times on one clock, in seconds, and the durations that the batcher measured.
 
     Attributes:
-        start: the request came.
-        read: its body was there.
+        start: the request arrived.
+        read: its body was read.
         decode_start: its images were charged.
-        decoded: their pixels were there.
-        back: its probabilities were.
+        decoded: its images were decoded.
+        back: its probabilities were computed.
         end: its answer was written.
-        queue_s, infer_s, defend_s: of the batch, between `decoded` and `back`.
+        queue_s, infer_s, defend_s: durations of the batch, between `decoded` and `back`.
     """
 
     start: float
@@ -34,8 +34,8 @@ class Stages(NamedTuple):
     def spans(self) -> Iterator[tuple[Stage, float, float]]:
         """Name, begin and end of each stage.
 
-        The batch is laid out backwards from its end. Of a request in several batches the times are
-        sums, which its own time bounds.
+        The stages of the batch are placed backwards from its end. For a request in several batches
+        the durations are sums, bounded by the time of the request.
         """
         defend = max(self.decoded, self.back - self.defend_s)
         infer = max(self.decoded, defend - self.infer_s)

@@ -1,7 +1,7 @@
-"""Spans for OpenTelemetry: one per request, below it one per stage of a prediction.
+"""OpenTelemetry spans: one per request, with a child span per stage of a prediction.
 
-They are made when the request is over, from the times that the metrics are made of. Health checks
-have none. Imported only where a collector is named; needs the extra `otel`.
+They are created when the request has ended, from the times that metrics use. Health checks have no
+spans. The module is imported only if a collector is configured, and needs the extra `otel`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from starlette.types import Scope
 
 from app.request_context import request_context
 
-CLOSE_S = 2.0  # how long the end of a worker may wait for the collector
+CLOSE_S = 2.0  # how long the shutdown of a worker may wait for the collector
 
 
 def exporting(endpoint: str | None) -> TracerProvider:
-    """A provider that sends spans to an OTLP collector on a thread; None: as OTEL_* says."""
+    """A provider that sends spans to an OTLP collector on a thread.
+
+    Args:
+        endpoint: URL of the collector; None for what the `OTEL_*` variables configure.
+    """
     name = Resource({SERVICE_NAME: "scumble"})
     provider = TracerProvider(
         resource=name.merge(OTELResourceDetector().detect()), shutdown_on_exit=False
@@ -43,10 +47,10 @@ def exporting(endpoint: str | None) -> TracerProvider:
 
 
 class Tracing:
-    """Makes the spans of requests.
+    """Creates the spans of requests.
 
     Args:
-        provider: takes them.
+        provider: exports them.
         now_ns: nanoseconds since 1970.
     """
 
@@ -58,14 +62,14 @@ class Tracing:
         self._now_ns = now_ns
 
     def request(self, scope: Scope, route: str, status: int, start: float, seconds: float) -> None:
-        """Note a request that has just ended.
+        """Record a request that has just ended.
 
         Args:
-            scope: with its state.
-            route: the closed label that metrics count it under.
+            scope: of the request, with its `RequestContext`.
+            route: the metrics label of its route.
             status: of the answer.
-            start: by the clock of its stages.
-            seconds: that it took.
+            start: when it began, on the clock of its stages.
+            seconds: its duration.
         """
         context = request_context(scope)
         end_ns = self._now_ns()
@@ -96,13 +100,13 @@ class Tracing:
                     stage, below, start_time=start_ns + round((begin - start) * 1e9)
                 )
                 child.end(start_ns + round((end - start) * 1e9))
-        if status >= 500:  # a refusal is an answer, not a fault of the server
+        if status >= 500:  # a refusal is not an error of the server
             span.set_status(Status(StatusCode.ERROR))
         span.end(end_ns)
 
     def close(self) -> None:
-        """Send what is left, as far as the collector takes it soon."""
-        # The provider would try again for as long as it does while serving.
+        """Send the remaining spans, for at most `CLOSE_S`."""
+        # The provider retries for much longer.
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(CLOSE_S)

@@ -26,22 +26,33 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.command()
 @click.argument("url")
-@click.option("--attack", required=True, type=click.Choice(list(ATTACKS)), help="How to steal.")
+@click.option("--attack", required=True, type=click.Choice(list(ATTACKS)), help="The attack.")
 @click.option(
-    "--budget", required=True, type=click.IntRange(min=1), help="Queries; one is an image."
+    "--budget", required=True, type=click.IntRange(min=1), help="Number of images to query."
 )
-@click.option("--test", required=True, metavar="DATASET", help="Labelled images to measure on.")
 @click.option(
-    "--queries", metavar="DATASET", help="Images to ask about; data-free attacks have none."
+    "--test", required=True, metavar="DATASET", help="Labelled images to measure the copy on."
 )
-@click.option("--profile", type=click.Choice(["cpu", "paper"]), default="cpu", show_default=True)
-@click.option("--adapt", metavar="A,B", default="", help=f"Adaptive: {', '.join(MODIFIERS)}.")
+@click.option("--queries", metavar="DATASET", help="Images to query; data-free attacks need none.")
+@click.option(
+    "--profile",
+    type=click.Choice(["cpu", "paper"]),
+    default="cpu",
+    show_default=True,
+    help="Defaults of the attack: sized for two cores, or as published.",
+)
+@click.option(
+    "--adapt",
+    metavar="A,B",
+    default="",
+    help=f"Modifiers of an adaptive attacker: {', '.join(MODIFIERS)}.",
+)
 @click.option(
     "--set",
     "changes",
     multiple=True,
     metavar="NAME.FIELD=VALUE",
-    help="Change the attack, its fit, or a modifier: fit.epochs=5, invert.beta=1.2.",
+    help="Set a field of the attack, its fit or a modifier, e.g. fit.epochs=5; repeatable.",
 )
 @click.option(
     "--student",
@@ -50,40 +61,51 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=click.Choice(["auto", *STUDENTS]),
     help="Network of the copy.",
 )
-@click.option("--weights", type=FILE, help="State dict that the student starts from.")
+@click.option("--weights", type=FILE, help="State dict with the student's initial weights.")
 @click.option(
     "--transport",
     type=click.Choice(list(TRANSPORTS)),
     default="png",
     show_default=True,
-    help="How images travel.",
+    help="How images are sent.",
 )
-@click.option("--template", type=FILE, help="TOML file that describes another API than this one.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--template", type=FILE, help="TOML file that describes another API.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all randomness.")
 @click.option(
-    "--threads", type=click.IntRange(min=0), default=0, help="Of torch.  [default: its own]"
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Number of torch threads.  [default: torch's own]",
 )
 @click.option(
     "--root",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder with data sets by name; those not there are downloaded.",
+    help="Folder with data sets by name; missing ones are downloaded.",
 )
 @click.option(
     "--test-images",
     type=click.IntRange(min=0),
     default=0,
-    help="Use only so many of the test set.  [default: all]",
+    help="Number of test images to use.  [default: all]",
 )
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Images of one request, at most.",
+    help="Largest number of images per request.",
 )
-@click.option("--connections", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option(
-    "--admin", metavar="URL", help="Admin port of your own server: compares both ledgers."
+    "--connections",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Number of connections.",
+)
+@click.option(
+    "--admin",
+    metavar="URL",
+    help="Admin port of your own server, to compare its query count with the attacker's.",
 )
 @click.option(
     "--out",
@@ -94,10 +116,10 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--i-have-the-owners-consent",
     "consented",
     is_flag=True,
-    help="Needed, with --owner-token, for any host but this one.",
+    help="Required, with --owner-token, for any host but this machine.",
 )
 @click.option("--owner-token", type=FILE, help="File with the token that the owner gave you.")
-@click.option("--progress/--no-progress", default=True)
+@click.option("--progress/--no-progress", default=True, help="Whether to show a progress bar.")
 def attack(
     url: str,
     adapt: str,
@@ -110,8 +132,8 @@ def attack(
     """Steal the model behind URL and measure the copy.
 
     A DATASET is a Parquet file, a folder of class folders, or a name (digits, mnist,
-    fashion_mnist, cifar10, cifar100, gtsrb, svhn). Started again with the same options, a run goes
-    on where it ended.
+    fashion_mnist, cifar10, cifar100, gtsrb, svhn). An interrupted run continues when it is started
+    again with the same options.
     """
     try:
         headers = consent.check(url, consent=consented, token=owner_token)
@@ -129,7 +151,7 @@ def attack(
 
 
 def show(result: Result, out: Path) -> None:
-    """Print what matters of a result."""
+    """Print a summary of a result."""
     ledger, scores = result.ledger, result.scores
     rate = result.timing.queries_per_s
     table = Table.grid(padding=(0, 2))
@@ -138,7 +160,7 @@ def show(result: Result, out: Path) -> None:
         "victim": f"{result.victim.name} {result.victim.version} at {result.victim.url}",
         "attack": f"{result.attack.name} ({result.profile}) over {result.transport}"
         + "".join(f", {modifier.name}" for modifier in result.adapt),
-        "queries": f"{ledger.spent:,} of {ledger.budget:,}; by the server's count {server}"
+        "queries": f"{ledger.spent:,} of {ledger.budget:,}; counted by the server: {server}"
         + (f"; {rate:,.0f}/s" if rate else ""),
         "served accuracy": f"{scores.victim_accuracy:.2%}",
         "stolen accuracy": f"{scores.accuracy:.2%}",

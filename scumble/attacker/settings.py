@@ -25,7 +25,7 @@ def parse(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
         target, equals, value = text.partition("=")
         name, dot, field = target.strip().partition(".")
         if not (equals and dot and name and field):
-            raise AttackError(f"setting is {text!r}; needed: name.field=value, as in fit.epochs=5")
+            raise AttackError(f"setting is {text!r}; allowed: name.field=value, e.g. fit.epochs=5")
         fields = found.setdefault(name, {})
         if field in fields:
             raise AttackError(f"{name}.{field} is set twice; allowed: once")

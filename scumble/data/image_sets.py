@@ -175,13 +175,13 @@ def _parquet(path: Path) -> Dataset:
         raise DatasetError(f"{name!r} is not a Parquet file: {exc}") from exc
     if not {"image", "label"} <= set(table.column_names):
         raise DatasetError(
-            f"{name!r} has the columns {table.column_names}; needed: image and label"
+            f"{name!r} has the columns {table.column_names}; allowed: image and label"
         )
     image, label = table.schema.field("image").type, table.schema.field("label").type
     if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise DatasetError(f"{name!r}: image is {image}; needed: a struct with bytes and path")
+        raise DatasetError(f"{name!r}: image is {image}; allowed: a struct with bytes and path")
     if not pa.types.is_integer(label) or table["label"].null_count or not len(table):
-        raise DatasetError(f"{name!r}: label is {label}; needed: an integer for each image")
+        raise DatasetError(f"{name!r}: label is {label}; allowed: an integer for each image")
     rows = [row or {} for row in table["image"].to_pylist()]
     labels = table["label"].to_numpy().astype(np.int64)
     meta = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))

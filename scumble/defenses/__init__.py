@@ -1,4 +1,4 @@
-"""Defenses: clean probabilities in, the ones that are sent out back. numpy is all they need."""
+"""Defenses map clean probabilities to the ones that are sent out. They need numpy only."""
 
 from __future__ import annotations
 
@@ -54,29 +54,30 @@ __all__ = [
 
 
 def available() -> tuple[str, ...]:
-    """The names `make` knows, in the order of the table."""
+    """The names that `make` accepts, in the order of the table."""
     return tuple(TABLE)
 
 
 def make(name: str, /, *, bundle: Any = None, secret: bytes = b"", **params: Any) -> Defense:
-    """A defense by its name: `make("dcp", beta=0.7)`; see `configure`."""
+    """Make a defense by name: `make("dcp", beta=0.7)`; see `configure`."""
     return configure(name, params, bundle=bundle, secret=secret)
 
 
 def configure(
     name: str, params: Mapping[str, Any], *, bundle: Any = None, secret: bytes = b""
 ) -> Defense:
-    """A defense by its name and a parsed JSON object of parameters.
+    """Make a defense by name, from a parsed JSON object of parameters.
 
     Args:
-        name: one of `available()`, or `FILE.py:Class` for a defense of one's own.
-        params: the defense's own parameters, and `keep_top1: true` to put the guard around it.
-        bundle: where auxiliary networks come from: an `app.inference.auxiliary.Auxiliaries`, or
-            anything with its methods.
-        secret: the server's key, for defenses that draw.
+        name: one of `available()`, or `FILE.py:Class` for your own defense.
+        params: the defense's parameters, and `keep_top1: true` to wrap it in `KeepTop1`.
+        bundle: the source of auxiliary networks: an `app.inference.auxiliary.Auxiliaries`, or
+            any object with the same methods.
+        secret: the server's key, for defenses that draw at random.
 
     Raises:
-        DefenseError: unknown defense or parameter, one missing, or a value that is not allowed.
+        DefenseError: the defense or a parameter is unknown, a parameter is missing, or a value is
+            not allowed.
     """
     kind = TABLE[name] if isinstance(name, str) and name in TABLE else from_file(name)
     own = kind.parameters()
@@ -98,7 +99,7 @@ def configure(
 
 
 def from_file(name: str) -> type[Defense]:
-    """The class of `FILE.py:Class`, a defense of one's own.
+    """Load the class of `FILE.py:Class`, a user's own defense.
 
     Raises:
         DefenseError: the name has another form, or there is no such file or defense.
@@ -108,14 +109,14 @@ def from_file(name: str) -> type[Defense]:
         raise DefenseError(
             f"unknown defense {name!r}; allowed: {', '.join(TABLE)}, or FILE.py:Class"
         )
-    # Under its own path, so that each file is one module however often it is asked for.
+    # The module is named after the file's path, so a file is loaded once however often it is used.
     module = f"scumble_defense_{abs(hash(str(Path(file).resolve())))}"
     if module not in sys.modules:
         spec = importlib.util.spec_from_file_location(module, file)
         assert spec is not None  # noqa: S101  # its name ends in .py
         assert spec.loader is not None  # noqa: S101  # same
         loaded = importlib.util.module_from_spec(spec)
-        sys.modules[module] = loaded  # dataclasses look their module up while it is made
+        sys.modules[module] = loaded  # dataclasses look up their module while they are created
         try:
             spec.loader.exec_module(loaded)
         except Exception as exc:
@@ -123,5 +124,5 @@ def from_file(name: str) -> type[Defense]:
             raise DefenseError(f"{file} cannot be loaded: {type(exc).__name__}: {exc}") from exc
     kind = getattr(sys.modules[module], attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Defense)):
-        raise DefenseError(f"{file} has no defense {attribute!r}: a subclass of Defense is needed")
+        raise DefenseError(f"{file} has no subclass of Defense named {attribute!r}")
     return kind

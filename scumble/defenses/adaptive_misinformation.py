@@ -1,8 +1,8 @@
-"""Adaptive Misinformation: unsure answers come from a network that learned to be wrong.
+"""Adaptive Misinformation: a network that was trained to be wrong answers for unsure rows.
 
 Source: Kariyappa, Qureshi, "Defending Against Model Stealing Attacks with Adaptive Misinformation"
 (CVPR 2020), in the form of the baseline of Khaled et al. (ICMLA 2023): the gate is steeper, and
-the victim is not trained to be unsure of foreign images.
+the victim is not trained to be unsure of out-of-distribution images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class AdaptiveMisinformation(AuxiliaryNetworkDefense):
 
     m = max p,  a = 1 / (1 + exp(nu (m - tau))),  y = (1 - a) p + a f(x).
 
-    The predicted class of a replaced row is that of f: it is given up.
+    A replaced row loses its predicted class and gets that of f.
 
     Attributes:
         tau: confidence threshold, 0 (none) to 2; from 1.03 on every row is replaced.
@@ -47,7 +47,7 @@ class AdaptiveMisinformation(AuxiliaryNetworkDefense):
         """The gated rows (N, K).
 
         Raises:
-            ValueError: no images, or the network has other classes.
+            ValueError: there are no images, or the network has another number of classes.
         """
         false = self._ask(probs, inputs)
         if false.dtype != probs.dtype:  # float32 rows do not sum to 1 in float64

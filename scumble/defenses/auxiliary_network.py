@@ -1,4 +1,4 @@
-"""What the defenses have in common that ask an auxiliary network about the same image."""
+"""The base of defenses that run an auxiliary network on the same image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Network = Callable[[Inputs], Probs]
 
 
 def absent(inputs: Inputs) -> Probs:
-    """The network of a defense that was given none.
+    """Stand in for the network of a defense that was made without a bundle.
 
     Raises:
         DefenseError: always.
@@ -26,32 +26,32 @@ def absent(inputs: Inputs) -> Probs:
 class AuxiliaryNetworkDefense(Defense):
     """Base of the defenses with an auxiliary network.
 
-    Every row is asked about, whether its answer is used or not, so time tells nothing.
+    The network runs on every image, whether its row is used or not, so timing reveals nothing.
 
     Attributes:
-        network: images to rows (N, K), a row independent of its batch.
+        network: maps images to rows (N, K); a row does not depend on its batch.
     """
 
     file: ClassVar[str]
-    """Of the bundle."""
+    """The network's file in the bundle."""
 
     output: ClassVar[str]
-    """Of the network."""
+    """The output of the network that is used."""
 
     network: Network = field(default=absent, repr=False)
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:
-        """The defense with its network from `bundle`, as `app.inference.auxiliary` has it.
+        """Make the defense with a network of `bundle`, an `app.inference.auxiliary.Auxiliaries`.
 
         Raises:
-            DefenseError: a parameter is not allowed, or there is no such network.
+            DefenseError: a parameter is not allowed, or the bundle lacks the network.
         """
         defense = cls(**params)
         if not hasattr(bundle, "auxiliary"):
             raise DefenseError(
-                f"{cls.__name__}: needs {cls.file} of a bundle; give "
-                f"bundle=app.inference.auxiliary.Auxiliaries(bundle), not {bundle!r}"
+                f"{cls.__name__} needs {cls.file} of a bundle; pass "
+                f"bundle=app.inference.auxiliary.Auxiliaries(bundle), got {bundle!r}"
             )
         try:
             return replace(defense, network=bundle.auxiliary(cls.file, cls.output))
@@ -62,12 +62,12 @@ class AuxiliaryNetworkDefense(Defense):
         """The network's row for each of `probs`.
 
         Raises:
-            ValueError: no images, or rows of another shape come back.
+            ValueError: there are no images, or the network returns rows of another shape.
         """
         name = type(self).__name__
         if inputs is None:
             raise ValueError(f"{name} needs the images behind the rows, got None")
         rows = self.network(inputs)
         if rows.shape != probs.shape:
-            raise ValueError(f"{name}: {self.file} gave {rows.shape} for rows {probs.shape}")
+            raise ValueError(f"{name}: {self.file} returned {rows.shape} for rows {probs.shape}")
         return rows

@@ -1,4 +1,4 @@
-"""What every defense is: a frozen value that turns clean probabilities into the ones sent out.
+"""The base class of defenses: frozen values that map clean probabilities to the ones sent out.
 
 Shapes: `N` images, `K` classes. A row of `probs` (N, K) is >= 0 and sums to 1 within rounding.
 
@@ -7,7 +7,7 @@ identity (within rounding) at zero strength, and gives a row the same bits whate
 position or repetition.
 It changes neither argument; the result may be `probs` itself, so treat all three as read-only.
 
-A new defense is a file with a subclass here beside, and its line in the table of `__init__.py`.
+To add a defense, put a subclass in a file of this folder and a line in the table of `__init__.py`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class Nodes(Protocol):
-    """Appends nodes to an ONNX graph; values are names, opset 18 says what the operators do.
+    """Appends nodes to an ONNX graph. Values are names; operators are those of opset 18.
 
     Attributes:
         classes: K.
-        clean: the network's own rows (N, K), whatever a defense before this one made of them.
+        clean: the network's own rows (N, K), before any defense.
     """
 
     classes: int
@@ -45,12 +45,12 @@ class Nodes(Protocol):
 
     @property
     def logits(self) -> str | None:
-        """(N, K), what the rows are the softmax of; None where they are no softmax."""
+        """(N, K), what the rows are the softmax of; None if they are not a softmax."""
         ...
 
     @property
     def features(self) -> str | None:
-        """(N, d), the input of the last linear layer; None where none is recognised."""
+        """(N, d), the input of the last linear layer; None if none is recognised."""
         ...
 
     def __call__(
@@ -63,15 +63,16 @@ class Nodes(Protocol):
 def canonical(inputs: Inputs) -> Pixels:
     """The 256-level grid of images, the same for all forms in which they can arrive.
 
-    Whatever a keyed defense draws must be drawn over this. A float tensor has many spellings of one
-    image, such as -0.0 in place of 0.0: each would draw anew, and their mean is the clean answer.
+    A keyed defense must derive all randomness from this. A float tensor can represent one image in
+    many ways, such as -0.0 in place of 0.0: each would get another draw, and the mean of the draws
+    is the clean answer.
 
     Args:
         inputs: uint8 (N, H, W, C), or float (N, C, H, W), whose values are clipped to [0, 1] and
             rounded to the nearest level.
 
     Returns:
-        uint8 (N, H, W, C) in C order; `inputs` itself where it is that.
+        uint8 (N, H, W, C) in C order; `inputs` itself if it has that form.
     """
     if inputs.dtype == np.uint8:
         return np.ascontiguousarray(inputs)
@@ -80,21 +81,21 @@ def canonical(inputs: Inputs) -> Pixels:
 
 
 class DefenseError(ValueError):
-    """A defense or one of its parameters is not allowed; says which, what it was, what is."""
+    """A defense or a parameter is not allowed; the message has its value and what is allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defense(CheckedParameters, ABC):
     """Base of all defenses.
 
-    Subclasses are frozen keyword-only dataclasses whose fields carry the paper's symbols. A field
-    with `repr=False` is supplied by the server (secret, auxiliary model), never by a user.
+    Subclasses are frozen keyword-only dataclasses whose fields are named by the paper's symbols. A
+    field with `repr=False` is supplied by the server (secret, auxiliary model), never by a user.
     """
 
     parameter_error: ClassVar[type[Exception]] = DefenseError
 
     keyed: ClassVar[bool] = False
-    """Whether `build` is to be given the server's secret, as `secret`; see `canonical`."""
+    """Whether `build` gets the server's secret, as `secret`; see `canonical`."""
 
     @abstractmethod
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
@@ -102,7 +103,7 @@ class Defense(CheckedParameters, ABC):
 
         Args:
             probs: clean rows, float32 or float64 (N, K).
-            inputs: the images, uint8 (N, H, W, C) or float (N, C, H, W); None if not at hand.
+            inputs: the images, uint8 (N, H, W, C) or float (N, C, H, W); None if not available.
 
         Returns:
             Rows of the same shape and dtype.
@@ -130,14 +131,14 @@ class Defense(CheckedParameters, ABC):
         return Answered(self(probs, inputs))
 
     def nodes(self, op: Nodes, probs: str) -> str | None:
-        """The same inside a network's graph: equal to `__call__` within 1e-6 (3e-6: lee2018).
+        """`__call__` as nodes of a network's graph, equal within 1e-6 (3e-6 for `lee2018`).
 
         Args:
             op: appends a node.
             probs: clean rows, float32 (N, K).
 
         Returns:
-            The rows to send out, or None (as here) for a defense that cannot be written so.
+            The rows to send out, or None (as here) for a defense that cannot be written as nodes.
         """
         del op, probs
         return None
@@ -147,7 +148,7 @@ class Defense(CheckedParameters, ABC):
 
         Returns:
             The rows to send out, and which are abstained: bool (N, 1), or None for a defense that
-            withholds nothing. None as a whole where it cannot be written so.
+            withholds nothing. None instead of both if it cannot be written as nodes.
         """
         rows = self.nodes(op, probs)
         return None if rows is None else (rows, None)

@@ -1,4 +1,4 @@
-"""Chain: defenses one after the other."""
+"""Chain: several defenses, one after another."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from scumble.defenses.evidence import ABSTAINED, ANSWERED, Answered, Evidence, S
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(Defense):
-    """Each step takes the rows that the one before it gave, and the same images.
+    """Each step gets the rows of the previous step, and the same images.
 
     Attributes:
-        steps: one defense or more; a user writes `[[name, {parameter: value}], ...]`.
+        steps: one or more defenses; a user writes `[[name, {parameter: value}], ...]`.
 
     Raises:
-        DefenseError: no steps, or a step is not a defense.
+        DefenseError: there are no steps, or a step is not a defense.
     """
 
     keyed: ClassVar[bool] = True
@@ -34,7 +34,7 @@ class Chain(Defense):
             or not steps
             or not all(isinstance(step, Defense) for step in steps)
         ):
-            raise self._refusal("steps", "must be one defense or more")
+            raise self._refusal("steps", "must be one or more defenses")
         object.__setattr__(self, "steps", tuple(steps))
 
     @property
@@ -44,7 +44,7 @@ class Chain(Defense):
 
     @property
     def withholds(self) -> bool:
-        """Whether a step does."""
+        """Whether a step withholds rows."""
         return any(step.withholds for step in self.steps)
 
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
@@ -74,7 +74,7 @@ class Chain(Defense):
         return None if found is None else found[0]
 
     def answer_nodes(self, op: Nodes, probs: str) -> tuple[str, str | None] | None:
-        """The same with what is abstained."""
+        """The rows after the last step, and which are abstained."""
         rows, abstained = probs, None
         for step in self.steps:
             found = step.answer_nodes(op, rows)
@@ -90,12 +90,12 @@ class Chain(Defense):
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:
-        """The chain of `steps`, each made by its name; bundle and secret are handed on to each.
+        """Make each of `steps` by its name, with the same bundle and secret.
 
         Raises:
-            DefenseError: says which step, counted from 1, and what is wrong with it.
+            DefenseError: a step is wrong; the message has its number, counted from 1.
         """
-        from scumble.defenses import configure  # here, as the table there imports this module
+        from scumble.defenses import configure  # here, because that package imports this module
 
         secret: bytes = params.get("secret", b"")
         steps = params["steps"]

@@ -1,4 +1,4 @@
-"""Codebook: one of a few fixed rows, chosen by the predicted class and a cell of its probability.
+"""Codebook: one of a few fixed rows, chosen by the predicted class and its probability's cell.
 
 Sources: the quantizer of Tang et al., "ModelGuard: Information-Theoretic Defense Against Model
 Extraction Attacks" (USENIX Security 2024), here with frozen rows; Lloyd, "Least Squares
@@ -30,12 +30,12 @@ class Cells:
     Attributes:
         borders: ascending, (K, m - 1) for cells of each class, (1, m - 1) for cells of all classes.
             The cell is the number of borders below the probability of the predicted class.
-        rows: (K, m, K), what is sent out; (1, m, 1) for its probability of the predicted class,
-            the rest of which the other classes share evenly.
+        rows: (K, m, K), the rows to send out; or (1, m, 1), the probability of the predicted
+            class, of which the other classes share the rest evenly.
 
     Raises:
-        DefenseError: another shape, borders not ascending, or rows that are not probabilities with
-            their own class ahead.
+        DefenseError: the shapes do not match, borders are not ascending, or rows are not
+            probabilities that are largest for their own class.
     """
 
     borders: Float32
@@ -58,12 +58,12 @@ class Cells:
         if not (sound and (np.diff(self.borders, axis=1) >= 0).all()):
             raise DefenseError(
                 "the codebook is malformed; allowed: ascending borders, and rows of probabilities "
-                "whose own class is ahead"
+                "that are largest for their own class"
             )
 
     @property
     def classwise(self) -> bool:
-        """Whether each class has cells and whole rows of its own."""
+        """Whether each class has its own cells and rows."""
         return len(self.rows) > 1
 
 
@@ -71,15 +71,15 @@ class Cells:
 class Codebook(Defense):
     """y = row(c, j), c the arg-max of p (the first maximum), j the number of borders below p_c.
 
-    Whoever has the answer knows c and j, and nothing else of p: log2(K m) bits at most.
+    The answer reveals c and j, and nothing else about p: at most log2(K m) bits.
 
     Attributes:
-        cells: m, 1 to 16; the bundle has rows for some of them.
+        cells: m, 1 to 16; a bundle has rows for some of these numbers.
         form: "classwise": the mean rows of each class's cells. "pooled": cells of all classes
-            together, the mean probability of the predicted class, the rest even. "calibrated": the
-            same with the share of right answers in the cell as that probability. "auto":
-            class-wise where the bundle has that, else pooled.
-        stored: the rows; from the bundle.
+            together, with the mean probability of the predicted class and the rest spread evenly.
+            "calibrated": the same, with the share of correct answers in the cell as that
+            probability. "auto": classwise if the bundle has it, else pooled.
+        stored: the rows, from the bundle.
     """
 
     cells: int = 4
@@ -92,16 +92,16 @@ class Codebook(Defense):
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:
-        """The defense with its rows from `bundle`, as `app.inference.auxiliary` has it.
+        """Make the defense with its rows from `bundle`, an `app.inference.auxiliary.Auxiliaries`.
 
         Raises:
-            DefenseError: a parameter is not allowed, or the bundle has no such rows.
+            DefenseError: a parameter is not allowed, or the bundle lacks the rows.
         """
         defense = cls(**params)
         if not hasattr(bundle, "codebook"):
             raise DefenseError(
-                "Codebook: needs the codebook of a bundle; give "
-                f"bundle=app.inference.auxiliary.Auxiliaries(bundle), not {bundle!r}"
+                "Codebook needs the codebook of a bundle; pass "
+                f"bundle=app.inference.auxiliary.Auxiliaries(bundle), got {bundle!r}"
             )
         try:
             codebook = bundle.codebook()
@@ -118,7 +118,7 @@ class Codebook(Defense):
         """Stored rows (N, K).
 
         Raises:
-            ValueError: rows of another number of classes than the codebook's.
+            ValueError: the rows have another number of classes than the codebook.
         """
         del inputs
         stored = self._stored()
@@ -126,7 +126,7 @@ class Codebook(Defense):
         if stored.classwise and classes != len(stored.rows):
             raise ValueError(f"Codebook has {len(stored.rows)} classes; the rows have {classes}")
         top = probs.argmax(axis=1)
-        # In float32, as in the graph: a border must not fall between two precisions of one value.
+        # In float32, as in the graph, so that both compare the same value with the borders.
         sure = probs.max(axis=1).astype(np.float32) if classes else np.empty(n, np.float32)
         own = top if stored.classwise else np.zeros(n, np.intp)
         cell = (sure[:, None] > stored.borders[own]).sum(axis=1)
@@ -165,12 +165,12 @@ class Codebook(Defense):
 
     def _stored(self) -> Cells:
         if self.stored is None:
-            raise DefenseError("Codebook: has no rows; make it with a bundle")
+            raise DefenseError("Codebook has no rows; make it with a bundle")
         return self.stored
 
 
 def find(codebook: Mapping[str, Mapping[str, Any]], form: Form, cells: int) -> Cells:
-    """The rows of one form and number of cells in a codebook's document.
+    """The rows of one form and number of cells in a codebook document.
 
     Args:
         codebook: {form: {m: {"borders": ..., "rows": ...}}}.
@@ -178,13 +178,13 @@ def find(codebook: Mapping[str, Mapping[str, Any]], form: Form, cells: int) -> C
         cells: m.
 
     Raises:
-        DefenseError: it has none; the message says which it has.
+        DefenseError: it lacks them; the message lists those that it has.
     """
     found = codebook.get(form, {}).get(str(cells))
     if found is None:
         there = "; ".join(f"{name}: {', '.join(sizes)}" for name, sizes in codebook.items())
         raise DefenseError(
-            f"the bundle has no {form} codebook with {cells} cells; there: {there or 'none'}"
+            f"the bundle has no {form} codebook with {cells} cells; available: {there or 'none'}"
         )
     try:
         borders, rows = (np.asarray(found[name], np.float32) for name in ("borders", "rows"))

@@ -27,11 +27,11 @@ class DCP(Defense):
     m = max p,  a = 1 / (1 + exp(nu (m - beta))),  r_i = beta (s(gamma ln o_i) - 1/2),
     y_i ~ p_i - a r_i,  s the logistic function.
 
-    The work is the same whether a row is perturbed or not, so time does not tell which were.
+    The work is the same whether a row is perturbed or not, so timing does not reveal which were.
 
     Attributes:
-        beta: strength and confidence threshold in one, 0 (none) to 10; from 1 on every row moves.
-        gamma: slope, 0 to 10; the paper takes 0.2, and 0.1 for CIFAR-100.
+        beta: strength and confidence threshold at once, 0 (none) to 10; from 1 on every row moves.
+        gamma: slope, 0 to 10; the paper uses 0.2, and 0.1 for CIFAR-100.
         nu: steepness of the gate, 1 to 1e6; the gate is m = beta +- 0.03 wide at 1000.
         mode: "reference": odds clamped as the published code does, a row with m >= 1/2 keeps its
             top-1 up to beta 1. "lee2018": the original odds behind the same gate.
@@ -54,8 +54,8 @@ class DCP(Defense):
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
         """The gated rows (N, K)."""
         del inputs
-        # a = (1 - tanh(nu (m - beta) / 2)) / 2 does not overflow; in float64, as nu magnifies
-        # rounding. Python's scalars beat six numpy calls at the batch sizes of a service.
+        # a = (1 - tanh(nu (m - beta) / 2)) / 2 does not overflow. It is computed in float64, as nu
+        # magnifies rounding. At a service's batch sizes, Python scalars beat six numpy calls.
         beta, slope, scale = self.beta, self.nu / 2, self.beta / 4
         gates = [
             (1 - tanh(slope * (m - beta))) * scale
@@ -67,8 +67,8 @@ class DCP(Defense):
     def nodes(self, op: Nodes, probs: str) -> str:
         """The gated rows, in float32."""
         top = op("ReduceMax", probs, np.array([1]), keepdims=1)
-        # m - beta first, and then its rounding, so that nu magnifies no error. The clip never cuts:
-        # it keeps optimisers from folding the subtraction into the product, which would.
+        # Subtract beta and then its rounding error, so that nu magnifies neither. The clip changes
+        # nothing: it keeps optimisers from folding the subtraction into the product.
         near = float(np.float32(self.beta))
         over = op("Clip", op("Sub", top, near), -16.0, 16.0)
         gate = op("Tanh", op("Mul", op("Sub", over, self.beta - near), self.nu / 2))

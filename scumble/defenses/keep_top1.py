@@ -1,4 +1,4 @@
-"""The guard that keeps the predicted class, whatever the defense inside does."""
+"""A wrapper that keeps the predicted class, whatever the wrapped defense does."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ class KeepTop1(Defense):
     """y' = p + t (y - p) per row, with the largest t in [0, 1] that keeps the arg-max of p.
 
     For class j with gap g = p_top - p_j and approach s = (y_j - p_j) - (y_top - p_top), the top
-    stays above j while t s < g: t is the least g / s. Rows that keep their arg-max stay y. Where
-    rounding leaves no room (two top classes equal to the last bits) t is 0, the clean row.
+    stays above j while t s < g, so t is the least g / s. Rows that keep their arg-max stay y. If
+    two top classes differ by rounding only, t is 0: the clean row.
 
     Attributes:
-        defense: whose rows y are guarded.
+        defense: the wrapped defense, which gives y.
     """
 
     defense: Defense
 
     @property
     def needs(self) -> frozenset[Score]:
-        """Those of the defense inside."""
+        """Those of the wrapped defense."""
         return self.defense.needs
 
     @property
     def withholds(self) -> bool:
-        """Whether the defense inside does."""
+        """Whether the wrapped defense withholds rows."""
         return self.defense.withholds
 
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:

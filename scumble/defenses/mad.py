@@ -30,7 +30,7 @@ class MAD(AuxiliaryNetworkDefense):
     G_k is the gradient of log softmax_k with respect to the surrogate's last linear layer, and
     y* maximises 1 - cos(G^T y*, G^T p); t = min(1, epsilon / |p - y*|_1).
 
-    No gradient is needed for that. With h the input of the last layer, s = softmax(W h + b) the
+    This needs no gradient. With h the input of the last layer, s = softmax(W h + b) the
     surrogate's answer and e_k one-hot, d log softmax_k / d(logits) = e_k - s, so
 
         G_k = (e_k - s) [h, 1]^T,    G^T y = (y - s) [h, 1]^T    for any y that sums to 1,
@@ -40,10 +40,10 @@ class MAD(AuxiliaryNetworkDefense):
     is 0 the cosine counts as 0.
 
     Attributes:
-        epsilon: most the L1 distance can be, 0 (none) to 2.
-        keep: "none": y* is one-hot (of equal ones the last); the predicted class can change.
+        epsilon: bound on the L1 distance, 0 (none) to 2.
+        keep: "none": y* is one-hot (ties go to the last class); the predicted class can change.
             "argmax": y* is an extreme point of the rows with the same predicted class c as p, that
-            is, uniform over a set of classes with c in it. All sets are tried up to 10 classes;
+            is, uniform over a set of classes that contains c. Up to 10 classes all sets are tried;
             above, the class that gains most is added while one gains. c stays a maximum.
 
     Raises:
@@ -64,7 +64,7 @@ class MAD(AuxiliaryNetworkDefense):
         """The poisoned rows (N, K).
 
         Raises:
-            ValueError: no images, or the network has other classes.
+            ValueError: there are no images, or the network has another number of classes.
         """
         s = self._ask(probs, inputs).astype(np.float64)
         move = probs - s  # float64: confident rows differ in their last digits
@@ -90,8 +90,8 @@ class MAD(AuxiliaryNetworkDefense):
 def one_hot_cosines(s: Rows, move: Rows) -> Rows:
     """cos(e_k - s, move) |move| (N, K) for every class k.
 
-    A sum over all classes but k is the whole sum without k's term, but for a class above 1/2: where
-    s is nearly one-hot, nothing would be left of e_k - s, so there the others are summed up.
+    The sum over all classes but k is the total minus the term of k, except for a class above 1/2:
+    where s is nearly one-hot, this would cancel, so the other classes are summed directly.
     """
     sure = np.flatnonzero(np.maximum.reduce(s, axis=1) > 0.5)
     top = sure, s[sure].argmax(axis=1)
@@ -109,10 +109,10 @@ def one_hot_cosines(s: Rows, move: Rows) -> Rows:
 
 
 def best_set(s: Rows, move: Rows, top: npt.NDArray[np.intp], cosines: Rows) -> Rows:
-    """The uniform row over the set of classes around `top` with the least cosine: all are tried."""
+    """The uniform row over the set of classes with `top` that has the least cosine, of all sets."""
     n, classes = s.shape
     rows = np.arange(n)
-    # Class c first, then the others: set number b holds those whose bit is set in b.
+    # Class c first, then the others: set number b contains those whose bit is set in b.
     order = np.argsort(np.arange(classes) != top[:, None], axis=1, kind="stable")
     s_sums, move_sums = (
         _subset_sums(np.take_along_axis(values, order, axis=1)) for values in (s, move)
@@ -129,7 +129,7 @@ def best_set(s: Rows, move: Rows, top: npt.NDArray[np.intp], cosines: Rows) -> R
 
 
 def grown_set(s: Rows, move: Rows, top: npt.NDArray[np.intp], cosines: Rows) -> Rows:
-    """The same, the set grown from `top` by the class that lowers the cosine most."""
+    """The same, with a set that grows from `top` by the class that lowers the cosine most."""
     n, classes = s.shape
     rows = np.arange(n)
     member = np.zeros(s.shape, bool)
@@ -169,13 +169,13 @@ def _subset_sums(values: Rows) -> Rows:
 
 @cache
 def _set_sizes(classes: int) -> Rows:
-    """(2^(K-1),): how many classes each of those sets has."""
+    """(2^(K-1),): the number of classes in each of those sets."""
     sizes: Rows = _subset_sums(np.ones((1, classes)))[0]
     return sizes
 
 
 def _ratio(product: Rows, norm2: Rows) -> Rows:
-    """The quotient product / sqrt(norm2), 0 where nothing is left of the norm."""
+    """The quotient product / sqrt(norm2); 0 where the norm is 0."""
     out = np.zeros_like(product)
     np.divide(product, np.sqrt(np.maximum(norm2, 0)), out=out, where=norm2 > 0)
     return out

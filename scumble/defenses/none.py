@@ -1,4 +1,4 @@
-"""No defense: the clean rows, and the default."""
+"""No defense: the clean rows. This is the default."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class NoDefense(Defense):
     """y = p, the same array."""
 
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
-        """The clean rows (N, K), as they came."""
+        """The clean rows (N, K), unchanged."""
         del inputs
         return probs
 
     def nodes(self, op: Nodes, probs: str) -> str:
-        """The clean rows, and no node."""
+        """The clean rows, without any node."""
         del op
         return probs

@@ -14,7 +14,7 @@ _NUMBER = int | float | np.integer | np.floating
 class CheckedParameters:
     """Base of frozen dataclasses that check their fields in `__post_init__`.
 
-    No check takes a bool for a number.
+    No check accepts a bool as a number.
     """
 
     parameter_error: ClassVar[type[Exception]] = ValueError
@@ -51,7 +51,7 @@ class CheckedParameters:
         object.__setattr__(self, field, tuple(kind(part) for part in value))
 
     def _refusal(self, field: str, rule: str) -> Exception:
-        """The error for a field: its name, what is allowed, and its value."""
+        """The error for a field, with its name, what is allowed, and its value."""
         message = f"{type(self).__name__}: {field} {rule}, got {getattr(self, field)!r}"
         return self.parameter_error(message)
 

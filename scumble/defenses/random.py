@@ -1,7 +1,7 @@
-"""Random: some mass moved to a wrong class, the same one each time the same image is asked.
+"""Random: moves some mass to a wrong class, the same one whenever the same image is sent.
 
-Source: the Random baseline of Khaled et al. (ICMLA 2023). There the class is drawn anew per answer,
-so asking twice and averaging undoes it; here a keyed hash of the image draws it.
+Source: the Random baseline of Khaled et al. (ICMLA 2023). There the class is drawn for each answer,
+so averaging repeated answers undoes it; here it is derived from a keyed hash of the image.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import numpy as np
 
 from scumble.defenses.base import Defense, DefenseError, Inputs, Probs, canonical
 
-_PURPOSE = b"scumble.random"  # the secret may serve other uses; their hashes must not meet
+_PURPOSE = b"scumble.random"  # keeps these hashes distinct from other uses of the secret
 
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Defense):
     """y = (1 - epsilon/2) p + (epsilon/2) e_k, k uniform over the classes other than arg-max p.
 
-    k depends on the secret and the 256-level grid of the row's image alone (the clean row where
-    there is no image): every replica with the secret gives the same answer, and so does every form
-    in which the image can be sent. |y - p|_1 <= epsilon.
+    k depends only on the secret and the 256-level grid of the row's image (or the clean row, if
+    there is no image): every replica with the same secret gives the same answer, and so does every
+    form in which the image can be sent. |y - p|_1 <= epsilon.
     With a single class y = p.
 
     Attributes:
-        epsilon: most the L1 distance can be, 0 (none) to 2.
-        secret: the server's key, any length. Without it whoever reads this file can compute k.
+        epsilon: bound on the L1 distance, 0 (none) to 2.
+        secret: the server's key, of any length. Without one, anyone can compute k.
 
     Raises:
         DefenseError: a parameter is of the wrong type or out of range.
@@ -53,7 +53,7 @@ class Random(Defense):
         n, classes = probs.shape
         if classes == 1:
             return probs
-        # Adding 0.0 leaves no -0.0, which would be another row of the same probabilities.
+        # Adding 0.0 turns -0.0 into 0.0, so that equal probabilities have equal bytes.
         source = probs.astype(np.float64, "C") + 0.0 if inputs is None else canonical(inputs)
         if len(source) != n:
             raise ValueError(f"{n} rows, but {len(source)} inputs")

@@ -22,7 +22,7 @@ LEE_FLOOR = 1e-9  # and of the probability, in the form without clamped odds
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseSigmoid(Defense):
-    """Every row, moved by a reversed sigmoid.
+    """Moves every row by a reversed sigmoid.
 
     r_i = beta (s(gamma ln o_i) - 1/2),  y_i ~ p_i - r_i,  s the logistic function.
 
@@ -59,8 +59,9 @@ class ReverseSigmoid(Defense):
 def perturb(probs: Probs, half: float | Probs, gamma: float, odds: Odds) -> Probs:
     """Rows p - 2 half (s(gamma ln o) - 1/2), renormalised.
 
-    Uses s(z) - 1/2 = tanh(z/2)/2, which neither overflows nor cancels. Clamping the odds to 1 is
-    clamping p to 1/2, so neither form divides by zero, and float32 suffices for the clamped one.
+    Uses s(z) - 1/2 = tanh(z/2)/2, which neither overflows nor cancels. Clamping the odds to 1 means
+    clamping p to 1/2, so neither form divides by zero, and the clamped one is exact enough in
+    float32.
 
     Args:
         probs: float (N, K).
@@ -71,9 +72,9 @@ def perturb(probs: Probs, half: float | Probs, gamma: float, odds: Odds) -> Prob
     Returns:
         A new array (N, K) of the dtype of `probs`.
     """
-    if probs.shape[1] == 1:  # nothing to hide, and "lee2018" could leave nothing to normalise
+    if probs.shape[1] == 1:  # the only row is 1, and "lee2018" could leave a sum of 0
         return np.ones_like(probs)
-    # One buffer goes through every step. Clip by two ufuncs: np.clip costs more than both.
+    # All steps share one buffer. Two ufuncs clip faster than np.clip.
     if odds == "clamped":
         y = np.minimum(probs, 0.5)
         np.maximum(y, FLOOR, out=y)
@@ -109,7 +110,7 @@ def perturb_nodes(op: Nodes, probs: str, half: float | str, gamma: float, odds: 
         p = op("Clip", probs, FLOOR, 0.5)
         rest = op("Sub", 1.0, p)
     else:
-        # Clipping p to [f, 1-f] clips 1-p to the same, which float32 cannot say of p near 1.
+        # Clip p and 1-p separately: in float32 the bound 1-f of p would be 1.
         p = op("Clip", probs, LEE_FLOOR, 1.0)
         rest = op("Clip", op("Sub", 1.0, probs), LEE_FLOOR, 1.0)
     turned = op("Tanh", op("Mul", op("Log", op("Div", p, rest)), gamma / 2))

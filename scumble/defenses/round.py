@@ -11,10 +11,10 @@ from scumble.defenses.base import Defense, Inputs, Probs
 
 @dataclass(frozen=True, kw_only=True)
 class Round(Defense):
-    """y_i = c_i / 10^decimals, c whole numbers that sum to 10^decimals.
+    """y_i = c_i / 10^decimals, with integers c that sum to 10^decimals.
 
-    Largest remainders: c_i = floor(p_i 10^decimals), and the units still missing go to the largest
-    remainders (of equal ones to the lower index). p_i > p_j never gives y_i < y_j, but can give
+    This is the largest remainder method: c_i = floor(p_i 10^decimals), and the missing units go to
+    the largest remainders (ties to the lower index). p_i > p_j never gives y_i < y_j, but can give
     y_i = y_j, and then the first maximum may be another class.
 
     Attributes:
@@ -33,13 +33,13 @@ class Round(Defense):
         """The rounded rows (N, K)."""
         del inputs
         units = 10.0**self.decimals
-        # Normalised in float64 first: a row that is 1e-7 off 1 would be 10 units off at 8 decimals.
+        # Normalise in float64 first: a sum that is 1e-7 off would be 10 units off at 8 decimals.
         scaled = probs.astype(np.float64)
         scaled *= units / np.add.reduce(scaled, axis=1, keepdims=True)
         count = np.floor(scaled)
         missing = units - np.add.reduce(count, axis=1, keepdims=True)
-        # Scaling can make two neighbouring floats equal: the clean value then decides, so that
-        # order holds. lexsort is stable, so what is still equal stays in the order of the index.
+        # Scaling can make two neighbouring floats equal; the clean value then decides, which keeps
+        # the order. lexsort is stable, so remaining ties keep the order of the index.
         order = np.lexsort((-probs, count - scaled), axis=1)
         rows = np.arange(len(probs))[:, None]
         count[rows, order] += np.arange(probs.shape[1]) < missing

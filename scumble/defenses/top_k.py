@@ -1,4 +1,4 @@
-"""Top-k: the k largest probabilities, nothing about the rest."""
+"""Top-k: the k largest probabilities, and nothing about the others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from scumble.defenses.base import Defense, Inputs, Probs
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Defense):
-    """y_i ~ p_i for the k largest (of equal ones the lower index), 0 for the rest.
+    """y_i ~ p_i for the k largest (ties go to the lower index), 0 for the others.
 
     Attributes:
-        k: how many to keep, 1 to 1,000,000; from K on the rows stay as they are.
+        k: how many to keep, 1 to 1,000,000; with K or more, rows do not change.
 
     Raises:
         DefenseError: the parameter is of the wrong type or out of range.

@@ -44,26 +44,52 @@ RUNS = Path("runs/evaluate")
     "plans",
     multiple=True,
     type=click.Choice(list(PLANS)),
-    help="Run these cells; else the one cell that the other options describe.",
+    help="Run the cells of a plan instead of the one that the other options describe.",
 )
-@click.option("--victim", default="mnist", show_default=True, help="Bundle or folder of one.")
-@click.option("--precision", type=click.Choice(["float32", "int8"]), default="float32")
+@click.option(
+    "--victim", default="mnist", show_default=True, help="Name of a bundle, or its folder."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Precision of the victim.",
+)
 @click.option(
     "--defense",
     default="none",
     show_default=True,
-    help="Name, or FILE.py:Class of your own defense.",
+    help="Name of a defense, or FILE.py:Class of your own.",
 )
 @click.option("--params", default="{}", metavar="JSON", help="Parameters of the defense.")
-@click.option("--url", help="A defended service that already runs, in place of --defense.")
-@click.option("--attack", default="knockoff", show_default=True)
-@click.option("--adapt", default="", metavar="A,B")
-@click.option("--set", "changes", multiple=True, metavar="NAME.FIELD=VALUE")
-@click.option("--budget", type=click.IntRange(min=1), default=20_000, show_default=True)
+@click.option("--url", help="A defended service that is already running, instead of --defense.")
+@click.option("--attack", default="knockoff", show_default=True, help="The attack.")
+@click.option("--adapt", default="", metavar="A,B", help="Modifiers of an adaptive attacker.")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="NAME.FIELD=VALUE",
+    help="Set a field of the attack, its fit or a modifier, e.g. fit.epochs=5; repeatable.",
+)
+@click.option(
+    "--budget",
+    type=click.IntRange(min=1),
+    default=20_000,
+    show_default=True,
+    help="Number of images to query.",
+)
 @click.option("--queries", help="Data set of the attacker.  [default: the victim's in the paper]")
 @click.option("--test", help="Data set to measure on.  [default: the victim's]")
-@click.option("--profile", type=click.Choice(["cpu", "paper"]), default="cpu", show_default=True)
-@click.option("--transport", default="pixels", show_default=True)
+@click.option(
+    "--profile",
+    type=click.Choice(["cpu", "paper"]),
+    default="cpu",
+    show_default=True,
+    help="Defaults of the attack: sized for two cores, or as published.",
+)
+@click.option("--transport", default="pixels", show_default=True, help="How images are sent.")
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
@@ -80,24 +106,33 @@ RUNS = Path("runs/evaluate")
     "--jobs",
     type=click.IntRange(min=1),
     default=len(os.sched_getaffinity(0)),
-    help="Cells at a time.  [default: one per core]",
+    help="Number of cells that run in parallel.  [default: one per core]",
 )
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Of torch, per cell.",
+    help="Number of torch threads per cell.",
 )
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=RESULTS,
     show_default=True,
-    help="Folder of the records; cells that have one are not run.",
+    help="Folder of the records; cells that have a record are not run.",
 )
-@click.option("--i-have-the-owners-consent", "consented", is_flag=True)
-@click.option("--owner-token", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--i-have-the-owners-consent",
+    "consented",
+    is_flag=True,
+    help="Required, with --owner-token, for a --url on any host but this machine.",
+)
+@click.option(
+    "--owner-token",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with the token that the owner gave you.",
+)
 @click.pass_context
 def evaluate(
     ctx: click.Context,
@@ -112,7 +147,7 @@ def evaluate(
     owner_token: Path | None,
     **options: str,
 ) -> None:
-    """Judge defenses: steal from real servers and measure what was lost, on both sides."""
+    """Measure defenses: attack real servers, and record what attackers gain and users lose."""
     headers = None
     try:
         if options["url"]:
@@ -189,10 +224,10 @@ def run_cells(
 
 
 def planned(ctx: click.Context, plans: tuple[str, ...], options: dict[str, str]) -> list[Cell]:
-    """The cells of the plans, as `--profile` has them.
+    """The cells of the plans, with the given profile.
 
     Raises:
-        click.UsageError: another option of a cell was given, which would change nothing.
+        click.UsageError: another option of a cell was given, which would have no effect.
     """
     given = [
         parameter.opts[0]
@@ -201,7 +236,7 @@ def planned(ctx: click.Context, plans: tuple[str, ...], options: dict[str, str])
         and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
     ]
     if given:
-        raise click.UsageError(f"--plan has cells of its own: leave out {', '.join(given)}")
+        raise click.UsageError(f"--plan defines its own cells; remove {', '.join(given)}")
     cells = [cell for name in plans for cell in PLANS[name]()]
     return [published(cell) for cell in cells] if options["profile"] == "paper" else cells
 
@@ -239,7 +274,7 @@ def seeded(cells: list[Cell], seeds: int) -> list[Cell]:
 
 
 def done(path: Path) -> bool:
-    """Whether a whole record is there."""
+    """Whether a complete record exists."""
     try:
         read(path)
     except BadRecord:

@@ -168,7 +168,7 @@ def parameters(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ConfigError(f"invalid parameter {text!r}; needed: KEY=VALUE such as beta=1.2")
+            raise ConfigError(f"invalid parameter {text!r}; allowed: KEY=VALUE such as beta=1.2")
         if key in found:
             raise ConfigError(f"parameter {key} is given twice; allowed: once")
         try:

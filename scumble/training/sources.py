@@ -39,7 +39,7 @@ def torchvision_model(name: str, classes: int) -> nn.Module:
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise ExportError(f"no torchvision classifier {name!r}; there: {', '.join(known)}")
+        raise ExportError(f"no torchvision classifier {name!r}; available: {', '.join(known)}")
     net: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes)
     return net
 

@@ -131,7 +131,7 @@ def settings(models, **overrides) -> Settings:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model": "huge"}, "no model 'huge' in .*there: tiny"),
+        ({"model": "huge"}, "no model 'huge' in .*available: tiny"),
         ({"defense": "magic"}, "unknown defense 'magic'.*dcp"),
         ({"defense": "dcp"}, "dcp needs the parameter 'beta'"),
         ({"defense": "dcp", "defense_params": {"beta": 1, "betta": 2}}, "no parameter 'betta'"),
@@ -166,7 +166,7 @@ def test_a_card_names_files_of_its_own_folder_only(own_models, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["../other", "../models/tiny", ".", "..", "/", "tiny/", "a\0b"])
 def test_a_model_is_a_folder_of_the_model_folder(models, tmp_path, name):
-    with pytest.raises(BundleError, match="there: tiny"):
+    with pytest.raises(BundleError, match="available: tiny"):
         copy_bundle(settings(models, model=name), tmp_path / "copy")
     assert list(tmp_path.iterdir()) == []
 

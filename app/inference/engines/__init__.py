@@ -1,7 +1,7 @@
-"""Engines run a bundle's ONNX file: a batch in, probabilities out.
+"""Engines run a bundle's ONNX file: they map a batch of images to probabilities.
 
-One small file per engine, each with `load(model, *, threads, precision)`. The table names modules
-and not functions, so that an engine's library is imported only when that engine is chosen.
+Each engine is a file with `load(model, *, threads, precision)`. The table has names of modules
+rather than functions, so that an engine's library is imported only when that engine is chosen.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = [
 Batch = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 Probs = npt.NDArray[np.float32]
 
-# Sizes that an engine may be compiled for one by one: few, as each takes memory and time.
+# Batch sizes that an engine may be compiled for. They are few, as each takes memory and time.
 FAST = (1, 2, 4, 8, 16)
 
 
 class Engine(Protocol):
     """A loaded network.
 
-    Takes uint8 (N, H, W, C) pixels, or, for a graph cut open at `tensor` (`app.inference.graph`),
-    float32 (N, C, H, W) in [0, 1]. Gives float32 (N, K) probabilities. A row does not depend on its
-    batch.
+    Takes uint8 (N, H, W, C) pixels or, for a graph with the input `tensor` (`app.inference.graph`),
+    float32 (N, C, H, W) in [0, 1]. Returns float32 (N, K) probabilities. A row does not depend on
+    the rest of the batch.
     """
 
     def __call__(self, batch: Batch, /) -> Probs:
@@ -42,7 +42,7 @@ class Engine(Protocol):
     def prepare(self, sizes: Iterable[int], /) -> None:
         """Compile for batches of these sizes; may run on another thread.
 
-        From the first such call on, no batch waits for anything to be compiled.
+        After the first call, no batch waits for compilation.
         """
         ...
 
@@ -51,17 +51,17 @@ class Loader(Protocol):
     """`load` of an engine module."""
 
     def __call__(self, model: bytes, /, *, threads: int, precision: Precision) -> Engine:
-        """Compile the ONNX bytes for `threads` threads; ConfigError where it cannot."""
+        """Compile the ONNX bytes for `threads` threads; ConfigError if that is impossible."""
         ...
 
 
 def size_within(n: int) -> int:
-    """The largest of the `FAST` sizes that `n` images fill."""
+    """The largest of the `FAST` sizes that is at most `n`."""
     return max(size for size in FAST if size <= max(n, 1))
 
 
 def parts(n: int) -> list[int]:
-    """The `FAST` sizes in which `n` images run, largest first: 13 in 8, 4 and 1."""
+    """The `FAST` sizes in which `n` images run, largest first: 13 as 8, 4 and 1."""
     sizes = []
     while n:
         sizes.append(size_within(n))

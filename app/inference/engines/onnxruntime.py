@@ -11,7 +11,7 @@ from app.errors import ConfigError
 from app.inference.engines import Batch, Probs
 from app.precision import Precision
 
-# The library derives them from Exception only; these are what a bad or unsupported file raises.
+# What a bad or unsupported file raises; the library has no common base class for them.
 REFUSALS = (
     state.Fail,
     state.InvalidArgument,
@@ -20,7 +20,7 @@ REFUSALS = (
     state.NotImplemented,
     state.RuntimeException,
 )
-ERROR = 3  # log severity: warnings are for whoever makes a model
+ERROR = 3  # log severity: warnings matter only to the author of a model
 
 
 class OnnxRuntime:
@@ -37,14 +37,14 @@ class OnnxRuntime:
         return probs
 
     def prepare(self, sizes: Iterable[int], /) -> None:
-        """Nothing: a session takes any number of images as it is."""
+        """Does nothing: a session takes batches of any size."""
 
 
 def load(model: bytes, /, *, threads: int, precision: Precision) -> OnnxRuntime:
     """A session with `threads` threads.
 
     Raises:
-        ConfigError: bf16, or ONNX Runtime cannot read or run the model.
+        ConfigError: the precision is bf16, or ONNX Runtime cannot read or run the model.
     """
     if precision == "bf16":
         raise ConfigError(
@@ -54,9 +54,9 @@ def load(model: bytes, /, *, threads: int, precision: Precision) -> OnnxRuntime:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = ERROR
-    # A spinning thread would take the core from the other workers.
+    # A spinning thread would take processor time from the other workers.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Without VNNI int8 would saturate: exact sums, by wider steps where the processor needs them.
+    # Without VNNI int8 sums would saturate; this computes them exactly, in wider types if needed.
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,10 +1,10 @@
-"""OpenVINO: the fastest engine measured. Loads the same ONNX files, int8 included.
+"""OpenVINO: the fastest engine measured. It loads the same ONNX files, int8 included.
 
-A network that takes any number of images prepares itself anew for each batch of another size than
-the one before, which takes as long as several images do. So there is none: a form is compiled for
-each of the sizes `FAST`, and a batch of another size is run in parts. Whoever prepares the engine
-decides which forms are compiled, and when: no batch compiles any after that, as it may run on the
-event loop. Without, each form is compiled when it is first run.
+A network with a dynamic batch size is set up again whenever the size changes, which takes as long
+as several images. Instead, a form of the network is compiled for each of the sizes `FAST`, and a
+batch of another size runs in parts. `prepare` decides which forms are compiled and when; after it,
+no batch compiles a form, as batches may run on the event loop. If it is never called, each form is
+compiled when it is first needed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-# With `import openvino` comes its converter, which nobody here needs and which reports the import
-# to an analytics service over the network, on a thread and in a forked process.
+# `import openvino` also imports its converter, which is not needed here and which reports the
+# import to an analytics service, on a thread and in a forked process.
 CONVERTER = "openvino.tools.ovc"
 if "openvino" not in sys.modules:
-    sys.modules[CONVERTER] = None  # type: ignore[assignment]  # Python's way to say: cannot be found
+    sys.modules[CONVERTER] = None  # type: ignore[assignment]  # makes its import fail
 try:
     import openvino as ov
     from openvino import properties as key
 finally:
     if sys.modules.get(CONVERTER, sys) is None:
-        del sys.modules[CONVERTER]  # whoever imports it by name may have it
+        del sys.modules[CONVERTER]  # other code may still import it
 
 from app.errors import ConfigError  # noqa: E402  # see above
 from app.inference.engines import FAST, Batch, Probs, size_within  # noqa: E402  # see above
@@ -36,7 +36,7 @@ from app.precision import Precision  # noqa: E402  # see above
 
 log = logging.getLogger("scumble")
 
-# OpenVINO would take bf16 for float32 on processors that have it; int8 layers stay int8 under f32.
+# By default OpenVINO computes float32 in bf16 on some processors; int8 layers stay int8 under f32.
 HINTS: dict[Precision, ov.Type] = {
     "float32": ov.Type.f32,
     "int8": ov.Type.f32,
@@ -53,16 +53,16 @@ class Form:
         self._answers: Probs = self._request.get_output_tensor().data
 
     def filled(self, batch: Batch) -> Probs:
-        """Probabilities of each image, copied into the form's own memory: no tensor for a call."""
+        """Probabilities of each image, which is copied to the form's input tensor."""
         self._images[...] = batch
         self._request.infer()
         return self._answers
 
     def lent(self, batch: Batch) -> Probs:
-        """The same without a copy of the images, which pays where they are many.
+        """The same without copying the images, which pays for large batches.
 
         Args:
-            batch: contiguous and writable: OpenVINO does not borrow other memory.
+            batch: contiguous and writable, as OpenVINO shares no other memory.
         """
         self._request.set_input_tensor(ov.Tensor(batch, shared_memory=True))
         self._request.infer()
@@ -70,7 +70,12 @@ class Form:
 
 
 class OpenVino:
-    """A model for any batch, with the forms that it begins with."""
+    """An engine for batches of any size.
+
+    Args:
+        compiled_for: compiles the network for a batch size.
+        forms: the forms that are compiled already, by batch size.
+    """
 
     def __init__(
         self, compiled_for: Callable[[int], ov.CompiledModel], forms: dict[int, Form]
@@ -97,7 +102,7 @@ class OpenVino:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def prepare(self, sizes: Iterable[int], /) -> None:
-        """Compile their forms."""
+        """Compile the forms of these sizes."""
         self._prepared = True
         with self._compiling:
             for size in sizes:
@@ -105,11 +110,11 @@ class OpenVino:
 
     @property
     def sizes(self) -> list[int]:
-        """Those that are compiled."""
+        """The sizes that are compiled."""
         return sorted(self._forms)
 
     def _size(self, n: int) -> int:
-        """Of the form that takes the most of `n` images."""
+        """The size of the largest form that `n` images fill."""
         size = size_within(n)
         if not self._prepared:
             with self._compiling:
@@ -117,7 +122,7 @@ class OpenVino:
         return next(less for less in reversed(FAST) if less <= size and less in self._forms)
 
     def _compile(self, size: int) -> None:
-        """With the lock. A size that cannot be is passed over: the forms that are there do."""
+        """Compile one form, holding the lock; if that fails, smaller forms do its work."""
         if size in self._forms or size in self._refused:
             return
         try:

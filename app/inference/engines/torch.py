@@ -1,7 +1,7 @@
-"""Torch: an interpreter of ONNX graphs, one table of operators.
+"""Torch: an interpreter of ONNX graphs with a table of operators.
 
-Slower than the others and far more heavy to import. It is the second implementation that tests
-compare them with, and the differentiable form of a bundle that `scumble/training/qat.py` trains.
+It is slower than the other engines and takes much longer to import. Tests compare the others with
+it, and `scumble/training/qat.py` trains it as the differentiable form of a bundle.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Op = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One node: `output` = op(*inputs, **attributes); an input named "" is left out (None)."""
+    """One node: `output` = op(*inputs, **attributes); an input named "" is omitted (None)."""
 
     op: Op
     inputs: tuple[str, ...]
@@ -35,7 +35,7 @@ class Step:
 
 
 class Interpreter:
-    """An ONNX graph as torch calls.
+    """An ONNX graph as a sequence of torch calls.
 
     Attributes:
         constants: the initializers; replace them to run the graph with other weights.
@@ -49,7 +49,8 @@ class Interpreter:
         unknown = sorted({n.op_type for n in graph.node} - set(table))
         if unknown:
             raise ConfigError(
-                f"the engine torch has no {', '.join(unknown)}; it knows {', '.join(sorted(table))}"
+                f"the engine torch does not support the operators {', '.join(unknown)}; "
+                f"supported: {', '.join(sorted(table))}"
             )
         self.input, self.output = graph.input[0].name, graph.output[0].name
         self.constants: dict[str, Tensor] = {
@@ -91,14 +92,15 @@ class Torch:
         return probs
 
     def prepare(self, sizes: Iterable[int], /) -> None:
-        """Nothing: tensors may have any number of images."""
+        """Does nothing: tensors may have any number of images."""
 
 
 def load(model: bytes, /, *, threads: int, precision: Precision) -> Torch:
-    """An interpreter of the model; `threads` holds for the whole process, as torch has one pool.
+    """An interpreter of the model; `threads` applies to the process, as torch has one thread pool.
 
     Raises:
-        ConfigError: bf16, not an ONNX model, or an operator that the table lacks.
+        ConfigError: the precision is bf16, `model` is not an ONNX model, or an operator is not
+            supported.
     """
     if precision == "bf16":
         raise ConfigError(
@@ -121,7 +123,7 @@ def _conv(
     group: int = 1,
     auto_pad: bytes = b"NOTSET",
 ) -> Tensor:
-    del kernel_shape, auto_pad  # the weights have the shape; the exporter writes all pads out
+    del kernel_shape, auto_pad  # the weights have the shape; the exporter writes explicit pads
     x, padding = _pad(x, pads, 0.0)
     return F.conv2d(x, w, b, tuple(strides), padding, tuple(dilations), group)
 
@@ -147,7 +149,7 @@ def _max_pool(
 
 
 def _pad(x: Tensor, pads: tuple[int, ...], value: float) -> tuple[Tensor, tuple[int, int]]:
-    """(x, symmetric padding), x being padded already where the four sides differ."""
+    """(x, symmetric padding); if the four sides differ, x is padded here."""
     top, left, bottom, right = pads
     if (top, left) == (bottom, right):
         return x, (top, left)
@@ -197,7 +199,7 @@ def _reshape(x: Tensor, shape: Tensor, *, allowzero: int = 0) -> Tensor:
 
 
 def along(values: Tensor, x: Tensor, axis: int) -> Tensor:
-    """`values` shaped to multiply `x`: one per slice of `axis`, or one for all."""
+    """`values` reshaped to broadcast with `x`: one per slice of `axis`, or one for all."""
     return values.view([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
 
 
@@ -213,13 +215,13 @@ def _quantize(
 def _dequantize(
     q: Tensor, scale: Tensor, zero: Tensor | None = None, *, axis: int = 1, **_: Any
 ) -> Tensor:
-    # Integers, as int32 biases do not fit a float's 24 bits before the zero point is taken off.
+    # Subtract the zero point in integers, as int32 biases may exceed a float's 24 bits.
     levels = q.int() if zero is None else q.int() - along(zero.int(), q, axis)
     return levels * along(scale, q, axis)
 
 
-# What this project's exports, torchvision's resnets and mobilenets, their int8 forms and the scores
-# of `app.inference.score_graph` use.
+# The operators of this project's exports, torchvision's resnets and mobilenets, their int8 forms
+# and the scores of `app.inference.score_graph`.
 OPS: dict[str, Op] = {
     "Add": lambda a, b: a + b,
     "Cast": _cast,

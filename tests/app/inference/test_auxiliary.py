@@ -142,7 +142,7 @@ def test_a_tampered_file_is_refused(tmp_path):
 
 
 def test_an_output_that_is_not_there_is_named(bundle):
-    with pytest.raises(ConfigError, match=r"no output 'scores'; there: probabilities"):
+    with pytest.raises(ConfigError, match=r"no output 'scores'; available: probabilities"):
         Auxiliaries(bundle).auxiliary("misinformation.onnx", "scores")
 
 

@@ -90,5 +90,5 @@ def test_a_single_output_is_left_alone():
 
 
 def test_no_such_output():
-    with pytest.raises(ConfigError, match="no output 'scores'; there: out, sum"):
+    with pytest.raises(ConfigError, match="no output 'scores'; available: out, sum"):
         single_output(two_outputs(), "scores")

@@ -161,7 +161,7 @@ def test_a_finished_or_other_run_is_not_overwritten(serve, folder, tmp_path):
         (["--set", "fit.epoch=3"], "fit has no 'epoch'; allowed: epochs"),
         (["--set", "fit.batch=many"], "fit.batch is 'many'; allowed: a valid integer"),
         (["--set", "fit.loss=x"], "loss is 'x'; allowed: soft, centred"),
-        (["--set", "epochs=3"], "setting is 'epochs=3'; needed: name.field=value"),
+        (["--set", "epochs=3"], "setting is 'epochs=3'; allowed: name.field=value"),
         (["--set", "fit.lr=1", "--set", "fit.lr=1"], "fit.lr is set twice; allowed: once"),
         (["--adapt", "top_k,argmax,top_k"], "modifier 'top_k' is given twice; allowed: once"),
         (["--set", "invert.beta=1"], "unknown name 'invert' in --set; allowed: attack, fit"),

@@ -79,10 +79,10 @@ def test_a_parquet_file_that_is_no_image_set(write_parquet, tmp_path):
     cases = {
         r"no file '.*none\.parquet'": None,
         r"'.*text\.parquet' is not a Parquet file": b"text",
-        r"columns \['a'\]; needed: image and label": {"a": [1]},
-        r"image is binary; needed: a struct with bytes": {"image": [b"1"], "label": [1]},
-        r"label is string; needed: an integer": {"image": [{"bytes": b"1"}], "label": ["a"]},
-        r"label is int64; needed: .* for each": {
+        r"columns \['a'\]; allowed: image and label": {"a": [1]},
+        r"image is binary; allowed: a struct with bytes": {"image": [b"1"], "label": [1]},
+        r"label is string; allowed: an integer": {"image": [{"bytes": b"1"}], "label": ["a"]},
+        r"label is int64; allowed: .* for each": {
             "image": [{"bytes": b"1"}] * 2,
             "label": [0, None],
         },
@@ -101,7 +101,7 @@ def test_a_parquet_file_that_is_no_image_set(write_parquet, tmp_path):
 
 def test_an_empty_parquet_file(write_parquet):
     pa = pytest.importorskip("pyarrow")
-    with pytest.raises(DatasetError, match="needed: an integer for each image"):
+    with pytest.raises(DatasetError, match="allowed: an integer for each image"):
         load(write_parquet([], pa.array([], pa.int64())))
 
 

@@ -280,11 +280,11 @@ def test_what_is_missing_is_named(kind, params):
     images = np.zeros((2, 1, 1, 1), np.uint8)
     with pytest.raises(DefenseError, match="no auxiliary network"):
         kind(**params)(p, images)
-    with pytest.raises(DefenseError, match=rf"{kind.__name__}: needs {kind.file} of a bundle"):
+    with pytest.raises(DefenseError, match=rf"{kind.__name__} needs {kind.file} of a bundle"):
         kind.build(None, **params)
     with pytest.raises(ValueError, match=f"{kind.__name__} needs the images behind the rows"):
         kind(network=lambda x: p, **params)(p, None)
-    with pytest.raises(ValueError, match=r"gave \(2, 3\) for rows \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"returned \(2, 3\) for rows \(2, 4\)"):
         kind(network=lambda x: p[:, :3], **params)(p, images)
 
 

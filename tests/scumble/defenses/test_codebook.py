@@ -121,14 +121,14 @@ def broken(**changes):
 @pytest.mark.parametrize(
     ("forms", "params", "words"),
     [
-        ({}, {}, "no pooled codebook with 4 cells; there: none"),
-        (FORMS, {"form": "pooled", "cells": 3}, "3 cells; there: classwise: 1, 2, 4; pooled"),
+        ({}, {}, "no pooled codebook with 4 cells; available: none"),
+        (FORMS, {"form": "pooled", "cells": 3}, "3 cells; available: classwise: 1, 2, 4; pooled"),
         (FORMS, {"cells": 0}, "cells must be an integer from 1 to 16, got 0"),
         (FORMS, {"cells": 2.0}, "cells must be an integer"),
         (FORMS, {"form": "best"}, "form must be one of 'auto', 'classwise'"),
         (broken(borders=[[0.5, 0.4]] * K), {"cells": 2}, r"borders \(3, 2\) for rows \(3, 2, 3\)"),
         (broken(rows=[[[0.5, 0.5]] * 2] * K), {"cells": 2}, r"rows \(3, 2, 2\)"),
-        (broken(rows=[[[0.2, 0.5, 0.3]] * 2] * K), {"cells": 2}, "own class is ahead"),
+        (broken(rows=[[[0.2, 0.5, 0.3]] * 2] * K), {"cells": 2}, "largest for their own class"),
         (broken(rows=[[[np.nan] * K] * 2] * K), {"cells": 2}, "malformed"),
         (broken(rows="x"), {"cells": 2}, "malformed"),
         (broken(rows=[[1]]), {"cells": 2}, "allowed"),

@@ -45,9 +45,9 @@ def test_it_is_made_and_checked_like_any_other(file):
 
 
 def test_what_is_no_defense_is_refused(file, tmp_path):
-    with pytest.raises(DefenseError, match="has no defense 'Half'"):
+    with pytest.raises(DefenseError, match="has no subclass of Defense named 'Half'"):
         make(f"{file}:Half")
-    with pytest.raises(DefenseError, match="has no defense 'dataclass'"):
+    with pytest.raises(DefenseError, match="has no subclass of Defense named 'dataclass'"):
         make(f"{file}:dataclass")
     with pytest.raises(DefenseError, match="cannot be loaded: FileNotFoundError"):
         make(f"{tmp_path}/none.py:X")

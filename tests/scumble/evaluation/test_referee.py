@@ -147,7 +147,7 @@ def test_so_is_one_that_asks_for_a_key(cell, serve, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--params", "[1]"], "needed: a JSON object"),
+        (["--params", "[1]"], "allowed: a JSON object"),
         (["--params", "{"], "Expecting property name"),
         (["--params", '{"beta": 1, "beta": 2}'], "params has 'beta' twice; allowed: once"),
         (["--set", "fit.epochs=1", "--set", "fit.epochs=2"], "fit.epochs is set twice"),
@@ -259,7 +259,7 @@ def test_the_profile_of_a_plan_counts(profile, change):
 def test_options_that_a_plan_would_ignore_are_refused(words, named, tmp_path):
     done = CliRunner().invoke(main, ["evaluate", "--plan", "ci", *words, "--out", str(tmp_path)])
     assert done.exit_code == 2
-    assert f"--plan has cells of its own: leave out {named}\n" in done.output
+    assert f"--plan defines its own cells; remove {named}\n" in done.output
 
 
 @pytest.mark.parametrize("plan", PLANS)

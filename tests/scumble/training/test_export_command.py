@@ -84,7 +84,7 @@ def test_its_name_says_what_is_in_it(tmp_path, monkeypatch):
             ["mnist", "--defense", "dcp", "--param", "beta=1", "--param", "beta=1.2"],
             "parameter beta is given twice; allowed: once",
         ),
-        (["mnist", "--defense", "dcp", "--param", "beta"], "needed: KEY=VALUE such as beta=1.2"),
+        (["mnist", "--defense", "dcp", "--param", "beta"], "allowed: KEY=VALUE such as beta=1.2"),
         (["mnist", "--defense", "dcp"], "needs the parameter 'beta'"),
         (["mnist", "--defense", "nope"], "unknown defense 'nope'"),
         (["nope", "--defense", "label"], "no model 'nope'"),

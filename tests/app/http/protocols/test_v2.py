@@ -480,7 +480,7 @@ def test_a_graph_without_float_tensors_says_so(make_client, caplog):
     client = make_client()
 
     def fail():
-        raise ConfigError("the graph makes no tensor named 'tensor'")
+        raise ConfigError("the graph has no value named 'tensor'")
 
     object.__setattr__(client.app.state.service, "tensors", AsyncLazy(fail))
     answer = client.post(URL, **binary(PLANAR))
