@@ -76,7 +76,7 @@ WRONG = {
     "train data": (["train", "mnist", "--data", "."], "'mnist' cannot be downloaded into '.'"),
     "quantize": (["quantize", "nope"], "no model 'nope' in 'models'; available: none"),
     "calibrate": (["calibrate", "nope"], "no model 'nope' in 'models'; available: none"),
-    "export": (["export", "nope", "--defense", "label"], "no model 'nope' in 'models'; available: "),
+    "export": (["export", "nope", "--defense", "label"], "no model 'nope' in 'models'; "),
     "export nothing": (["export", "nope"], "give one of --torchvision, --module, --pt2 and "),
     "export module": (["export", "nope", "--module", "nope"], "module is 'nope'; give"),
     "export network": (["export", "nope", "--torchvision", "nope"], "no torchvision classifier "),
