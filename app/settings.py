@@ -291,6 +291,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="minimum level of log lines on stderr"
     )
+    log_format: Literal["auto", "text", "json"] = Field(
+        default="auto", description="form of log lines; auto is text on a terminal, else JSON"
+    )
     otel_endpoint: Annotated[str, AfterValidator(collector)] | None = Field(
         default=None,
         repr=False,
@@ -418,6 +421,15 @@ def shown(settings: Settings, variable: str) -> str:
     if variable.removeprefix(PREFIX).lower() in URLS and value is not None:
         return redacted(value)
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
+
+
+def changed(settings: Settings) -> list[str]:
+    """Those of `variables()` that do not have their default, in order."""
+    plain = Settings.model_construct()  # without reading the environment again
+    secret = {f"{PREFIX}SECRET"} if "secret" in settings.model_fields_set else set()
+    others = variables().keys() - {f"{PREFIX}SECRET"}
+    differ = {name for name in others if shown(settings, name) != shown(plain, name)} | secret
+    return [name for name in variables() if name in differ]
 
 
 def refuse_unknown(environ: Mapping[str, str]) -> None:

@@ -53,7 +53,7 @@ def application(settings: Settings, replicas: int) -> Any:
     """What Ray runs; the settings travel to the replicas, the shared secret with them."""
 
     def build() -> FastAPI:
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         return create_app(settings)
 
     deployment = serve.deployment(

@@ -31,7 +31,7 @@ def serve(settings: Settings, *, load_s: float = LOAD_S) -> int:
         ConfigError: a port cannot be bound, the certificate cannot be used, or no process can be
             started.
     """
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     raise_limit()  # before any process is started: child processes inherit it
     open_certificate(settings)  # workers open it themselves; this reports a bad one once
     signal.signal(signal.SIGTERM, _end)  # until the supervisor handles it; folders are removed

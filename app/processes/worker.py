@@ -193,7 +193,7 @@ def run(
     last_good: Mapping[FileName, LastGood],
 ) -> None:
     """Entry point of the process; exits 0 after draining, 1 if the settings cannot be served."""
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     # Imported here: the supervisor imports this module too, but does not need the service.
     from app.main import create_app
 

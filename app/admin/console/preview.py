@@ -140,7 +140,7 @@ def run(settings: Settings, pipe: Connection) -> None:
     os.nice(NICENESS)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     previewer: Previewer | None = None
     with contextlib.suppress(EOFError, OSError):
         while True:
