@@ -35,9 +35,11 @@ from app.http.connections import BodyMemory, Common, Connection, check_all
 from app.http.responses import health, json_response
 from app.settings import Settings
 from app.telemetry.incidents import Incidents
+from app.telemetry.metrics import FLUSH_S
 
 MAX_CONNECTIONS = 256
 TICKS_PER_CHECK = 10
+SETTLED_S = 2 * FLUSH_S  # by then workers have written what they answered before a scrape
 
 
 @dataclass
@@ -140,6 +142,7 @@ def create_admin(
 
     async def metrics(request: Request) -> Response:
         del request
+        await asyncio.sleep(SETTLED_S)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def live(request: Request) -> Response:
