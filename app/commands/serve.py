@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from app.errors import ConfigError
-from app.settings import Settings, load_settings, shown, variables
+from app.settings import Settings, changed, load_settings, shown, variables
 from app.system.json_values import parse
+
+if TYPE_CHECKING:
+    from app.inference.bundle import Card
 
 RELOAD_S = 600
 
@@ -90,8 +95,13 @@ def reload(**arguments: Any) -> None:
 
 @click.command()
 @options
-def check(**arguments: Any) -> None:
-    """Print the resolved settings with secrets masked, and check that they can be served."""
+@click.option("--all", "everything", is_flag=True, help="Show all settings, also the defaults.")
+def check(everything: bool, **arguments: Any) -> None:
+    """Check that the settings can be served.
+
+    Shows the settings that differ from the defaults, with secrets masked, what would be served, and
+    warnings about it. The model is loaded and tested. No port is opened.
+    """
     from app.http.tls import open_certificate
     from app.inference import engines
     from app.inference.assembly import make_defense
@@ -103,31 +113,80 @@ def check(**arguments: Any) -> None:
         bundle = open_bundle(settings.model_dir, settings.model)
         engine = engines.resolve(settings.engine, settings.precision)
         defense = make_defense(settings, bundle)
-        app = create_app(settings)
+        with collected_warnings() as warnings:
+            app = create_app(settings)
         open_certificate(settings)
     except ConfigError as exc:
         raise click.ClickException(str(exc)) from exc
-    for name, help_text in variables().items():
-        click.echo(f"{name:35} = {shown(settings, name):28} {help_text}")
-    accuracy = ", ".join(
-        f"{name} {figure.value:.2%} of {figure.images} ({figure.data})"
-        for name, figure in bundle.card.accuracy.items()
-    )
-    click.echo()
-    click.echo(
-        f"model     {bundle.card.name} {bundle.card.version}, {len(bundle.card.labels)} classes"
-    )
-    click.echo(f"accuracy  {accuracy or 'not measured'}")
-    click.echo(f"engine    {engine}, {settings.precision}, {settings.worker_count} worker(s)")
-    click.echo(f"defense   {defense!r}")
+    shown_settings = variables() if everything else changed(settings)
+    for name in shown_settings:
+        click.echo(f"{name} = {shown(settings, name)}")
+        if everything:
+            click.echo(f"    {variables()[name]}")
+    click.echo("" if shown_settings else "all settings are the defaults (--all shows them)\n")
+    for name, text in described(settings, bundle.card, engine, repr(defense)).items():
+        click.echo(f"{name:9} {text}")
     most = app.state.service.pixels.default.max_size
     click.echo(f"batches   up to {most} images")
-    if most < settings.batch.max_size:
-        click.echo(
-            f"          SCUMBLE_BATCH__MAX_SIZE is {settings.batch.max_size}; more than {most} "
-            f"would take longer than {settings.batch_limit_s:g} s, 1/4 of SCUMBLE_WATCHDOG_S"
-        )
+    for sentence in warnings:
+        click.echo(f"warning   {sentence}")
+    for place in taken_ports(settings):
+        click.echo(f"warning   {place} is in use now; a server could not bind it")
     click.echo("ok: these settings can be served")
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """What is logged as a warning in the meantime, instead of logging it."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    log = logging.getLogger("scumble")
+    handler, propagate = Collector(logging.WARNING), log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+
+
+def described(settings: Settings, card: Card, engine: str, defense: str) -> dict[str, str]:
+    """What would be served, in a few words each."""
+    accuracy = ", ".join(
+        f"{name} {figure.value:.2%}" for name, figure in card.accuracy.items()
+    )
+    images = {figure.images for figure in card.accuracy.values()}
+    measured = f" of {images.pop():,} test images" if len(images) == 1 else ""
+    return {
+        "model": f"{card.name} {card.version}, {len(card.labels)} classes",
+        "accuracy": f"{accuracy}{measured}" if accuracy else "not measured",
+        "engine": f"{engine}, {settings.precision}, {settings.worker_count} worker(s)",
+        "defense": defense,
+    }
+
+
+def taken_ports(settings: Settings) -> list[str]:
+    """The ports of these settings that another process has now."""
+    import socket
+
+    places = [(settings.admin_host, settings.admin_port)]
+    if settings.uds is None:
+        places.insert(0, (settings.host, settings.port))
+    taken = []
+    for host, port in places:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                taken.append(f"{host} port {port}")
+    return taken
 
 
 def _refusal(status: int, body: bytes) -> str:

@@ -21,6 +21,7 @@ from app.inference.bundle import ONNX_FILE, Bundle, InputShape, Preprocessing, g
 from app.inference.decode import decode
 from app.inference.engines import EngineName, Probs
 from app.inference.graph import tensor_input
+from app.inference.policy_warnings import policy_warnings
 from app.inference.pipeline import Composed, Composer, Fused, self_test
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
@@ -147,6 +148,10 @@ class LoadedModel:
                 "full_batch_ms": round(composed.seconds * 1000, 3),
             },
         )
+        precision = self.settings.precision
+        clean = np.array(self.bundle.golden().probabilities[precision], np.float32)
+        for sentence in policy_warnings(self.bundle.card, precision, clean, defense):
+            log.warning("%s", sentence)
         log_limited(self.settings, composed)
 
     def _batchers(self, composed: Composed) -> Batchers:

@@ -1,0 +1,69 @@
+"""Warnings about policies that do nothing, or more than their owner may want."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from app.inference.bundle import Card, golden_inputs
+from app.inference.engines import Probs
+from app.precision import Precision
+from scumble import defenses
+from scumble.defenses.chain import Chain
+from scumble.defenses.dcp import DCP
+
+MANY = 100  # classes from which dcp moves labels
+GATE = 0.03  # half the width of dcp's gate at its default nu
+UNCHANGED = 1e-6
+UNTRAINED = 2.0  # times 1/K; what untrained networks answer at most
+
+
+def policy_warnings(
+    card: Card, precision: Precision, clean: Probs, defense: defenses.Defense
+) -> Iterator[str]:
+    """Sentences for the operator about a model and the policy that defends it.
+
+    Args:
+        card: of the model.
+        precision: that is served.
+        clean: the model's answers to the pictures of the self-test.
+        defense: the policy.
+    """
+    count = len(card.labels)
+    if clean.max() < UNTRAINED / count:
+        yield (
+            f"the model's answers hardly differ from 1/{count} on the self-test; "
+            "are its weights trained?"
+        )
+    steps = defense.steps if isinstance(defense, Chain) else (defense,)
+    for step in steps:
+        if isinstance(step, DCP):
+            yield from _dcp(step, count, _accuracy(card, precision))
+    if not isinstance(defense, defenses.NoDefense) and not defense.needs:
+        images = golden_inputs(card.input)
+        if _changes_nothing(defense(clean, images), clean):
+            yield f"{defense!r} changed none of the self-test's answers: it protects nothing"
+
+
+def _changes_nothing(answers: Probs, clean: Probs) -> bool:
+    return answers.shape == clean.shape and float(np.abs(answers - clean).max()) < UNCHANGED
+
+
+def _accuracy(card: Card, precision: Precision) -> float | None:
+    figure = card.accuracy.get("float32" if precision == "bf16" else precision)
+    return None if figure is None else figure.value
+
+
+def _dcp(defense: DCP, count: int, accuracy: float | None) -> Iterator[str]:
+    if defense.beta < 1 and (accuracy is None or accuracy > defense.beta + GATE):
+        right = "" if accuracy is None else f", and this model is right on {accuracy:.1%} of images"
+        yield (
+            f"dcp with beta {defense.beta:g} leaves answers more confident than "
+            f"{defense.beta + GATE:g} clean{right}: most answers stay clean"
+        )
+    if count >= MANY:
+        yield (
+            f"dcp on {count} classes changes the label of many answers and makes every confidence "
+            "tiny; label, codebook or keep_top1 keep the label"
+        )

@@ -1,0 +1,59 @@
+"""What an operator is told about a policy before users notice."""
+
+import numpy as np
+import pytest
+
+from app.inference.bundle import Accuracy, Bundle
+from app.inference.policy_warnings import policy_warnings
+from scumble.defenses import configure
+from tests.tiny import make_bundle
+
+
+def warnings(tmp_path, defense, rows, *, params=None, accuracy=0.97):
+    """The warnings about a defense of a model that gives these rows in its self-test."""
+    labels = [f"c{k}" for k in range(rows.shape[1])]
+    card = Bundle(make_bundle(tmp_path, labels=labels)).card
+    figure = accuracy and Accuracy(value=accuracy, images=100, data="made up")
+    card = card.model_copy(update={"accuracy": {"float32": figure} if figure else {}})
+    clean = rows.astype(np.float32)
+    return list(policy_warnings(card, "float32", clean, configure(defense, params or {})))
+
+
+TRAINED = np.eye(4)[[0, 1, 2, 3, 0, 1]] * 0.6 + 0.1
+STRONG = {"beta": 1.2}
+WEAK = {"beta": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("defense", "params", "accuracy", "sentence"),
+    [
+        ("dcp", WEAK, 0.97, "leaves answers more confident than 0.63 clean, and this model is"),
+        ("dcp", WEAK, None, "leaves answers more confident than 0.63 clean: most answers stay"),
+        ("chain", {"steps": [["dcp", WEAK], ["round", {"decimals": 2}]]}, 0.97, "0.63 clean"),
+        ("dcp", {"beta": 0.0}, 0.97, "changed none of the self-test's answers"),
+        ("top_k", {"k": 4}, 0.97, "changed none of the self-test's answers"),
+    ],
+)
+def test_a_policy_that_does_nothing_is_named(tmp_path, defense, params, accuracy, sentence):
+    found = warnings(tmp_path, defense, TRAINED, params=params, accuracy=accuracy)
+    assert any(sentence in each for each in found)
+
+
+@pytest.mark.parametrize(
+    ("defense", "params"), [("none", {}), ("dcp", STRONG), ("label", {}), ("top_k", {"k": 2})]
+)
+def test_a_policy_that_does_something_is_not(tmp_path, defense, params):
+    assert warnings(tmp_path, defense, TRAINED, params=params) == []
+
+
+@pytest.mark.parametrize(
+    ("params", "warned"), [(STRONG, True), (STRONG | {"keep_top1": True}, False)]
+)
+def test_dcp_on_many_classes_is_named_unless_the_label_is_kept(tmp_path, params, warned):
+    found = warnings(tmp_path, "dcp", np.eye(100)[:6] * 0.6 + 0.004, params=params)
+    assert any("dcp on 100 classes changes the label" in each for each in found) is warned
+
+
+def test_untrained_weights_are_named(tmp_path):
+    (sentence,) = warnings(tmp_path, "none", np.full((6, 4), 0.25))
+    assert "are its weights trained?" in sentence
