@@ -30,6 +30,9 @@ def run(commands: list[str], folder: Path) -> list[str]:
     """What each block prints."""
     ports = dict(zip(("8000", "8001", "9000", "9001"), free_ports(4), strict=True))
     script = "".join(f"{block}echo '{END}'\n" for block in commands)
+    # The page's first server has the default ports.
+    first = "scumble.toml <<'END'\n"
+    script = script.replace(first, f"{first}port = 8000\nadmin_port = 9000\n")
     for name, port in ports.items():
         script = script.replace(name, str(port))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
