@@ -157,9 +157,7 @@ def collected_warnings() -> Iterator[list[str]]:
 
 def described(settings: Settings, card: Card, engine: str, defense: str) -> dict[str, str]:
     """What would be served, in a few words each."""
-    accuracy = ", ".join(
-        f"{name} {figure.value:.2%}" for name, figure in card.accuracy.items()
-    )
+    accuracy = ", ".join(f"{name} {figure.value:.2%}" for name, figure in card.accuracy.items())
     images = {figure.images for figure in card.accuracy.values()}
     measured = f" of {images.pop():,} test images" if len(images) == 1 else ""
     return {

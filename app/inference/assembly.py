@@ -21,8 +21,8 @@ from app.inference.bundle import ONNX_FILE, Bundle, InputShape, Preprocessing, g
 from app.inference.decode import decode
 from app.inference.engines import EngineName, Probs
 from app.inference.graph import tensor_input
-from app.inference.policy_warnings import policy_warnings
 from app.inference.pipeline import Composed, Composer, Fused, self_test
+from app.inference.policy_warnings import policy_warnings
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from scumble import defenses

@@ -12,6 +12,7 @@ from app.precision import Precision
 from scumble import defenses
 from scumble.defenses.chain import Chain
 from scumble.defenses.dcp import DCP
+from scumble.defenses.none import NoDefense
 
 MANY = 100  # classes from which dcp moves labels
 GATE = 0.03  # half the width of dcp's gate at its default nu
@@ -40,7 +41,7 @@ def policy_warnings(
     for step in steps:
         if isinstance(step, DCP):
             yield from _dcp(step, count, _accuracy(card, precision))
-    if not isinstance(defense, defenses.NoDefense) and not defense.needs:
+    if not isinstance(defense, NoDefense) and not defense.needs:
         images = golden_inputs(card.input)
         if _changes_nothing(defense(clean, images), clean):
             yield f"{defense!r} changed none of the self-test's answers: it protects nothing"
