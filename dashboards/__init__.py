@@ -3,6 +3,6 @@
 `boards` says what is shown, `build` turns it into Grafana's objects.
 """
 
-# The Grafana that the dashboards are made for. The SDK that `pyproject.toml` pins is of the same
-# minor version, the newest that it has.
+# The Grafana version of the dashboards. `pyproject.toml` pins the newest SDK with the same minor
+# version.
 GRAFANA = "11.6.16"

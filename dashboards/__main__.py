@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent.parent / "docker" / "grafana" / "dashboards"
 
 
 def main() -> None:
-    """Write them."""
+    """Write the dashboards."""
     for board in BOARDS:
         (FOLDER / f"{board.uid}.json").write_text(render(board))
 

@@ -1,4 +1,4 @@
-"""What the dashboards show. Every exported metric is in a panel; a test holds that."""
+"""The contents of the dashboards. Every exported metric is in a panel, which a test checks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _quantile(q: float, histogram: str, by: str = "job", where: str = 'job=~"$jo
 
 
 def _route_quantile(q: float) -> Graph:
-    # A route that nobody asks has no quantile, and NaN > 0 drops it from the legend.
+    # The quantile of a route without requests is NaN, and `> 0` drops it from the legend.
     expr = f"{_quantile(q, 'scumble_request_seconds', 'job, route')} > 0"
     return Graph(
         f"Requests, p{q * 100:.0f}",

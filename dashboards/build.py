@@ -1,4 +1,4 @@
-"""From a `Board`, which says what is shown, to Grafana's own objects and their JSON."""
+"""Converts a `Board`, which describes what is shown, to Grafana's objects and their JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grafana_foundation_sdk.models.dashboard import (
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-# A variable, not the provisioned one's uid: the files can be imported into any other Grafana.
+# A variable instead of the uid of a data source, so that any Grafana can import the files.
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 HEIGHT = 8
 COLUMNS = 24
@@ -27,7 +27,7 @@ COLUMNS = 24
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL expression and how its series are called."""
+    """A PromQL expression and the name of its series."""
 
     expr: str
     legend: str
@@ -70,7 +70,7 @@ def render(board: Board) -> str:
     made = _dashboard(board).build()
     assert made.templating  # noqa: S101  # `_dashboard` adds variables
     for variable in made.templating.list_val or ():
-        # The builder gives every variable what only one of type interval may have.
+        # The builder sets a member of every variable that only those of type interval may have.
         variable.auto = variable.auto_count = variable.auto_min = None
     return JSONEncoder(sort_keys=True, indent=2).encode(made) + "\n"
 

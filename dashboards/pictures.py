@@ -45,8 +45,8 @@ from scumble.evaluation.local_server import Server, serving
 ROOT = FOLDER.parents[2]
 OUT = ROOT / "docs" / "pictures"
 LOAD_S = 40
-JOIN_S = 12  # after which somebody begins to ask for many images at once
-PAUSE_S = 0.02  # of an honest client between two requests
+JOIN_S = 12  # when a client starts to send many images per request
+PAUSE_S = 0.02  # between two requests of an honest client
 MANY = 16
 BUDGETS = (("shop", 20_000), ("museum", 5_000), ("trial", 100), ("new", 2_500))
 RATE_INTERVAL = "5s"
@@ -54,14 +54,14 @@ COLUMNS = 24
 NOTE = "Drawn from the dashboard file, not by Grafana"
 JOBS = {"victim": plt.get_cmap("Blues"), "defended": plt.get_cmap("Oranges")}
 INK, FAINT, PAGE = "#24292f", "#d8dee4", "#f6f8fa"
-NAMED = 3  # lines of each service that a legend has room for: the highest
+NAMED = 3  # lines of each service in a legend, the highest ones
 MARGIN = 0.035  # of the page's width, on both sides
 UNIT_IN = 0.26  # inches of a row of the dashboard's grid
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a panel: name, job, and figures over seconds since the load began."""
+    """A line of a panel: name, job, and values over the seconds since the load began."""
 
     name: str
     job: str
@@ -78,7 +78,7 @@ class Series:
 )
 @click.option("--seconds", type=click.IntRange(min=5), default=LOAD_S, show_default=True)
 def main(out: Path, seconds: int) -> None:
-    """Draw the dashboards with figures of two real servers under real load."""
+    """Draw the dashboards with the metrics of two real servers under load."""
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -106,7 +106,7 @@ def main(out: Path, seconds: int) -> None:
 
 
 def configuration(servers: Mapping[str, Server]) -> str:
-    """For Prometheus, which reads JSON as YAML: each server is a job, scraped every second."""
+    """The configuration of Prometheus, as JSON: each server is a job, scraped every second."""
     jobs = {name: server.admin.removeprefix("http://") for name, server in servers.items()}
     return json.dumps(
         {
@@ -120,7 +120,7 @@ def configuration(servers: Mapping[str, Server]) -> str:
 
 
 def make_key(file: Path, client: str, budget: int) -> str:
-    """A key of a client who may ask about so many images."""
+    """A key with a budget in images."""
     words = ["keys", "add", "--file", str(file), "--client", client, "--total-images", str(budget)]
     made = subprocess.run(  # noqa: S603  # our own command
         [sys.executable, "-m", "scumble.cli", *words], capture_output=True, text=True, check=True
@@ -129,7 +129,7 @@ def make_key(file: Path, client: str, budget: int) -> str:
 
 
 def load(servers: Mapping[str, Server], keys: Mapping[str, str], seconds: float) -> None:
-    """Ask both servers the same: honest clients, broken files, later somebody who asks for much."""
+    """Send both servers the same load: honest clients, broken files, later a client with many."""
     digits = [file.read_bytes() for file in sorted((ROOT / "docs" / "digits").glob("*.png"))]
     end = time.monotonic() + seconds
     clients = [
@@ -144,7 +144,7 @@ def load(servers: Mapping[str, Server], keys: Mapping[str, str], seconds: float)
 
 
 def honest(url: str, key: str, digits: list[bytes], end: float) -> None:
-    """One digit after the other."""
+    """Send one digit after another."""
     with httpx2.Client(base_url=url, headers={"X-API-Key": key}, trust_env=False) as client:
         for i in range(10**9):
             if time.monotonic() > end:
@@ -154,7 +154,7 @@ def honest(url: str, key: str, digits: list[bytes], end: float) -> None:
 
 
 def clumsy(url: str, key: str, digits: list[bytes], end: float) -> None:
-    """Half of a file, now and then."""
+    """Send half of a file now and then."""
     with httpx2.Client(base_url=url, headers={"X-API-Key": key}, trust_env=False) as client:
         while time.monotonic() < end:
             post(client, digits[0][: len(digits[0]) // 2])
@@ -162,7 +162,7 @@ def clumsy(url: str, key: str, digits: list[bytes], end: float) -> None:
 
 
 def greedy(url: str, key: str, digits: list[bytes], end: float) -> None:
-    """From `JOIN_S` on: tensors of many pictures of noise, as an attacker without images sends."""
+    """From `JOIN_S` on, send tensors with many pictures of noise, as a data-free attacker does."""
     del digits
     rng = np.random.default_rng(0)
     time.sleep(JOIN_S)
@@ -175,12 +175,12 @@ def greedy(url: str, key: str, digits: list[bytes], end: float) -> None:
                 "shape": pixels.shape,
                 "data": pixels.ravel().tolist(),
             }
-            client.post("/v2/models/mnist/infer", json={"inputs": [tensor]})  # at last a 429
+            client.post("/v2/models/mnist/infer", json={"inputs": [tensor]})  # finally gets 429
             time.sleep(0.1)
 
 
 def post(client: httpx2.Client, content: bytes) -> None:
-    """Ask about a file, whatever comes back."""
+    """Send a file and ignore the answer."""
     client.post("/v1/predict", content=content, headers={"Content-Type": "image/png"})
 
 
@@ -204,7 +204,7 @@ def ask(prometheus: Prometheus, panel: Mapping[str, Any], start: float, end: flo
 def draw(
     shown: Mapping[str, Any], figures: Mapping[int, list[Series]], seconds: float, file: Path
 ) -> str:
-    """One picture of a dashboard; gives its path."""
+    """Draw a dashboard; returns the path of the picture."""
     panels = shown["panels"]
     rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     head = 4
@@ -231,7 +231,7 @@ def draw(
 
 
 def save(page: Figure, file: Path, words: Mapping[str, str]) -> None:
-    """As a PNG with few colours, a third of the size, and with `words` in its text chunks."""
+    """Save as a PNG with few colours, a third of the size, and with `words` in its text chunks."""
     drawn = io.BytesIO()
     page.savefig(drawn, dpi=100)
     text = PngInfo()
@@ -248,7 +248,7 @@ def titles(shown: Mapping[str, Any]) -> list[str]:
 
 
 def title(page: Figure, shown: Mapping[str, Any], high: float) -> None:
-    """Above all panels: what this is, and what it is not."""
+    """Draw a note above all panels on what the picture is and is not."""
     left = MARGIN / 2
     page.text(left, 1 - 0.34 / high, shown["title"], size=16, weight="bold")
     page.text(left, 1 - 0.58 / high, shown["description"], size=9)
@@ -264,7 +264,7 @@ def title(page: Figure, shown: Mapping[str, Any], high: float) -> None:
 
 
 def card(page: Figure, box: tuple[float, float, float, float], panel: Mapping[str, Any]) -> Axes:
-    """A white card with the panel's title; gives the axes inside it."""
+    """Draw a white card with the panel's title; returns the axes inside it."""
     left, bottom, wide, tall = box
     gap_x, gap_y = 0.003, 0.06 * UNIT_IN * 2 / page.get_figheight()
     white = page.add_axes((left + gap_x, bottom + gap_y, wide - 2 * gap_x, tall - 2 * gap_y))
@@ -283,7 +283,7 @@ def graph(axes: Axes, panel: Mapping[str, Any], found: list[Series], seconds: fl
         axes.spines[spine].set_visible(False)
     jobs = {job: [s for s in found if s.job == job] for job in JOBS}
     for job, lines in jobs.items():
-        # What is told apart by more than the job: the strongest shade for the largest.
+        # Several lines of one job get shades of its colour, the strongest for the largest.
         lines.sort(key=lambda line: -np.nan_to_num(line.values).max())
         for i, line in enumerate(lines):
             colour = JOBS[job](0.85 - 0.55 * i / max(1, len(lines)))
@@ -314,7 +314,7 @@ def graph(axes: Axes, panel: Mapping[str, Any], found: list[Series], seconds: fl
 
 
 def formatter(unit: str) -> ticker.Formatter:
-    """Figures as Grafana's unit of that name shows them."""
+    """Format a value as Grafana does for the unit of that name."""
     if unit == "percentunit":
         return ticker.FuncFormatter(lambda share, _: f"{100 * share:g}%")
     if unit in ("s", "bytes"):
@@ -325,7 +325,7 @@ def formatter(unit: str) -> ticker.Formatter:
 
 
 def table(axes: Axes, found: list[Series]) -> None:
-    """The labels of what is served, a row for each service."""
+    """Draw the labels of what is served, with a row for each service."""
     axes.axis("off")
     rows: list[dict[str, str]] = [json.loads(series.name) for series in found]
     names = ["job", *sorted(rows[0].keys() - {"job"})]

@@ -1,4 +1,4 @@
-"""A real Prometheus on loopback, to ask the dashboards' expressions of: for tests and pictures."""
+"""A real Prometheus on loopback that evaluates the dashboards' expressions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GRAFANA_FILLS_IN = {"$job": ".+", "$__rate_interval": "1m"}
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A running one."""
+    """A running Prometheus."""
 
     url: str
 
@@ -44,7 +44,7 @@ class Prometheus:
 
 @contextmanager
 def running(config: str, folder: Path) -> Iterator[Prometheus]:
-    """One with this configuration, on a free port; its data and its log go into `folder`.
+    """Start Prometheus with this configuration on a free port; data and log go into `folder`.
 
     Raises:
         RuntimeError: it did not start; the message has its log.
@@ -75,7 +75,7 @@ def running(config: str, folder: Path) -> Iterator[Prometheus]:
 
 
 def filled_in(expr: str, rate_interval: str = GRAFANA_FILLS_IN["$__rate_interval"]) -> str:
-    """An expression of a dashboard with what Grafana would put in for its variables."""
+    """An expression of a dashboard with values for Grafana's variables."""
     for name, value in {**GRAFANA_FILLS_IN, "$__rate_interval": rate_interval}.items():
         expr = expr.replace(name, value)
     return expr

@@ -1,4 +1,4 @@
-"""The same application on Ray Serve: a replica is what a worker is elsewhere.
+"""The application on Ray Serve, with replicas instead of workers.
 
     python deploy/ray_serve.py --replicas 2
     python deploy/ray_serve.py --replicas 16 --address auto
@@ -14,7 +14,7 @@ import signal
 import threading
 from typing import Any
 
-# Before it is loaded: else Ray takes the interface's address for loopback, and reports its use.
+# Set before Ray is imported; otherwise it uses an external address and reports usage statistics.
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -28,7 +28,7 @@ from app.main import create_app
 from app.settings import PREFIX, Settings, load_settings
 from app.telemetry import logs
 
-# What the supervisor does for its workers, and what is on its connections.
+# Settings of what the supervisor does for its workers and connections.
 SUPERVISORS = {
     "admin_host", "admin_port", "admin_hosts", "console", "tls_cert", "tls_key",
     "tls_handshake_timeout_s", "http", "uds", "watchdog_s", "drain_delay_s",
@@ -36,7 +36,7 @@ SUPERVISORS = {
 
 
 def settings_for(replicas: int) -> Settings:
-    """The settings of the environment, with replicas for workers.
+    """The settings of the environment, with replicas instead of workers.
 
     Raises:
         ConfigError: they cannot be served, or not here.
@@ -45,12 +45,12 @@ def settings_for(replicas: int) -> Settings:
     if ours := sorted(SUPERVISORS & settings.model_fields_set):
         names = ", ".join(f"{PREFIX}{name.upper()}" for name in ours)
         raise ConfigError(f"not on Ray Serve, whose proxy has no such thing: {names}")
-    create_app(settings)  # better said here than by a replica again and again
+    create_app(settings)  # fails here, once, instead of in every replica
     return settings
 
 
 def application(settings: Settings, replicas: int) -> Any:
-    """What Ray runs; the settings travel to the replicas, the shared secret with them."""
+    """The deployment; Ray sends the settings to the replicas, with the shared secret."""
 
     def build() -> FastAPI:
         logs.configure(settings.log_level, settings.log_format)
@@ -60,7 +60,7 @@ def application(settings: Settings, replicas: int) -> Any:
         serve.ingress(build)(),
         name="scumble",
         num_replicas=replicas,
-        # Above our own bound of waiting images: a 503 is then ours, with its body and Retry-After.
+        # Longer than the service's queue, so that its own 503, with Retry-After, comes first.
         max_ongoing_requests=2 * settings.limits.max_queue,
         graceful_shutdown_timeout_s=settings.shutdown_timeout_s,
         ray_actor_options={"num_cpus": settings.threads},

@@ -1,9 +1,9 @@
-"""`make compose-demo`: build the images, play the story of `docker-compose.yml`, and check it.
+"""`make compose-demo`: build the images, run the demo of `docker-compose.yml`, and check it.
 
-Where a Docker with compose answers, that one is used. Otherwise, as root on a Debian 12, the script
-starts one of its own on a socket of its own, and puts stand-ins under the tags that no hub is asked
-for: a base image made of Debian's packages, Debian's Prometheus and Redis. The Dockerfiles and the
-compose file are the same either way. There is no stand-in for Grafana; it is left out then.
+If Docker with Compose is available, it is used. Otherwise, as root on Debian 12, the script starts
+a separate engine on its own socket, with substitutes for the images of a registry: a base image
+made of Debian packages, and Debian's Prometheus and Redis. The Dockerfile and the compose file are
+the same. Grafana has no substitute and does not run then.
 
     python docker/demo.py --out runs/compose-demo/demo.json
 """
@@ -35,13 +35,13 @@ ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "runs" / "compose-demo"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 LARGEST_MB = 450  # of the service's image
-REQUESTS = 30  # that the script itself sends to each service
+REQUESTS = 30  # sent by this script to each service
 BUDGET = 5
 ENGINE = {"dockerd": "docker.io", "iptables": "iptables", "mmdebstrap": "mmdebstrap"}
 OWN = ("victim", "defended", "attacker")
-BASE = "scumble-base"  # the stand-in: what has a digest cannot be replaced under its own name
+BASE = "scumble-base"  # the substitute, as an image with a digest cannot be replaced by name
 
-# Says of each HOST:PORT whether somebody accepts a connection there.
+# Prints for each HOST:PORT whether a connection is accepted.
 PROBE = """
 import json, socket, sys
 found = {}
@@ -92,19 +92,19 @@ class Project:
         return self.docker("compose", *words, **environ)
 
     def inspect(self, service: str) -> dict[str, Any]:
-        """What the engine knows of a service's container."""
+        """The engine's description of a service's container."""
         container = self.compose("ps", "--all", "--quiet", service).strip()
         found: dict[str, Any] = json.loads(self.docker("inspect", container))[0]
         return found
 
     def address(self, service: str, network: str) -> str:
-        """Of a service in a network."""
+        """Address of a service in a network."""
         name = f"{self.environ['COMPOSE_PROJECT_NAME']}_{network}"
         found: str = self.inspect(service)["NetworkSettings"]["Networks"][name]["IPAddress"]
         return found
 
     def url(self, service: str) -> str:
-        """Of its published port."""
+        """URL of a service's published port."""
         return f"http://127.0.0.1:{self.ports[service]}"
 
     def ask(self, expr: str) -> float:
@@ -116,7 +116,7 @@ class Project:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Say what is done, and note how long it takes."""
+        """Print the name of a step, and record how long it takes."""
         click.echo(f"{name} ...")
         start = time.perf_counter()
         yield
@@ -129,7 +129,7 @@ class Project:
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     default=CACHE / "demo.json",
-    help="What was measured.",
+    help="JSON file for the figures.",
 )
 @click.option("--queries", type=click.IntRange(min=100), default=1000, show_default=True)
 @click.option("--epochs", type=click.IntRange(min=1), default=4, show_default=True)
@@ -137,14 +137,14 @@ class Project:
     "--local",
     is_flag=True,
     envvar="COMPOSE_DEMO_LOCAL",
-    help="An engine and stand-ins of its own, though a Docker answers.",
+    help="Start a separate engine with substitutes, even if Docker is available.",
 )
 def main(out: Path, queries: int, epochs: int, local: bool) -> None:
-    """Build the images, play the story of docker-compose.yml, and check it."""
+    """Build the images, run the demo of docker-compose.yml, and check it."""
     start = time.perf_counter()
     ours = dict(os.environ)
     for name in [name for name in ours if name.startswith("SCUMBLE_")]:
-        del ours[name]  # the compose file would take them in
+        del ours[name]  # the compose file would use them
     ours |= {
         "COMPOSE_PROJECT_NAME": f"scumble-demo-{os.getpid()}",
         "ATTACK_QUERIES": str(queries),
@@ -177,7 +177,7 @@ def main(out: Path, queries: int, epochs: int, local: bool) -> None:
 
 
 def answers(environ: dict[str, str]) -> bool:
-    """Whether there is a Docker with compose."""
+    """Whether Docker with Compose is available."""
     words = (["docker", "info"], ["docker", "compose", "version"])
     return shutil.which("docker") is not None and all(
         subprocess.run(w, env=environ, capture_output=True, check=False).returncode == 0
@@ -186,12 +186,12 @@ def answers(environ: dict[str, str]) -> bool:
 
 
 def play(project: Project) -> dict[str, Any]:
-    """The story with all its checks; gives the figures."""
+    """Run the demo with all checks; returns the figures."""
     shown = ["victim", "defended", "prometheus", *([] if project.stand_ins else ["grafana"])]
     with project.step("build the service and start"):
         project.compose("up", "--detach", "--wait", *shown)
     with project.step("build the attacker"):
-        # Nobody has built it: the first run does, as in the README.
+        # The first run builds the attacker's image, as in the README.
         project.compose("run", "--rm", "--no-TTY", "attacker", "true")
     images = {
         name: round(int(project.docker("image", "inspect", "-f", "{{.Size}}", name)) / 1e6)
@@ -225,7 +225,7 @@ def play(project: Project) -> dict[str, Any]:
 
 
 def check(holds: bool, otherwise: str) -> None:
-    """One thing that must be so.
+    """Check one condition.
 
     Raises:
         click.ClickException: it is not.
@@ -235,7 +235,7 @@ def check(holds: bool, otherwise: str) -> None:
 
 
 def confined(project: Project, services: list[str]) -> None:
-    """Users, capabilities, limits, root file systems and published ports."""
+    """Check users, capabilities, limits, root file systems and published ports."""
     for service in services:
         found = project.inspect(service)
         host = found["HostConfig"]
@@ -258,7 +258,7 @@ def confined(project: Project, services: list[str]) -> None:
 
 
 def isolated(project: Project) -> None:
-    """The thief reaches the public ports alone; the admin ports' network has no way out."""
+    """Check that the attacker reaches only public ports, and that the admin network is isolated."""
     open_to_him = {"victim:8000": True, "defended:8000": True}
     closed = [
         "victim:9000", "defended:9000", "victim-admin:9000", "defended-admin:9000",
@@ -270,7 +270,7 @@ def isolated(project: Project) -> None:
     words = ["run", "--rm", "--no-TTY", "attacker", "python3", "-c", PROBE, *expected]
     found = json.loads(project.compose(*words))
     check(found == expected, f"the attacker reaches {found}")
-    # What is to be out of reach is a service of this project, in another network of it.
+    # The unreachable target is a service of this project, in another of its networks.
     expected = {"victim-admin:9000": True, f"{project.address('victim', 'public')}:8000": False}
     network = f"{project.environ['COMPOSE_PROJECT_NAME']}_admin"
     inside = ["run", "--rm", f"--network={network}", "--entrypoint=python3", "scumble"]
@@ -279,7 +279,7 @@ def isolated(project: Project) -> None:
 
 
 def send(project: Project) -> None:
-    """`REQUESTS` pictures of three formats to each service, read as what they show."""
+    """Send `REQUESTS` pictures in three formats to each service, and check the labels."""
     picture = Image.open(ROOT / "docs" / "digits" / "3.png")
     for i in range(REQUESTS):
         kind = ("png", "jpeg", "webp")[i % 3]
@@ -307,7 +307,7 @@ def settled(project: Project, expr: str, expected: dict[str, int]) -> None:
 
 
 def counted(project: Project, report: dict[str, Any]) -> dict[str, int]:
-    """Images by service: those that were sent, which Prometheus must have counted."""
+    """Images sent to each service, which Prometheus must have counted."""
     undefended, defended = (report["servers"][name] for name in ("undefended", "defended"))
     check(undefended["l1"]["digits"] == 0, f"undefended answers are {undefended['l1']} off")
     check(defended["l1"]["digits"] > 0.5, f"defended answers are only {defended['l1']} off")
@@ -330,7 +330,7 @@ def counted(project: Project, report: dict[str, Any]) -> dict[str, int]:
 
 
 def budget(project: Project) -> None:
-    """It holds, and outlasts the service that counts."""
+    """Check that the budget is exact, and survives the service that counts."""
     settings = {
         "SCUMBLE_STORE": "redis://redis:6379/0",
         "SCUMBLE_BUDGET__TOTAL_IMAGES": str(BUDGET),
@@ -350,12 +350,12 @@ def budget(project: Project) -> None:
     check(ask() == 429, "the budget was forgotten")
 
 
-# An engine of its own.
+# A separate Docker engine.
 
 
 @contextmanager
 def own_engine(environ: dict[str, str]) -> Iterator[Project]:
-    """A Docker that leaves nothing behind, with stand-ins for what a hub has."""
+    """A Docker engine that leaves nothing behind, with substitutes for images of a registry."""
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise click.ClickException("no Docker answers; as root on a Debian 12 one is started here")
     missing = [package for tool, package in ENGINE.items() if shutil.which(tool) is None]
@@ -394,7 +394,7 @@ def own_engine(environ: dict[str, str]) -> Iterator[Project]:
 
 
 def run(*words: str | Path) -> None:
-    """A command that must succeed."""
+    """Run a command that must succeed."""
     subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
 
 
@@ -409,7 +409,7 @@ def network_as_before(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # The engine's tables are emptied, then those that were there come back.
+        # Flush the engine's tables, then restore the previous ones.
         run("iptables", "-P", "FORWARD", "ACCEPT")
         for table in ("filter", "nat"):
             run("iptables", "-t", table, "-F")
@@ -453,13 +453,13 @@ def daemon(folder: Path) -> Iterator[None]:
 
 
 def listens(path: Path) -> bool:
-    """Whether somebody takes connections at a Unix socket."""
+    """Whether a Unix socket accepts connections."""
     with socket.socket(socket.AF_UNIX) as tried:
         return tried.connect_ex(str(path)) == 0
 
 
 def wait_for(holds: Callable[[], bool], seconds: float, log: Path) -> None:
-    """Until it holds.
+    """Wait until a condition holds.
 
     Raises:
         click.ClickException: it does not; the message has the log.
@@ -472,7 +472,7 @@ def wait_for(holds: Callable[[], bool], seconds: float, log: Path) -> None:
 
 
 def debootstrap(base: Path) -> None:
-    """About what the hub's slim image holds: Debian 12 with Python 3.11, without documentation."""
+    """Roughly the contents of the slim image: Debian 12 with Python 3.11, without documentation."""
     base.parent.mkdir(parents=True, exist_ok=True)
     part = base.with_suffix(".part")
     left_out = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "info", "man")]
@@ -492,7 +492,7 @@ def debootstrap(base: Path) -> None:
 
 
 def stand_ins(project: Project, folder: Path, base: Path) -> None:
-    """Images under the tags that the compose file names, and one to build in."""
+    """Make the images that the compose file names, and one to build in."""
     images = {
         name: service["image"]
         for name, service in json.loads(
@@ -502,7 +502,7 @@ def stand_ins(project: Project, folder: Path, base: Path) -> None:
     }  # fmt: skip
     path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     project.docker("import", f"--change=ENV {path}", str(base), BASE)
-    # pip as it is set up here, certificates and files on the disk included.
+    # pip with this machine's configuration, including certificates and local files.
     wheels = folder / "build" / "wheels" / "torch"
     wheels.mkdir(parents=True)
     torch = [wheel for place in pip_folders() for wheel in place.glob("torch-*+cpu-cp311-*.whl")]
@@ -556,14 +556,14 @@ def stand_ins(project: Project, folder: Path, base: Path) -> None:
 
 
 def image(project: Project, folder: Path, tag: str, dockerfile: str) -> None:
-    """Build one."""
+    """Build an image."""
     lines = [line.strip() for line in dockerfile.strip().splitlines()]
     (folder / "Dockerfile").write_text("\n".join(lines) + "\n")
     project.docker("build", "--quiet", f"--tag={tag}", str(folder))
 
 
 def pip_folders() -> list[Path]:
-    """Where pip looks for files on this machine's disk."""
+    """The folder where pip looks for local files."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
@@ -572,7 +572,7 @@ def pip_folders() -> list[Path]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody has."""
+    """A free port on loopback."""
     with socket.socket() as tried:
         tried.bind(("127.0.0.1", 0))
         port: int = tried.getsockname()[1]

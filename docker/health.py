@@ -1,4 +1,4 @@
-"""Exit with 0 while every worker is ready: the image's HEALTHCHECK, which needs no curl."""
+"""The image's HEALTHCHECK: exit with 0 while every worker is ready."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Take from an environment what the service never loads; runs once, while the image is built.
+"""Remove what the service never loads from an environment; runs once, when the image is built.
 
     python3 docker/slim.py /opt/venv/lib/python3.11/site-packages
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 UNUSED = (
     "onnx/backend/test",
-    "onnxruntime/capi/libonnxruntime.so.*",  # for C programs; Python's module has its own
+    "onnxruntime/capi/libonnxruntime.so.*",  # for C programs; the Python module has its own copy
     "openvino/include",
     "openvino/libs/*_gpu_*",  # devices other than the processor
     "openvino/libs/*_npu_*",
@@ -25,7 +25,7 @@ UNUSED = (
     "openvino/libs/*_tensorflow_*",
     "**/tests",
 )
-CODECS = ("_jpeg8", "_shared", "_spng")  # the others of imagecodecs read no image that we take
+CODECS = ("_jpeg8", "_shared", "_spng")  # the others are for unsupported formats
 
 
 def main(packages: Path) -> None:

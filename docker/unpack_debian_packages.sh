@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# docker/unpack_debian_packages.sh FOLDER PACKAGE...: unpack packages of Debian 13 into FOLDER, on an older Debian.
-# The machine's own lists and packages stay as they are; the mirror is the machine's own.
+# docker/unpack_debian_packages.sh FOLDER PACKAGE...
+# Unpack packages of Debian 13 into FOLDER on an older Debian, from the mirror that apt uses.
+# The machine's own package lists and packages do not change.
 set -euo pipefail
 folder=$(realpath -m "$1")
 shift

@@ -1,18 +1,18 @@
-"""A thief at two replicas, and a thousand wrong keys: `python -m loadtest.abuse`.
+"""Tests a budget and key comparison with a thief at two replicas and with thousands of wrong keys.
 
     python -m loadtest.abuse                    writes loadtest/abuse.json
 
-Theft: two replicas of two workers count in one real Redis; one key with a budget of 10,000 images
-is used on eight connections, with one to eight images a request, until each has been told that
-nothing is left. What counts is what came back with status 200.
+Theft: two replicas with two workers each count in one real Redis. One key with a budget of 10,000
+images is used on eight connections, with one to eight images per request, until each connection is
+told that nothing is left. The images in answers with status 200 are counted.
 
-Wrong keys: a server that knows one key is asked in turns with keys that are wrong in their first
-character, wrong in their last, and wrong in all. If a comparison gave something away, those that
-agree longest with the right key would take another time; a Mann-Whitney test says whether they do.
-The number of series on the metrics page must not grow.
+Wrong keys: a server with one key gets requests whose keys are wrong in the first character, in the
+last, or in all, in random order. If the comparison leaked information, keys that agree longest with
+the right one would take a different time; a Mann-Whitney test checks this. The number of series on
+the metrics page must not grow.
 
-Exit code 1 if another number than the budget was served, if a wrong key got in or added a series,
-or if times differ (p < 0.001).
+The exit code is 1 if the number of images served is not the budget, if a wrong key was accepted or
+added a series, or if times differ (p < 0.001).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def write_key(path: Path, key: str, limits: KeyLimits) -> None:
 
 
 def steal(server: Server, key: str, size: int) -> Counter[str]:
-    """On one connection, `size` images a request, fewer once less is left, until nothing is."""
+    """Send `size` images per request on one connection, fewer when less is left, until none is."""
     got: Counter[str] = Counter()
     with httpx2.Client(
         base_url=server.url, headers={"X-API-Key": key}, timeout=60, trust_env=False
@@ -78,7 +78,7 @@ def steal(server: Server, key: str, size: int) -> Counter[str]:
 
 
 def theft(folder: Path, budget: int) -> dict[str, Any]:
-    """All connections at all replicas; the sum of what they got."""
+    """Use the budget on all connections at all replicas; returns the sum of the answers."""
     key, file = new_key(), folder / "theft.json"
     write_key(file, key, KeyLimits(total_images=budget))
     with redis_in(folder) as redis:
@@ -105,7 +105,7 @@ def theft(folder: Path, budget: int) -> dict[str, Any]:
 
 
 def wrong_keys(folder: Path, count: int) -> dict[str, Any]:
-    """So many of each kind, shuffled; times of their answers."""
+    """Send `count` keys of each kind in random order; returns the times of the answers."""
     key, file = new_key(), folder / "known.json"
     write_key(file, key, KeyLimits())
     draw = random.Random(0)  # noqa: S311  # no secret
@@ -150,17 +150,17 @@ def other(character: str) -> str:
 
 
 def series(server: Server) -> int:
-    """How many the metrics page has."""
+    """The number of series on the metrics page."""
     time.sleep(4 * FLUSH_S)
     return len(server.metrics())
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
-    """What must not be; empty if all is well."""
+    """Everything that went wrong; empty if nothing did."""
     theft, keys = report["theft"], report["wrong_keys"]
     faults = []
     if theft["images_served"] != theft["budget"]:
-        faults.append(f"{theft['images_served']} images of {theft['budget']} were served")
+        faults.append(f"{theft['images_served']} images served, budget {theft['budget']}")
     if set(theft["answers"]) - {"200", "429"}:
         faults.append(f"other answers than 200 and 429: {theft['answers']}")
     if set(keys["answers"]) != {"401"}:
@@ -168,16 +168,16 @@ def verdict(report: dict[str, Any]) -> list[str]:
     if keys["series_added"]:
         faults.append(f"wrong keys added {keys['series_added']} series")
     if min(keys["p_value"].values()) < P_SUSPICIOUS:
-        faults.append(f"times tell keys apart: {keys['p_value']}")
+        faults.append(f"times depend on the key: p = {keys['p_value']}")
     return faults
 
 
 @click.command()
 @click.option("--budget", default=10_000, show_default=True)
-@click.option("--keys", default=1000, show_default=True, help="Wrong keys of each kind.")
+@click.option("--keys", default=1000, show_default=True, help="Number of wrong keys of each kind.")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
 def main(budget: int, keys: int, out: Path) -> None:
-    """Steal, guess, print, write JSON."""
+    """Run both tests, print the report and write it as JSON."""
     if shutil.which("redis-server") is None:
         raise click.ClickException("redis-server is not installed")
     with tempfile.TemporaryDirectory(prefix="scumble-abuse-") as folder:
@@ -191,7 +191,7 @@ def main(budget: int, keys: int, out: Path) -> None:
     click.echo(text)
     out.write_text(text + "\n")
     faults = verdict(report)
-    click.echo("\n".join(faults) or "all is well")
+    click.echo("\n".join(faults) or "no faults")
     sys.exit(1 if faults else 0)
 
 

@@ -1,16 +1,16 @@
-"""How near the service comes to the machine's limit, and what the defense takes.
+"""Measures how close the service comes to the machine's limit, and what the defense costs.
 
     python -m loadtest.bench                                writes loadtest/bench.json
     python -m loadtest.bench --baseline loadtest/bench.json --out runs/bench.json
 
-All in one run, in rounds that take turns, so that whatever else the machine does hits all alike; a
-figure is the median over the rounds, a ratio the median of each round's ratio. The load is `wrk`'s,
-on the same cores as the service.
+Everything is measured in one run, in alternating rounds, so that other load on the machine affects
+all figures alike. A figure is the median over the rounds, a ratio the median of each round's ratio.
+The load comes from `wrk`, on the same cores as the service.
 
 Limits, without HTTP, one process per core (`loadtest.limits`): the engine alone at batch 1, 32 and
 256, and decode + infer + defend + encode one image at a time. Service: image files at several
 numbers of connections, undefended and under dcp with every row perturbed; tensors of 256 images;
-one worker against two; and, with `--soak`, minutes of load at 80 % of what it can.
+one worker against two; and, with `--soak`, minutes of load at 80 % of its capacity.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Rounds:
         self.values: dict[str, list[float]] = {}
 
     def add(self, name: str, value: float) -> None:
-        """One more round's figure."""
+        """Add the figure of a round."""
         self.values.setdefault(name, []).append(value)
 
     def median(self, name: str) -> float:
-        """Over the rounds."""
+        """The median over the rounds."""
         return statistics.median(self.values[name])
 
     def ratio(self, one: str, other: str) -> float:
@@ -81,7 +81,7 @@ def compare(
     rounds: int,
     seconds: int,
 ) -> dict[str, Any]:
-    """One model: limits and service, by turns."""
+    """Measure the limits and the service for one model, in turns."""
     card = open_bundle(models, model).card
     body, kind = picture(card)
     found = Rounds()
@@ -160,7 +160,7 @@ def compare(
 
 
 def ratios(found: Rounds, connections: list[int]) -> Iterator[tuple[str, float]]:
-    """What the targets are about; none of them depends on how fast the machine is."""
+    """The ratios that have targets; none depends on how fast the machine is."""
     for count in connections:
         yield f"c{count} over whole", found.ratio(f"dcp {count} rps", "whole")
         yield f"c{count} over model-only batch 1", found.ratio(f"dcp {count} rps", "model 1")
@@ -174,7 +174,7 @@ def ratios(found: Rounds, connections: list[int]) -> Iterator[tuple[str, float]]
 
 
 def picture(card: Card) -> tuple[bytes, str]:
-    """One image file and its type: PNG, or JPEG for what is as large as a photo."""
+    """One image file and its type: PNG, or JPEG if it is as large as a photo."""
     pixels = golden_inputs(card.input)[1]
     if card.input.height < 100:
         return encode(pixels)
@@ -192,7 +192,7 @@ def images(server: Server, body: bytes, kind: str, connections: int, seconds: in
 
 
 def batch_bytes(card: Card) -> int:
-    """Of the pixels of a batch."""
+    """Size of a batch of pixels in bytes."""
     return BATCH * card.input.height * card.input.width * card.input.channels
 
 

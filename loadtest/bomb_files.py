@@ -1,4 +1,4 @@
-"""Small image files that ask for much work or memory, or that two parsers read differently.
+"""Small image files that cost much time or memory, or that two parsers read differently.
 
 `FILES` names them; `python -m loadtest.bombs` sends them to a server, and the tests of the decoder
 take them one by one.
@@ -35,7 +35,7 @@ def ihdr(width: int, height: int, depth: int = 8, colour: int = 0, interlaced: i
 
 
 def zeros(size: int) -> bytes:
-    """So many bytes 0, compressed: a piece of 1 MiB again and again."""
+    """`n` zero bytes, compressed in repeated pieces of 1 MiB."""
     many, rest = divmod(size, 2**20)
     first = zlib.compressobj(9, wbits=-15)
     last = zlib.compressobj(9, wbits=-15)
@@ -277,7 +277,7 @@ def piece(kind: bytes, body: bytes = b"") -> bytes:
 
 
 def u24(value: int) -> bytes:
-    """Little-endian."""
+    """An integer in little-endian bytes."""
     return value.to_bytes(3, "little")
 
 
@@ -308,7 +308,7 @@ def frame_of(
 
 
 class _Bits:
-    """Bits, the least first."""
+    """A stream of bits, least significant first."""
 
     def __init__(self) -> None:
         self._bits: list[str] = []
@@ -322,7 +322,7 @@ class _Bits:
 
 
 def huffman_groups(side: int, groups: int) -> bytes:
-    """A lossless picture whose every 4 x 4 pixels have Huffman codes of their own.
+    """A lossless picture in which each block of 4 x 4 pixels has its own Huffman codes.
 
     A group of codes takes 20 bits of the file and 5.7 kB of a decoder's memory.
     """

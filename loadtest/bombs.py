@@ -1,17 +1,17 @@
-"""Requests that are made to cost much: `python -m loadtest.bombs`.
+"""Measures what expensive requests cost a worker.
 
     python -m loadtest.bombs                    writes loadtest/bombs.json
 
 A real server with one worker gets each file of `loadtest/bomb_files.py`, and forms, JSON and V2
-requests with many of them, none longer than 5 MiB. While a request runs, another connection asks
-`/livez` of the same worker every 2 ms: by how much the longest answer exceeds the median of an idle
-worker says how long the event loop was held at most. The peak of the worker's resident memory, over
-what it had before, is what the request took; the processor time of the loop's thread is what the
-loop did for it, `/livez` included.
+requests with many of them, none longer than 5 MiB. While a request runs, another connection sends
+`/livez` to the same worker every 2 ms. The longest answer minus the median of an idle worker is a
+bound on how long the event loop was blocked. The increase of the worker's peak resident memory is
+what the request needed; the processor time of the loop's thread is what it took there, `/livez`
+included.
 
-Each request is sent in several rounds and the least of its figures counts, since what others do on
-the machine only adds to them. Exit code 1 if the worst request misses a target, if any gets a 5xx
-but 503 and 504, or if the worker dies. Linux only.
+Each request is sent in several rounds and the smallest of its figures counts, since other load on
+the machine can only increase them. The exit code is 1 if the worst request misses a target, if any
+answer is a 5xx other than 503 and 504, or if the worker dies. Linux only.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def v2_bytes(*files: bytes) -> Bomb:
 
 
 def bombs() -> Iterator[tuple[str, Callable[[], Bomb]]]:
-    """All of them, made one after the other."""
+    """All requests, made one at a time."""
     for name, make in FILES.items():
         yield name, lambda make=make: raw(make())  # type: ignore[misc]
     full, half = png(2000, 2000, colour=6), png(500, 500, colour=6)
@@ -130,7 +130,7 @@ def bombs() -> Iterator[tuple[str, Callable[[], Bomb]]]:
 
 
 class Livez:
-    """Asks for `/livez` again and again on one connection, and keeps the longest answer."""
+    """Requests `/livez` repeatedly on one connection, and keeps the times of the answers."""
 
     def __init__(self, url: str) -> None:
         self._connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
@@ -174,7 +174,7 @@ def loop_cpu_s(pid: int) -> float:
 
 
 def send(server: Server, worker: int, client: httpx2.Client, bomb: Bomb) -> dict[str, float]:
-    """One request, and what it did to the worker."""
+    """Send one request and measure its effect on the worker."""
     Path(f"/proc/{worker}/clear_refs").write_text("5")  # resets the peak
     before, cpu, start = status_mib(worker, "VmRSS"), loop_cpu_s(worker), time.perf_counter()
     with Livez(server.url) as livez:
@@ -189,13 +189,13 @@ def send(server: Server, worker: int, client: httpx2.Client, bomb: Bomb) -> dict
 
 
 def least(rounds: list[dict[str, float]]) -> dict[str, float]:
-    """Of each figure; the status is the last one."""
+    """The smallest of each figure; the status is the last one."""
     figures = {name: min(one[name] for one in rounds) for name in rounds[0]}
     return {**figures, "status": rounds[-1]["status"]}
 
 
 def run(server: Server, rounds: int) -> dict[str, Any]:
-    """All requests; gives the report.
+    """Send all requests; returns the report.
 
     Raises:
         ClickException: the worker was killed, or a request of ours is too long.
@@ -237,7 +237,7 @@ def summary(each: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
-    """What must not be; empty if all is well."""
+    """Everything that went wrong; empty if nothing did."""
     faults = [
         f"{figure} is {worst['value']} for {worst['request']}; allowed: {TARGETS[figure]:g}"
         for figure, worst in report["worst"].items()
@@ -254,7 +254,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
 @click.option("--rounds", type=click.IntRange(1, 10), default=3, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
 def main(rounds: int, out: Path) -> None:
-    """Send each, print, write JSON."""
+    """Send all requests, print the report and write it as JSON."""
     with serving(model=MODEL, workers=1) as server:
         found = run(server, rounds)
     report = {
@@ -267,7 +267,7 @@ def main(rounds: int, out: Path) -> None:
     out.write_text(json.dumps(report, indent=1) + "\n")
     click.echo(json.dumps({**report, "each": None}, indent=1))
     faults = verdict(report)
-    click.echo("\n".join(faults) or "all is well")
+    click.echo("\n".join(faults) or "no faults")
     sys.exit(1 if faults else 0)
 
 

@@ -1,11 +1,11 @@
-"""How wrong can a budget be when many replicas count it? A simulation, event by event.
+"""Simulates how wrong a budget can be when many replicas count it.
 
     python -m loadtest.budgets          writes loadtest/budgets.json and docs/budgets.png
 
-Customers and a few thieves ask replicas that a load balancer picks at random; each client has the
-same budget in images. A request is served whole or refused whole. Who is refused asks for single
-images from then on; a customer leaves when a single one is refused, a thief never does. In the
-middle every replica is replaced once, and loses what it had in memory.
+Customers and a few thieves send requests to replicas that a load balancer picks at random. Each
+client has the same budget in images. A request is served or refused as a whole. A client that is
+refused sends single images from then on; a customer leaves when a single image is refused, a thief
+never does. Halfway through, every replica is replaced once and loses what it had in memory.
 
 | strategy | counts in                         | over the budget | left when refused   |
 |----------|-----------------------------------|-----------------|---------------------|
@@ -13,13 +13,14 @@ middle every replica is replaced once, and loses what it had in memory.
 | leases   | leases of b images from one store | 0               | (R - 1 + X) (b - 1) |
 | local    | each replica's own memory         | (R - 1 + X) B   | 0                   |
 
-R replicas, X of them replaced meanwhile, budget B. Why these are bounds:
+There are R replicas, of which X are replaced during the run, and a budget B. These are bounds
+because:
 
-- local: R + X counters have been at work, and each grants at most B.
-- leases: what the store gives never exceeds B, and a lease is spent once. A lease is topped up only
-  when it is too small for the request at hand, so that at most b - 1 images stay in it. A refused
-  single image means that its own replica's lease and the store are empty, so that what is left is
-  in the other R - 1 leases and in the X that were lost. It is never more than B.
+- local: there were R + X counters, and each grants at most B.
+- leases: the store never gives out more than B, and a lease is spent once. A lease is topped up
+  only when it is too small for a request, so at most b - 1 images stay in it. When a single image
+  is refused, the lease of its replica and the store are empty, so what is left is in the other
+  R - 1 leases and in the X that were lost. It is never more than B.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Strategy(Protocol):
 
 
 class Shared:
-    """One store, asked at each request: what `app.access.stores.redis` does."""
+    """One store that counts each request, as `app.access.stores.redis` does."""
 
     def __init__(self, clients: int, replicas: int, budget: int) -> None:
         del replicas
@@ -78,7 +79,7 @@ class Shared:
 
 
 class Local:
-    """Each replica counts for itself: what `memory://` would do."""
+    """Each replica counts separately, as `memory://` would do."""
 
     def __init__(self, clients: int, replicas: int, budget: int) -> None:
         self.full = [budget] * clients
@@ -86,14 +87,14 @@ class Local:
         self.calls = 0
 
     def ask(self, replica: int, client: int, images: int) -> bool:
-        """Look at the replica's own count."""
+        """Check the replica's own count."""
         left = self.left[replica]
         granted = images <= left[client]
         left[client] -= images * granted
         return granted
 
     def replace(self, replica: int) -> None:
-        """Count from nothing again."""
+        """Start counting at 0 again."""
         self.left[replica] = list(self.full)
 
 
@@ -121,7 +122,7 @@ class Leased:
         return True
 
     def replace(self, replica: int) -> None:
-        """The leases are lost: who gave them does not know what was served."""
+        """Lose the leases: the store does not know what was served from them."""
         self.leases[replica] = [0] * len(self.left)
 
 
@@ -151,7 +152,7 @@ class Load:
 def make_load(
     *, clients: int, thieves: int, replicas: int, budget: int, replace: bool, seed: int
 ) -> Load:
-    """Thieves ask for more than all counters together could grant; customers as they need."""
+    """Thieves ask for more than all counters together could grant, customers for what they need."""
     random = np.random.default_rng(seed)
     counters = replicas * (2 if replace else 1)
     wants = random.geometric(2 / budget, clients)  # requests of a customer: some have plenty left
@@ -176,7 +177,7 @@ def make_load(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it.
+    """The result of a simulation.
 
     Attributes:
         served: images by client.
@@ -192,7 +193,7 @@ class Outcome:
 
 
 def simulate(strategy: Strategy, load: Load, budget: int) -> Outcome:
-    """Every request in turn."""
+    """Process all requests in order."""
     served, left = [0] * load.clients, [0] * load.clients
     single, gone = [False] * load.clients, [False] * load.clients
     answers = calls = 0
@@ -218,13 +219,13 @@ def simulate(strategy: Strategy, load: Load, budget: int) -> Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy with so many replicas.
+    """The result of one strategy with a number of replicas.
 
     Attributes:
         strategy: its name.
         lease: size of a lease, 0 where there are none.
         replicas: how many.
-        replaced: how many of them were replaced meanwhile.
+        replaced: how many of them were replaced during the run.
         worst_over: the most images that a client got beyond its budget.
         bound_over: what it cannot exceed.
         worst_left: the most images that a customer's budget had when they were refused.
@@ -246,7 +247,7 @@ class Row:
 
 
 def bounds(strategy: str, lease: int, replicas: int, replaced: int, budget: int) -> tuple[int, int]:
-    """Most images over the budget, and most that are left when a client is refused one."""
+    """Bounds on images over the budget, and on what is left when a client is refused one image."""
     others = replicas - 1 + replaced
     return others * budget * (strategy == "local"), min(budget, others * max(0, lease - 1))
 
@@ -254,7 +255,7 @@ def bounds(strategy: str, lease: int, replicas: int, replaced: int, budget: int)
 def rows(
     clients: int, thieves: int, budget: int, replicas: Iterable[int], seed: int
 ) -> Iterator[Row]:
-    """All strategies on the same requests, for each number of replicas; replaced and not."""
+    """All strategies on the same requests, by number of replicas, with and without failures."""
     for count in replicas:
         for replace in (False, True):
             load = make_load(
@@ -287,7 +288,7 @@ def rows(
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Worst client against bound, by number of replicas."""
+    """Plot the worst client and the bound by number of replicas."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -331,7 +332,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
 @click.option("--picture", type=click.Path(path_type=Path), default=PLOT, show_default=True)
 def main(clients: int, thieves: int, budget: int, seed: int, out: Path, picture: Path) -> None:
-    """Simulate, write JSON and plot."""
+    """Run the simulation, write the JSON and the plot."""
     found = []
     for row in rows(clients, thieves, budget, REPLICAS, seed):
         found.append(asdict(row))

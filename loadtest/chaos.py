@@ -1,19 +1,19 @@
-"""Everything that goes wrong at once, for a few minutes, on this machine: `make chaos`.
+"""Injects many faults into a server on this machine for a few minutes: `make chaos`.
 
     python -m loadtest.chaos --minutes 3
 
 Honest clients, a thief with a budget, broken bodies, image bombs, slow clients and floods
-(`loadtest.floods`) ask a real server, while its workers are killed, its model is reloaded (good
-files and bad), the store of budgets is killed and started again, and in the end it gets SIGTERM
-under load. Exit code 1 unless
+(`loadtest.floods`) send requests to a real server, while its workers are killed, its model is
+reloaded (from good and bad files), the budget store is killed and restarted, and finally it gets
+SIGTERM under load. The exit code is 1 unless
 
-- no request is lost: one whose connection died before a byte of its answer is asked once more, as
-  any client may, and is lost if that fails as well;
+- no request is lost: a request whose connection died before a byte of its answer is repeated once,
+  as any client may do, and is lost if that fails too;
 - the thief gets no image beyond its budget;
-- no answer is a 5xx but the documented 503 and 504, and no broken body is accepted;
-- each connection of a flood is ended by the server;
+- no answer is a 5xx other than the documented 503 and 504, and no broken body is accepted;
+- the server closes each connection of a flood;
 - no worker grows by more than 20 % after it is warm;
-- the server ends with 0.
+- the server exits with 0.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Tally:
 
 
 def ask(client: httpx2.Client, tally: Tally, body: Any) -> httpx2.Response | None:
-    """One request, asked again if its connection died; None if it is lost."""
+    """Send one request, and repeat it if its connection died; None if it is lost."""
     with tally.lock:
         tally.attempted += 1
     for attempt in range(2):
@@ -124,7 +124,7 @@ def ask(client: httpx2.Client, tally: Tally, body: Any) -> httpx2.Response | Non
 
 
 def honest(server: Server, tally: Tally, stop: threading.Event) -> None:
-    """A picture after the other, sometimes with a deadline."""
+    """Send one picture after another, sometimes with a deadline."""
     headers = {**PNG, "X-API-Key": "honest"}
     body = {"content": DIGIT}
     with httpx2.Client(base_url=server.url, headers=headers, timeout=60, trust_env=False) as client:
@@ -137,7 +137,7 @@ def honest(server: Server, tally: Tally, stop: threading.Event) -> None:
 
 
 def thief(server: Server, tally: Tally, stop: threading.Event) -> None:
-    """Eight at a time until nothing is left, and then further attempts."""
+    """Send eight pictures per request until nothing is left, and continue to try."""
     body = {"files": [("image", ("x.png", DIGIT, "image/png"))] * 8}
     with httpx2.Client(
         base_url=server.url, headers={"X-API-Key": "thief"}, timeout=60, trust_env=False
@@ -152,7 +152,7 @@ def thief(server: Server, tally: Tally, stop: threading.Event) -> None:
 
 
 def vandal(server: Server, tally: Tally, stop: threading.Event) -> None:
-    """Bodies and headers that are wrong in some way."""
+    """Send bodies and headers that are wrong in some way."""
     with httpx2.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         while not stop.is_set():
             for content, headers in BROKEN:
@@ -164,7 +164,7 @@ def vandal(server: Server, tally: Tally, stop: threading.Event) -> None:
 
 
 def sloth(server: Server, tally: Tally, stop: threading.Event) -> None:
-    """Connections that send half a request, or read nothing; each must be closed on him."""
+    """Connections that send half a request, or read nothing; the server must close each."""
     host, port = server.url.removeprefix("http://").split(":")
     while not stop.is_set():
         with suppress(OSError), socket.create_connection((host, int(port)), timeout=20) as line:
@@ -181,7 +181,7 @@ def sloth(server: Server, tally: Tally, stop: threading.Event) -> None:
 
 
 def bomber(server: Server, tally: Tally, stop: threading.Event) -> None:
-    """Small files that ask for much work or memory."""
+    """Send small files that cost much time or memory."""
     bombs = [
         {
             "content": FILES[name](),
@@ -199,7 +199,7 @@ def bomber(server: Server, tally: Tally, stop: threading.Event) -> None:
 
 
 def flooder(server: Server, tally: Tally, stop: threading.Event) -> None:
-    """One flood after the other."""
+    """Run one flood after another."""
     host, port = server.url.removeprefix("http://").split(":")
     while not stop.is_set():
         for flood in FLOODS:
@@ -265,7 +265,7 @@ class Redis:
 
 @contextmanager
 def redis_in(folder: Path) -> Iterator[Redis]:
-    """A Redis of our own; ended at the end."""
+    """A Redis server of this run, which is stopped at the end."""
     program = shutil.which("redis-server")
     assert program is not None  # noqa: S101  # the caller has looked
     server = Redis(folder, program)
@@ -287,14 +287,14 @@ def reload(server: Server) -> int:
 
 
 def good_reload(server: Server, models: Path, tally: Tally, version: str) -> None:
-    """Must be taken."""
+    """Reload a good bundle, which must be accepted."""
     set_version(models, version)
     if reload(server) != 200:
         tally.wrong.append("a good reload failed")
 
 
 def bad_reload(server: Server, models: Path, tally: Tally) -> None:
-    """Must be refused."""
+    """Reload a tampered bundle, which must be refused."""
     path = models / "mnist" / "float32.onnx"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + b"x")
@@ -304,7 +304,7 @@ def bad_reload(server: Server, models: Path, tally: Tally) -> None:
 
 
 def kill_worker(server: Server) -> None:
-    """The oldest."""
+    """Kill the oldest worker."""
     with suppress(ProcessLookupError, IndexError):
         os.kill(server.workers()[0], signal.SIGKILL)
 
@@ -312,7 +312,7 @@ def kill_worker(server: Server) -> None:
 def plan(
     server: Server, models: Path, tally: Tally, redis: Redis | None
 ) -> list[tuple[float, str, Callable[[], object]]]:
-    """(part of the time, what, how); the last third is quiet: memory can be seen to stay."""
+    """(share of the time, name, fault); none in the last third, to see whether memory is stable."""
     faults: list[tuple[float, str, Callable[[], object]]] = [
         (0.08, "kill -9 a worker", lambda: kill_worker(server)),
         (0.16, "reload", lambda: good_reload(server, models, tally, "2")),
@@ -329,7 +329,7 @@ def plan(
 def rampage(
     server: Server, seconds: float, faults: list[tuple[float, str, Callable[[], object]]]
 ) -> Memory:
-    """Do the faults in their time, and watch the workers' memory."""
+    """Inject the faults on schedule, and record the workers' memory."""
     memory, start = Memory(), time.monotonic()
     waiting = list(faults)
     while (passed := time.monotonic() - start) < seconds:
@@ -358,7 +358,7 @@ def write_grants(path: Path) -> None:
 
 
 def end(server: Server, stop: threading.Event, crowd: list[threading.Thread]) -> int:
-    """SIGTERM under load; clients turn away when readiness says so. Gives the exit code."""
+    """Send SIGTERM under load; clients stop when the server is not ready. Returns the exit code."""
     server.process.send_signal(signal.SIGTERM)
     while httpx2.get(f"{server.admin}/readyz", timeout=20, trust_env=False).status_code == 200:
         time.sleep(0.01)
@@ -369,7 +369,7 @@ def end(server: Server, stop: threading.Event, crowd: list[threading.Thread]) ->
 
 
 def run(seconds: float, folder: Path) -> dict[str, Any]:
-    """All of it; gives the report."""
+    """Run everything; returns the report."""
     models, keys = folder / "models", folder / "keys.json"
     shutil.copytree(ROOT / "models" / "mnist", models / "mnist")
     write_grants(keys)
@@ -428,7 +428,7 @@ def run(seconds: float, folder: Path) -> dict[str, Any]:
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
-    """What must not be; empty if all is well."""
+    """Everything that went wrong; empty if nothing did."""
     faults = list(report["wrong"])
     if report["lost"]:
         faults.append(f"{report['lost']} requests lost")
@@ -443,9 +443,9 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 @click.command()
 @click.option("--minutes", type=click.FloatRange(0.5, 10), default=3.0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Where the report goes, as JSON.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file for the report.")
 def main(minutes: float, out: Path | None) -> None:
-    """Break a server of our own in every way for so long, and say what came of it."""
+    """Inject faults into a server for some minutes and report what happened."""
     with tempfile.TemporaryDirectory(prefix="scumble-chaos-") as folder:
         report = run(minutes * 60, Path(folder))
     text = json.dumps(report, indent=2)
@@ -453,7 +453,7 @@ def main(minutes: float, out: Path | None) -> None:
     if out is not None:
         out.write_text(text + "\n")
     faults = verdict(report)
-    click.echo("\n".join(faults) or "all is well")
+    click.echo("\n".join(faults) or "no faults")
     sys.exit(1 if faults else 0)
 
 

@@ -32,7 +32,7 @@ from scumble.machine import processor
 
 OUT = Path(__file__).with_suffix(".json")
 CLIENTS = 10_000
-LIMIT = 10**9  # nobody is refused: a refusal is not written to the disk
+LIMIT = 10**9  # no charge is refused, as a refusal is not written to the disk
 
 
 async def charging(url: str, connections: int, seconds: float) -> list[float]:
@@ -45,7 +45,7 @@ async def charging(url: str, connections: int, seconds: float) -> list[float]:
         while (start := time.perf_counter()) < end:
             client = str(random.randrange(CLIENTS))  # noqa: S311  # nothing secret
             charge = await store.charge(client_buckets(client, LIMIT, 3600, LIMIT), 1)
-            assert charge.granted  # noqa: S101  # else this measures something else
+            assert charge.granted  # noqa: S101  # a refusal would be faster
             spent.append(1000 * (time.perf_counter() - start))
 
     await asyncio.gather(*(one_after_another() for _ in range(connections)))
@@ -54,7 +54,7 @@ async def charging(url: str, connections: int, seconds: float) -> list[float]:
 
 
 def ask(url: str, connections: int, seconds: float) -> list[float]:
-    """The same in a process of its own."""
+    """The same in a separate process."""
     return asyncio.run(charging(url, connections, seconds))
 
 
@@ -64,7 +64,7 @@ def ask(url: str, connections: int, seconds: float) -> list[float]:
 @click.option("--processes", default=CORES, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
 def main(rounds: int, seconds: float, processes: int, out: Path) -> None:
-    """Measure, print, write JSON."""
+    """Measure, print and write JSON."""
     counts = (1, CONNECTIONS)
     found: dict[int, list[list[float]]] = {count: [] for count in counts}
     with (

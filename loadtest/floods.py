@@ -1,6 +1,6 @@
-"""Floods: requests to exhaust a server, on raw sockets; `loadtest.chaos` runs them in turn.
+"""Floods that try to exhaust a server, on raw sockets; `loadtest.chaos` runs them in turn.
 
-Each gives its connections, and the server must end every one of them by itself.
+Each returns its connections, and the server must close all of them by itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KEY = b"X-API-Key: honest\r\n"
 
 
 def send(connect: Connect, *pieces: bytes) -> Iterator[socket.socket]:
-    """One connection that sends as much as the server takes of it."""
+    """Send as much as the server accepts on one connection."""
     with suppress(OSError):
         connection = connect()
         yield connection
@@ -27,37 +27,37 @@ def send(connect: Connect, *pieces: bytes) -> Iterator[socket.socket]:
 
 
 def headers(connect: Connect) -> Iterator[socket.socket]:
-    """8 MB of them."""
+    """8 MB of headers."""
     yield from send(connect, POST, *[b"X-A: b\r\n" * 100_000] * 10)
 
 
 def trailers(connect: Connect) -> Iterator[socket.socket]:
-    """8 MB of them, after a 401."""
+    """8 MB of trailers, after a 401."""
     yield from send(
         connect, POST, b"Transfer-Encoding: chunked\r\n\r\n0\r\n", *[b"X-A: b\r\n" * 100_000] * 10
     )
 
 
 def declared(connect: Connect) -> Iterator[socket.socket]:
-    """Bodies of 5 MiB that never come."""
+    """Declared bodies of 5 MiB that are never sent."""
     for _ in range(40):
         yield from send(connect, POST, KEY, b"Content-Length: 5242880\r\n\r\n")
 
 
 def unfinished(connect: Connect) -> Iterator[socket.socket]:
-    """Bodies of which the last byte never comes: more than the server holds."""
+    """Bodies without their last byte, together more than the server stores."""
     for _ in range(10):
         yield from send(connect, POST, KEY, b"Content-Length: 4000000\r\n\r\n", bytes(3_999_999))
 
 
 def ahead(connect: Connect) -> Iterator[socket.socket]:
-    """Requests without end, whose answers are not read."""
+    """Endless pipelined requests whose answers are not read."""
     for _ in range(20):
         yield from send(connect, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10_000)
 
 
 def leavers(connect: Connect) -> Iterator[socket.socket]:
-    """Large bodies, and nobody waits for the answers."""
+    """Large bodies from clients that disconnect before the answer."""
     for _ in range(10):
         for connection in send(connect, POST, KEY, b"Content-Length: 300000\r\n\r\n"):
             yield connection
@@ -67,7 +67,7 @@ def leavers(connect: Connect) -> Iterator[socket.socket]:
 
 
 def crowd(connect: Connect) -> Iterator[socket.socket]:
-    """More connections than the server takes, and none says anything."""
+    """More connections than the server accepts, without any data."""
     for _ in range(200):
         yield from send(connect)
 
@@ -78,7 +78,7 @@ FLOODS: list[Callable[[Connect], Iterator[socket.socket]]] = [
 
 
 def left_open(flood: Callable[[Connect], Iterator[socket.socket]], connect: Connect) -> int:
-    """Do one of them; how many connections the server did not end."""
+    """Run one flood; returns how many connections the server did not close."""
     found = 0
     with ExitStack() as stack:
         for connection in [stack.enter_context(each) for each in flood(connect)]:

@@ -1,9 +1,9 @@
-"""Latency of one request at a time, defense on against off, in one run.
+"""Measures the latency of single requests with and without a defense, in one run.
 
-Servers with and without defense run side by side; rounds alternate between them, so that whatever
-else the machine does hits both, and several pairs of servers are started, as two processes of the
-same program differ by a few percent. A round's figure is the median over its requests, the result
-the median over all rounds. The client is a bare socket on a kept-alive connection.
+Servers with and without the defense run side by side, and rounds alternate between them, so that
+other load on the machine affects both. Several pairs of servers are started, as two processes of
+the same program differ by a few percent. A round's figure is the median over its requests, the
+result the median over all rounds. The client is a plain socket on a kept-alive connection.
 
     python loadtest/latency.py            writes loadtest/latency.json
 """
@@ -35,7 +35,7 @@ CASES = [("mnist", "int8"), ("cifar10", "int8"), ("cifar10", "float32")]
 
 
 class Connection:
-    """One kept-alive connection that sends the same prediction request again and again."""
+    """One kept-alive connection that sends the same prediction request repeatedly."""
 
     def __init__(self, url: str, image: bytes) -> None:
         parts = urlsplit(url)
@@ -47,7 +47,7 @@ class Connection:
         ) + image
 
     def seconds(self) -> float:
-        """How long one request took, from its first byte sent to its last byte received."""
+        """Duration of one request, from the first byte sent to the last byte received."""
         start = time.perf_counter()
         self._socket.sendall(self._request)
         answer = self._socket.recv(65536)
@@ -69,7 +69,7 @@ class Connection:
 def compare(
     model: str, precision: str, pairs: int, rounds: int, requests: int
 ) -> dict[str, object]:
-    """One case: p50 and p99 with and without the defense, and their ratio."""
+    """Measure one case: p50 and p99 with and without the defense, and their ratio."""
     card = open_bundle(default_model_dir(), model).card
     image, _ = encode(golden_inputs(card.input)[1])
     common = {"model": model, "precision": precision, "workers": 1}
@@ -115,7 +115,7 @@ def resident_mb(server: Server) -> float:
 @click.option("--requests", default=300, show_default=True, help="In each round.")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
 def main(pairs: int, rounds: int, requests: int, out: Path) -> None:
-    """Measure, print, and write JSON."""
+    """Measure, print and write JSON."""
     cases = []
     for model, precision in CASES:
         cases.append(compare(model, precision, pairs, rounds, requests))

@@ -1,8 +1,8 @@
-"""The machine's limit: what the service does, in bare loops, without HTTP.
+"""Measures the machine's limit: the work of the service in plain loops, without HTTP.
 
-As many processes as there are cores, one thread each, all at the same time. `model` is the engine
-alone at some batch size; `whole` is decode, infer, defend, encode, one image after the other: what
-a service could reach that adds nothing and batches nothing.
+It runs one process with one thread per core, all at the same time. `model` is the engine alone at
+some batch size; `whole` is decode, infer, defend and encode, one image after another: what a
+service without overhead and without batching could reach.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def work(
     orders: Any,
     answers: Any,
 ) -> None:
-    """A process: gets (task, seconds), does it so long, and says how many images a second."""
+    """Run a process that gets (task, seconds), repeats the task, and returns images per second."""
     bundle = open_bundle(models, model)
     load = partial(
         engines.load, engines.resolve("auto", precision), threads=1, precision=precision
@@ -78,14 +78,14 @@ def work(
 
 
 class Limits:
-    """Processes that wait to be measured.
+    """Processes that run tasks when they are told to.
 
     Args:
         models: folder of bundles.
         model: name of one.
         precision: which of its networks.
         count: of processes.
-        image: encoded, for `whole`; without it there is no such task.
+        image: an encoded image for `whole`, which is not available without it.
         defense: name and parameters, for `whole`.
     """
 

@@ -1,11 +1,11 @@
-"""Who uses such a service: honest clients in waves, one attacker, and somebody with bad inputs.
+"""A load scenario: waves of honest clients, one attacker, and a client that sends bad inputs.
 
     scumble serve &
     locust -f loadtest/locustfile.py --headless --host http://localhost:8000
 
-The shape takes a bit over two minutes; `--shape-speed 10` runs it ten times as fast. A 5xx answer
-to anybody, an answer that is not a distribution, or accepted bad input is a failure, and any
-failure makes the exit code 1. Only for servers of your own.
+The scenario takes a little more than two minutes; `--shape-speed 10` runs it ten times as fast. Any
+5xx answer, an answer that is not a distribution, or accepted bad input is a failure, and a failure
+makes the exit code 1. Use it only with your own servers.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ PROBLEM = "application/problem+json"
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: ArgumentParser) -> None:
-    """How fast the shape goes."""
-    parser.add_argument("--shape-speed", type=float, default=1.0, help="times as fast as written")
+    """Add the option for the speed of the scenario."""
+    parser.add_argument("--shape-speed", type=float, default=1.0, help="speed-up of the scenario")
 
 
 class Client(FastHttpUser):
-    """Knows the model's input."""
+    """A user that knows the model's input."""
 
     abstract = True
 
     def on_start(self) -> None:
-        """Ask once what is served, and make pictures of that size."""
+        """Get the model's description and make pictures of its size."""
         with self.client.get("/v1/model", catch_response=True) as answer:
             self.model: dict[str, Any] = answer.json()
         size = self.model["input"]
@@ -53,30 +53,30 @@ class Client(FastHttpUser):
 
 
 class Honest(Client):
-    """One picture now and then."""
+    """Sends one picture now and then."""
 
     wait_time = constant_throughput(5)
 
     @task
     def predict(self) -> None:
-        """The answer is a distribution."""
+        """Send a picture and check that the answer is a distribution."""
         with self.client.post(
             "/v1/predict", self.png(), headers={"Content-Type": "image/png"}, catch_response=True
         ) as answer:
             if answer.status_code == 200:
                 (row,) = (p["probabilities"] for p in answer.json()["predictions"])
                 if abs(sum(row) - 1) > 1e-3 or min(row) < 0:
-                    answer.failure(f"no distribution: {row}")
+                    answer.failure(f"not a distribution: {row}")
 
 
 class Attacker(Client):
-    """All the answers there are, as fast as they come."""
+    """Sends queries as fast as they are answered."""
 
     fixed_count = 1
 
     @task
     def query(self) -> None:
-        """A tensor of pictures; 429 and 503 are the service's right."""
+        """Send a tensor of pictures; 429 and 503 are allowed answers."""
         head = json.dumps(
             {
                 "inputs": [
@@ -117,7 +117,7 @@ class Careless(Client):
 
     @task
     def mistake(self) -> None:
-        """It is refused with a problem document, never accepted, never a 5xx."""
+        """Send an invalid request, which must be refused with a problem document."""
         body, kind = random.choice(self.bad)  # noqa: S311  # same
         with self.client.post(
             "/v1/predict",
@@ -134,7 +134,7 @@ class Careless(Client):
 
 
 class Waves(LoadTestShape):
-    """Up, up, and down again; attacker and careless client are there all the time."""
+    """Honest clients come in waves; the attacker and the careless client are always there."""
 
     def tick(self) -> tuple[int, float] | None:
         """Users now, and how many may start in a second."""

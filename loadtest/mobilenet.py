@@ -3,8 +3,8 @@
     python -m loadtest.mobilenet            writes runs/bench/models/mobilenet
     python -m loadtest.bench --cases runs/bench/models/mobilenet:int8
 
-Its weights are random, so its times are right and its answers mean nothing; batch norms are set by
-made-up pictures, as they would otherwise let the numbers shrink to nothing.
+Its weights are random, so its times are realistic and its answers mean nothing. Batch norms are set
+with synthetic pictures, as activations would otherwise shrink to zero.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 224, 224, 3), np.uint8)
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = None  # the plain mean over what it sees
+            layer.momentum = None  # the mean over all batches
     with torch.no_grad():
         network.train()(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255)
     card = {

@@ -1,4 +1,4 @@
-"""Writes performance.md, its plot, and the figures of threat-model.md, from committed JSON.
+"""Writes performance.md, its plot, and the figures of threat-model.md from the committed JSON.
 
 python -m loadtest.pages            writes them
 """
@@ -15,7 +15,7 @@ import click
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
-MAIN = ("cifar10", "int8")  # what the targets are about
+MAIN = ("cifar10", "int8")  # the model of the targets
 STAGES = ("read", "decode", "queue", "infer", "defend", "encode")
 LIMIT_HEAD = (
     "model",
@@ -35,7 +35,7 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """What the project sets itself.
+    """A performance target of the project.
 
     Attributes:
         words: what is measured.
@@ -50,7 +50,7 @@ class Target:
     most: float | None = None
 
     def row(self, bench: Document, peers: Document) -> list[str]:
-        """Words, target, figure, and whether it is reached."""
+        """Description, target, figure, and whether the target is reached."""
         wanted = f"≥ {self.least:g}" if self.least is not None else f"≤ {self.most:g}"
         try:
             value = self.value(bench, peers)
@@ -70,12 +70,12 @@ def case_of(bench: Document, model: str, precision: str) -> Document:
 
 
 def ratio(name: str, model: tuple[str, str] = MAIN) -> Callable[[Document, Document], float]:
-    """A ratio of the bench."""
+    """A ratio of the benchmark."""
     return lambda bench, peers: float(case_of(bench, *model)["ratios"][name])
 
 
 def p99(count: int) -> Callable[[Document, Document], float]:
-    """Of the defended service."""
+    """A figure of the defended service."""
     return lambda bench, peers: float(
         case_of(bench, *MAIN)["service"]["dcp"][str(count)]["p99_ms"]
     )  # fmt: skip
@@ -96,7 +96,7 @@ def others(peers: Document, setting: str | None = None) -> list[Document]:
 
 
 def at(entry: Document, count: int) -> Document:
-    """A server's figures at so many connections."""
+    """A server's figures at a number of connections."""
     return next(row for row in entry["loads"] if row["connections"] == count)
 
 
@@ -111,7 +111,7 @@ def best_peer(setting: str, what: str) -> Callable[[Document, Document], float]:
 
 
 def least_of_peers(what: str, ours: str) -> Callable[[Document, Document], float]:
-    """Scumble, `undefended` as the peers are or `defended`, over the peer with the least of it."""
+    """The ratio of Scumble, `undefended` like the peers or `defended`, to the smallest peer."""
     return lambda bench, peers: (
         server(peers, "scumble", ours)[what] / min(entry[what] for entry in others(peers))
     )
@@ -236,7 +236,7 @@ def limit_rows(bench: Document) -> Iterator[list[str]]:
 
 
 def limit(case: Document, cores: int, count: str = "64") -> str:
-    """What keeps the service from more, in words."""
+    """A paragraph on what limits the service."""
     alone, dcp = case["per_second"]["model_only"], case["service"]["dcp"][count]
     left = 1 - dcp["client_share"]
     beside_us = 1e6 * cores * (left / dcp["rps"] - 1 / alone["32"])
@@ -342,7 +342,7 @@ def plot(peers: Document, path: Path) -> None:
 def promises(
     chaos: Document, abuse: Document, fuzz: Document, bombs: Document | None = None
 ) -> str:
-    """What came of the large runs against keys, budgets and bytes; no row where none was made."""
+    """Results of the large runs against keys, budgets and bytes, as far as they were made."""
     rows = []
     if chaos:
         answers = ", ".join(f"{code}: {count:,}" for code, count in chaos["answers"].items())
@@ -404,13 +404,13 @@ def promises(
 
 
 def within(text: str, figures: str) -> str:
-    """The page with `figures` between its markers."""
+    """The page with new `figures` between its markers."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n\n{figures}\n\n{END}{rest.split(END)[1]}"
 
 
 def read(name: str) -> Document:
-    """A committed document; empty where there is none."""
+    """A committed document; empty if there is none."""
     path = HERE / name
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
@@ -418,7 +418,7 @@ def read(name: str) -> Document:
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=DOCS)
 def main(out: Path) -> None:
-    """Write performance.md and its plot into OUT, and renew threat-model.md there."""
+    """Write performance.md and its plot into OUT, and update threat-model.md there."""
     bench, peers = read("bench.json"), read("peers.json")
     threats = out / "explanation" / "threat-model.md"
     if threats.exists():

@@ -21,12 +21,12 @@ Document = dict[str, Any]
 
 
 def cost(price: float, per_second: float, use: float = USE) -> float:
-    """Of a million images: `price` per core and hour, `per_second` images of a busy core."""
+    """The cost of a million images, at `price` per core and hour and `per_second` per core."""
     return price * 1e6 / (3600 * per_second * use)
 
 
 def capacity(bench: Document, price: float) -> str:
-    """What a core does and costs; a sentence where nothing was measured."""
+    """The capacity and cost of a core; a sentence if nothing was measured."""
     if not bench:
         return (
             "**Not measured yet.** `python -m loadtest.bench` writes `loadtest/bench.json`, and "
@@ -62,7 +62,7 @@ def capacity_rows(bench: Document, price: float) -> Iterator[list[str]]:
 
 
 def charges(document: Document) -> str:
-    """What one Redis counts; a sentence where nothing was measured."""
+    """The charges that one Redis counts; a sentence if nothing was measured."""
     if not document:
         return (
             "How many charges a second one Redis counts was **not measured yet**: "
@@ -130,7 +130,7 @@ def written(
 
 
 @click.command()
-@click.option("--price", default=0.04, show_default=True, help="Of one core for one hour.")
+@click.option("--price", default=0.04, show_default=True, help="Price of a core for an hour.")
 @click.option("--page", type=click.Path(exists=True, path_type=Path), default=PAGE)
 def main(price: float, page: Path) -> None:
     """Write the figures into the page."""

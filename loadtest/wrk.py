@@ -1,7 +1,8 @@
 """The `wrk` program as a function: closed-loop load on one URL, with every error counted.
 
-A connection sends its next request when the last one is answered, so a slow server is asked less
-often: percentiles are those of the requests that were sent. wrk and the server share the cores.
+A connection sends its next request when the last one is answered, so a slow server gets fewer
+requests, and percentiles are those of the requests that were sent. wrk and the server share the
+cores.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# The body's path, the pause and the headers come as arguments: nothing needs quoting in the script.
+# The body's path, the pause and the headers are arguments, so the script needs no quoting.
 SCRIPT = """
 function init(args)
   local file = assert(io.open(args[1], "rb"))
@@ -43,7 +44,7 @@ end
 
 @dataclass(frozen=True)
 class Load:
-    """What one load did.
+    """The result of a load.
 
     Attributes:
         rps: good answers per second.
@@ -80,7 +81,7 @@ def load(
     threads: int = 1,
     headers: Mapping[str, str] | None = None,
 ) -> Load:
-    """POST `body` again and again over kept-alive connections.
+    """POST `body` repeatedly over kept-alive connections.
 
     Args:
         url: where to.
@@ -99,7 +100,7 @@ def load(
     """
     program = shutil.which("wrk")
     if program is None:
-        raise RuntimeError("there is no wrk on the path; it is in the Debian package `wrk`")
+        raise RuntimeError("wrk is not installed; on Debian, install the package `wrk`")
     named = {"Content-Type": content_type, **(headers or {})}
     with tempfile.TemporaryDirectory() as folder:
         script, payload = Path(folder, "post.lua"), Path(folder, "body")

@@ -2,7 +2,7 @@
 
     endpoint -> entry -> [thread: line, write, fsync] -> open: later; closed: before the answer
 
-Lines are written on a thread, as many together as have come meanwhile. While they cannot be
+Lines are written on a thread; one write takes all lines that are waiting. While they cannot be
 written, `open` serves on and counts what is lost, and `closed` refuses: no answer leaves whose line
 is not written. The log says itself how many lines it lost, as soon as it can be written again.
 Neither images nor probabilities get in, nor any key.

@@ -656,7 +656,7 @@ def _target(url: bytes) -> tuple[str, bytes, bytes]:
     """Path, raw path and query of a request's target.
 
     Raises:
-        HttpParserInvalidURLError: the target is no URL.
+        HttpParserInvalidURLError: the target is not a URL.
     """
     target = httptools.parse_url(url)
     raw_path = target.path or b"/"

@@ -59,7 +59,7 @@ class Batcher:
         max_queue: images that may wait.
         max_wait_s: how long a batch that follows directly on another may wait to fill up.
         target_s: batches get no larger than lets nearly all answers come within it; 0 for none.
-        inline: run on the event loop. Saves the hand-over to a thread, blocks the loop meanwhile.
+        inline: run on the event loop, which saves passing work to a thread but blocks the loop.
     """
 
     def __init__(

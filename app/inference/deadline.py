@@ -15,7 +15,7 @@ class Deadline(NamedTuple):
     """Of one request.
 
     Attributes:
-        at: on the clock of whoever asks; infinite for none.
+        at: time on the caller's clock; infinite for no deadline.
         client: what the answer would be sent over.
     """
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from app.errors import TooLarge, Unprocessable
 from app.inference.formats import FORMATS
 
-# Chunks or segments of a file: so many, and one more for each so many bytes. Files of encoders have
-# a few parts, and then one for every 4 KiB or more; scanlines written one by one still fit.
+# Chunks or segments of a file: MOST_PARTS, and one more for each BYTES_A_PART. Encoders write a few
+# parts, and then one for every 4 KiB or more; files with one part per scanline still fit.
 MOST_PARTS = 256
 BYTES_A_PART = 512
 MOST_SCANS = 32  # of a progressive JPEG; encoders write 10, and each visits every block

@@ -1,4 +1,4 @@
-"""From the visits of all rounds to the figures in loadtest/peers.json."""
+"""Computes the figures in loadtest/peers.json from the measurements of all rounds."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Story:
 
 
 def ratios(ours: Story, theirs: Story, connections: int) -> dict[str, float]:
-    """The first over the second at so many connections: medians over the rounds both were in."""
+    """Ratios of the first to the second server: medians over the rounds that both took part in."""
     pairs = [
         (ours.visits[number].loads[connections], theirs.visits[number].loads[connections])
         for number in ours.visits.keys() & theirs.visits.keys()
@@ -58,7 +58,7 @@ def ratios(ours: Story, theirs: Story, connections: int) -> dict[str, float]:
 
 
 def row(story: Story, ours: Mapping[str, Story], connections: int) -> dict[str, Any]:
-    """A server's figures at so many connections."""
+    """A server's figures at a number of connections."""
     loads = [visit.loads[connections] for visit in story.visits.values()]
     figures: dict[str, Any] = {"connections": connections}
     for name in ("rps", "p50_ms", "p99_ms"):

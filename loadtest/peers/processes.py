@@ -1,4 +1,4 @@
-"""A server as a process with all its children: started, weighed, ended. Linux only."""
+"""Starts and ends a server with all its child processes, and measures their memory. Linux only."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Running:
 
 @contextmanager
 def running(command: list[str], env: Mapping[str, str], log: Path) -> Iterator[Running]:
-    """Start a server in a session of its own; end it and all its processes.
+    """Start a server in its own session; finally end all its processes.
 
     It runs in the folder of its log, where what it leaves behind does no harm.
     """

@@ -1,15 +1,15 @@
-"""Scumble beside other model servers: same weights, same images, same cores, same load.
+"""Compares Scumble with other model servers: same weights, same images, same cores, same load.
 
-One server runs at a time, with two workers where it has such a thing, and `wrk` loads it at several
-numbers of connections. Rounds visit all servers in turn, so that whatever else the machine does
-hits all. A figure is the median over the rounds, a ratio the median of the rounds' ratios. Before
-it is measured, every server must answer as the bundle does.
+One server runs at a time, with two workers if it supports them, and `wrk` loads it with several
+numbers of connections. Each round measures all servers in turn, so that other load on the machine
+affects all. A figure is the median over the rounds, a ratio the median of the rounds' ratios.
+Before it is measured, every server must answer as the bundle does.
 
     python -m loadtest.peers.run            writes loadtest/peers.json
 
-`stock` is each peer with the torch network, as its own documentation shows; `tuned` is each peer
-with Scumble's int8 file and its engine in the peer's handler. Environments are made in runs/peers,
-6 GB for torch and 1 GB for the rest, once.
+`stock` is each peer with the torch network, as in its documentation; `tuned` is each peer with
+Scumble's int8 file and its engine in the peer's handler. Environments are created once in
+runs/peers, 6 GB for torch and 1 GB for the rest.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def peer_variables(setting: str, ports: Sequence[int]) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on."""
+    """Free ports on loopback."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -1,7 +1,7 @@
 """The weights of `models/cifar10/float32.onnx` as a torch file, for the peers' stock setting.
 
-A state dict and the network's definition beside it, because every peer takes any torch module:
-TorchScript is deprecated, and an exported program would be run by an interpreter of its own.
+It is a state dict beside the network's definition, as every peer accepts any torch module:
+TorchScript is deprecated, and an exported program would run in a different interpreter.
 
     python -m loadtest.peers.weights            writes runs/peers/cifar10.pt
 """

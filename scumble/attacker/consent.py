@@ -98,12 +98,12 @@ class LoopbackTransport(httpx2.BaseTransport):
 
 
 def transport(url: str) -> httpx2.BaseTransport | None:
-    """What to ask `url` with: for this machine nothing leads elsewhere; else None, the network.
+    """A transport that cannot leave this machine if `url` is on it; None for other hosts.
 
     Raises:
         AttackError: `url` is not one.
     """
-    # With a transport of its own, a client asks no proxy: that has a localhost of its own.
+    # A client with a custom transport uses no proxy, whose localhost is another machine.
     return LoopbackTransport() if loopback(url) else None
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import httpx2
@@ -153,7 +152,7 @@ class HttpOracle:
         try:
             self.model = model or self._model(url)
         except Exception:
-            self._http.close()  # nobody gets an oracle to close
+            self._http.close()  # the caller gets no oracle to close
             raise
         size = self.model["input"]
         self.shape = (size["channels"], size["height"], size["width"])
@@ -227,12 +226,7 @@ class HttpOracle:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _recall(self, number: int, part: Images) -> Probs | None:

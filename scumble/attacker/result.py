@@ -100,7 +100,7 @@ class Scores(Part):
 
 
 class Point(Part):
-    """The copy after so many queries."""
+    """The copy after a number of queries."""
 
     queries: Count
     accuracy: Share

@@ -208,7 +208,7 @@ def fit(
     Args:
         net: changed in place.
         images: float32 (N, C, H, W) in [0, 1], as they were sent.
-        answers: (N, K) as they came back; rows of NaN are left out.
+        answers: (N, K) of the service; rows of NaN are ignored.
         fitting: how.
         progress: show a bar.
 

@@ -28,7 +28,7 @@
     scale = "logits"                  # or probabilities, percent
 
 The path of the response leads to one answer, or where the body has "$images" to a list with one
-answer for each. Labels that an answer leaves out get 0, and the rest stays as it came.
+answer for each. Labels that an answer omits get 0, and the others keep their values.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Request(Part):
         return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), "application/json"
 
     def longest(self, values: int) -> int:
-        """Bytes of an image with so many values, at most; a PNG of noise outgrows its pixels."""
+        """An upper bound on an image's bytes; a PNG of noise is larger than its pixels."""
         png = values + values // 50 + 512
         extra = len(self.prefix.encode() + self.item.encode())
         # A float32 in decimals has at most 15 characters; then come commas and brackets.

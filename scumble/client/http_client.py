@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import httpx2
@@ -66,17 +65,9 @@ class Client:
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        base, verify = _base(url), _verify(ca_file)
-        if transport is None and is_loopback(base):
-            transport = httpx2.HTTPTransport(verify=verify)  # and no proxy
+        options = _options(url, key, ca_file, timeout, transport, httpx2.HTTPTransport)
         with explained():
-            self._http = httpx2.Client(
-                base_url=base,
-                headers=_headers(key),
-                timeout=timeout,
-                transport=transport,
-                verify=verify,
-            )
+            self._http = httpx2.Client(**options)
         self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(max_wait, retries))
 
     def predict(
@@ -127,12 +118,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -151,17 +137,9 @@ class AsyncClient:
         transport: httpx2.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        base, verify = _base(url), _verify(ca_file)
-        if transport is None and is_loopback(base):
-            transport = httpx2.AsyncHTTPTransport(verify=verify)  # and no proxy
+        options = _options(url, key, ca_file, timeout, transport, httpx2.AsyncHTTPTransport)
         with explained():
-            self._http = httpx2.AsyncClient(
-                base_url=base,
-                headers=_headers(key),
-                timeout=timeout,
-                transport=transport,
-                verify=verify,
-            )
+            self._http = httpx2.AsyncClient(**options)
         self._retrying = tenacity.AsyncRetrying(sleep=sleep, **retry_policy(max_wait, retries))
 
     async def predict(
@@ -191,16 +169,32 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
 
 ALLOWED = "allowed: http://HOST[:PORT] and https://HOST[:PORT]"
+
+
+def _options(
+    url: str,
+    key: str | None,
+    ca_file: str | Path | None,
+    timeout: float,
+    transport: Any,
+    direct: Callable[..., Any],
+) -> dict[str, Any]:
+    """Options of the two clients of httpx2; `direct` makes a transport without a proxy."""
+    base, verify = _base(url), _verify(ca_file)
+    if transport is None and is_loopback(base):
+        transport = direct(verify=verify)
+    return {
+        "base_url": base,
+        "headers": _headers(key),
+        "timeout": timeout,
+        "transport": transport,
+        "verify": verify,
+    }
 
 
 def _base(url: str) -> httpx2.URL:

@@ -130,7 +130,7 @@ class Call(Generic[T]):
             detail = problem.get("detail") or problem.get("title") or response.reason_phrase
             raise Refused(url, status, str(detail), problem)
         if status != HTTPStatus.OK:
-            # Not followed: the images would go to a host that nobody named.
+            # Not followed: the images would go to a host that the user did not name.
             target = response.headers.get("location")
             pointer = f" (it points to {target})" if target else ""
             raise BadAnswer(f"{url} answered {status}, neither result nor refusal{pointer}")

@@ -184,7 +184,7 @@ def longer(engine: engines.Engine, other: engines.Engine, images: Batch, rounds:
 
 
 def timed(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after a warm-up; each round has an order of its own.
+    """Seconds of each call in each round, after a warm-up; the order differs between rounds.
 
     What comes after the engine finds its caches cold, so nothing may always be what comes there.
     """

@@ -1,8 +1,8 @@
-"""The claims under test: each with its rule, its verdict and the figures behind it.
+"""The claims under test, each with its rule, its verdict and its figures.
 
 The rules are fixed before the figures are known, so a verdict depends on the records alone. "Labels
-only" is the line to beat: a defense that keeps the top class cannot push an attacker who trains on
-the top class alone below it. An attack that failed by itself is listed, but decides nothing.
+only" is the bound: a defense that keeps the top class cannot push an attacker who trains on the top
+class alone below it. An attack that failed on its own is listed, but does not count.
 """
 
 from __future__ import annotations

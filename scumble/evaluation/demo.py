@@ -1,11 +1,11 @@
 """`make demo`: steal a digit reader twice, once undefended and once defended, and compare.
 
-Two servers on loopback, each stolen from with KnockoffNets over HTTP. The transfer set is
-scikit-learn's digits, turned, moved, scaled and bent at random; each such picture is a query. Other
-digits are the test set, and MNIST's test images where they are at hand. The defended server is
-attacked with the answers as they come, under both losses; with their labels alone, which a defense
-that keeps the label cannot touch; and by an attacker who knows the defense and inverts it. Clients
-have keys: the budget of the attacker's key is large enough, that of the visitor's is not.
+Two servers run on loopback, and each is attacked with KnockoffNets over HTTP. The transfer set is
+scikit-learn's digits, randomly rotated, moved, scaled and distorted; each such picture is a query.
+The test set is other digits, and MNIST's test images if they are available. The defended server is
+attacked with answers as they are, under both losses; with labels only, which a defense that keeps
+the label cannot prevent; and by an attacker who knows the defense and inverts it. Clients have
+keys: the budget of the attacker's key is large enough, that of the visitor's is not.
 
     python -m scumble.evaluation.demo --out runs/demo
 
@@ -371,7 +371,7 @@ def show(
     console.print(table)
     if len(tests) == 1:
         console.print(
-            "MNIST's test images are not at hand (--data): the copies are measured only on the "
+            "MNIST's test images are not available (--data): the copies are measured only on the "
             "kind of digits that was asked about, where they learn most."
         )
     for name, found in visits.items():

@@ -31,7 +31,7 @@ class Visits:
 
 
 def admit(path: Path, thief_images: int) -> dict[str, dict[str, str]]:
-    """Write a file of keys; gives the headers of the clients `thief` and `visitor`."""
+    """Write a key file; returns the headers of the clients `thief` and `visitor`."""
     budgets = {"thief": thief_images, "visitor": VISITOR_IMAGES}
     secrets = {client: new_key() for client in budgets}
     created = timestamp(time.time(), "seconds")

@@ -1,4 +1,4 @@
-"""Recognises attacks that failed by themselves, so that no defense gets the credit.
+"""Recognises attacks that failed on their own, so that no defense gets the credit.
 
 A copy that answers one class for nearly all images, or that stays at chance level from the first
 checkpoint to the last, has not learned: the attack needs other settings. Its accuracy says nothing

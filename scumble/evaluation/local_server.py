@@ -59,7 +59,7 @@ class Server:
         return code
 
     def stop(self, how: int = signal.SIGTERM) -> int:
-        """Signal it and wait; gives the exit code."""
+        """Send a signal and wait; returns the exit code."""
         self.process.send_signal(how)
         return self.wait()
 

@@ -46,7 +46,7 @@ OPSET = 18
 IR_VERSION = 10  # what ONNX Runtime 1.22, the oldest allowed, reads
 # Golden outputs differ between engines and processors. Bundles allow this many times the largest
 # difference that was seen while the bundle was made, and at least the floor of the precision.
-ROOM = 4.0
+MARGIN = 4.0
 FLOOR: dict[Precision, float] = {"float32": 1e-3, "int8": 0.05, "bf16": 0.05}
 
 
@@ -55,7 +55,7 @@ class ExportError(ScumbleError):
 
 
 def classes_of(module: nn.Module, shape: InputShape) -> int:
-    """How many classes `module` tells apart.
+    """The number of classes of `module`.
 
     Raises:
         ExportError: it does not take any number of such images, or does not return logits (N, K).
@@ -191,7 +191,7 @@ def finish(folder: Path, card: dict[str, Any], *, threads: int = 1) -> Card:
 
 
 def make_golden(folder: Path, shape: InputShape, *, threads: int = 1) -> Golden:
-    """What the engines answer to `golden_inputs`, and how far apart they are."""
+    """The engines' answers to `golden_inputs`, and how much they differ."""
     inputs = golden_inputs(shape)
     probabilities: dict[str, list[list[float]]] = {}
     tolerance: dict[str, float] = {}
@@ -205,13 +205,13 @@ def make_golden(folder: Path, shape: InputShape, *, threads: int = 1) -> Golden:
             for engine in engines(precision)
         }
         expected = answers["onnxruntime"]
-        apart = max(float(np.abs(a - expected).max()) for a in answers.values())
+        difference = max(float(np.abs(a - expected).max()) for a in answers.values())
         probabilities[precision] = expected.astype(float).round(7).tolist()
-        tolerance[precision] = _room(precision, apart)
+        tolerance[precision] = _tolerance(precision, difference)
         if precision == "float32" and "openvino" in answers:
             rough = load("openvino", model, threads=threads, precision="bf16")(inputs)
             probabilities["bf16"] = probabilities["float32"]
-            tolerance["bf16"] = _room("bf16", float(np.abs(rough - expected).max()))
+            tolerance["bf16"] = _tolerance("bf16", float(np.abs(rough - expected).max()))
     return Golden(probabilities=probabilities, tolerance=tolerance)
 
 
@@ -221,8 +221,8 @@ def engines(precision: Precision) -> list[EngineName]:
     return ["onnxruntime", "openvino"] if both else ["onnxruntime"]
 
 
-def _room(precision: Precision, apart: float) -> float:
-    return float(f"{max(FLOOR[precision], ROOM * apart):.2g}")
+def _tolerance(precision: Precision, difference: float) -> float:
+    return float(f"{max(FLOOR[precision], MARGIN * difference):.2g}")
 
 
 @contextlib.contextmanager

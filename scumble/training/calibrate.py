@@ -1,4 +1,4 @@
-"""`scumble calibrate`: fit what a bundle serves instead of its own probabilities, a codebook.
+"""`scumble calibrate`: fit a codebook, which a bundle serves instead of its probabilities.
 
 The images are the owner's, none that the network was trained on and none that it is judged by.
 """

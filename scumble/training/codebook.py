@@ -18,7 +18,7 @@ from scumble.defenses.codebook import Cells
 Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 SIZES = (1, 2, 4, 8)
-ROWS_A_CELL = 4  # a class with fewer in its cells has no cells of its own
+ROWS_A_CELL = 4  # a class with fewer rows per cell gets no cells
 MOST_CLASSES = 200  # beyond that, K m K numbers are a large file, and no class has rows enough
 LEAD = 1e-4  # of the predicted class over the others in a row
 TRUST = 10  # rows that the network's own confidence counts as much as
@@ -27,7 +27,7 @@ DIGITS = 8  # of what is stored
 
 
 def fit(probs: Array, labels: Labels, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
-    """All forms and sizes that these rows suffice for, as `scumble.defenses.codebook.find` reads.
+    """All forms and sizes with enough rows, as `scumble.defenses.codebook.find` reads them.
 
     Args:
         probs: clean rows (N, K) of images that the network was not trained on.

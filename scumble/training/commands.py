@@ -98,8 +98,8 @@ def train(
         card["training"]["validation"] = round(validation, 6)
         finish(folder, {**card, "accuracy": {"float32": found.model_dump()}}, threads=threads())
     click.echo(
-        f"{folder}: right are {found.value:.2%} of {len(test):,} test images "
-        f"and {validation:.2%} of {len(held_out):,} held-out images"
+        f"{folder}: accuracy {found.value:.2%} on {len(test):,} test images "
+        f"and {validation:.2%} on {len(held_out):,} held-out images"
     )
 
 
@@ -162,9 +162,9 @@ def quantize(
         card = ship(bundle, found, judge, tuning, typed(ctx))
     chosen = card.quantization
     click.echo(
-        f"{bundle.folder}: {chosen['method']}-{chosen['preset']} shipped, "
-        f"{card.accuracy['int8'].value:.2%} right (float {card.accuracy['float32'].value:.2%}), "
-        f"file {chosen['ratio']:.2f} of the float file"
+        f"{bundle.folder}: {chosen['method']}-{chosen['preset']} shipped, accuracy "
+        f"{card.accuracy['int8'].value:.2%} (float {card.accuracy['float32'].value:.2%}), "
+        f"{chosen['ratio']:.2f} times the size of the float file"
     )
 
 

@@ -123,7 +123,7 @@ def export(
 def write_defended(
     models: Path, name: str, defense: str, params: tuple[str, ...], precision: Precision, out: Path
 ) -> str:
-    """Write `out`; gives a line about it.
+    """Write `out`; returns a line about it.
 
     Raises:
         ConfigError: no such bundle or defense, a parameter that is not allowed, or a defense that
@@ -198,7 +198,7 @@ def write_bundle(
     licence: str,
     version: str,
 ) -> str:
-    """Write a network as the bundle `models`/`name`; gives a line about it.
+    """Write a network as the bundle `models`/`name`; returns a line about it.
 
     Raises:
         ExportError: no such network, or it is not an image classifier.

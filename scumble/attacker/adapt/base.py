@@ -1,7 +1,7 @@
-"""What every modifier is: something that stands between an attack and the oracle it asks.
+"""The base of modifiers, which sit between an attack and its oracle.
 
-A modifier wraps an oracle in another one, so it works with any attack, and modifiers stack. An
-answer that it throws away becomes a row of NaN, which losses leave out and later modifiers pass on.
+A modifier wraps an oracle in another one, so it works with any attack, and modifiers can be
+stacked. A discarded answer becomes a row of NaN, which losses ignore and later modifiers pass on.
 Shapes: `N` images, `K` classes.
 """
 

@@ -1,4 +1,4 @@
-"""DFME: a generator and the copy play against each other; no image of one's own is needed.
+"""DFME: a generator and the copy play against each other; the attacker needs no images.
 
 Source: Truong, Maini, Walls, Papernot, "Data-Free Model Extraction" (CVPR 2021, arXiv 2011.14779).
 The generator looks for images on which the copy S and the victim V disagree, the copy learns to
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scumble.attacker import device
+from scumble.attacker.attacks.data_free import check_budget, make_generator, repeat
 from scumble.attacker.attacks.zeroth import ask, default_step, estimate
-from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.generators import Generator, images, noise
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
@@ -71,10 +70,7 @@ class Dfme:
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""
         del images
-        if budget < self.cost:
-            raise AttackError(
-                f"the budget is {budget}; one iteration of dfme costs {self.cost} queries"
-            )
+        check_budget("dfme", budget, self.cost)
 
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`; `pool` is not used."""
@@ -83,10 +79,7 @@ class Dfme:
         self.check(budget, images=False)
         step = self.step or default_step(oracle)
         rng = torch.Generator().manual_seed(self.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            generator = Generator(oracle.shape, nz=self.nz, width=self.width)
-        generator.to(device.best())
+        generator = make_generator(oracle, self.seed, nz=self.nz, width=self.width)
         sgd = torch.optim.SGD(
             student.parameters(), self.lr_s, momentum=0.9, weight_decay=self.weight_decay
         )
@@ -97,20 +90,14 @@ class Dfme:
             torch.optim.lr_scheduler.MultiStepLR(optimizer, falls, self.decay)
             for optimizer in (sgd, adam)
         ]
-        shown = {round((i + 1) * rounds / self.views) for i in range(self.views)}
-        for iteration in range(1, rounds + 1):
-            try:
-                for _ in range(self.g_steps):
-                    self._challenge(oracle, student, generator, adam, step, rng)
-                for _ in range(self.s_steps):
-                    self._imitate(oracle, student, generator, sgd, rng)
-            except BudgetExhausted:  # what a crash had lost is gone from it
-                break
-            for schedule in schedules:
-                schedule.step()
-            if iteration in shown:
-                watch(budget - oracle.remaining, student)
-        student.eval()
+
+        def iterate() -> None:
+            for _ in range(self.g_steps):
+                self._challenge(oracle, student, generator, adam, step, rng)
+            for _ in range(self.s_steps):
+                self._imitate(oracle, student, generator, sgd, rng)
+
+        repeat(iterate, rounds, schedules, oracle, student, watch, self.views)
 
     def _challenge(
         self,

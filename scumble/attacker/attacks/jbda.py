@@ -49,7 +49,7 @@ class Jbda:
         """See `Attack`."""
         del budget
         if not images:
-            raise AttackError("jbda needs images of its own: give a data set with --queries")
+            raise AttackError("jbda needs images to query: give a data set with --queries")
 
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`.

@@ -58,7 +58,7 @@ class Knockoff:
         """See `Attack`."""
         del budget
         if not images:
-            raise AttackError("knockoff needs images of its own: give a data set with --queries")
+            raise AttackError("knockoff needs images to query: give a data set with --queries")
 
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`.

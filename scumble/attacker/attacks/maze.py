@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scumble.attacker import device
+from scumble.attacker.attacks.data_free import check_budget, make_generator, repeat
 from scumble.attacker.attacks.zeroth import ask, default_step, estimate
-from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.generators import Generator, images, noise
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
@@ -72,10 +72,7 @@ class Maze:
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""
         del images
-        if budget < self.cost:
-            raise AttackError(
-                f"the budget is {budget}; one iteration of maze costs {self.cost} queries"
-            )
+        check_budget("maze", budget, self.cost)
 
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`; `pool` is not used."""
@@ -83,10 +80,7 @@ class Maze:
         budget = oracle.remaining
         self.check(budget, images=False)
         rng = torch.Generator().manual_seed(self.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            generator = Generator(oracle.shape, nz=self.nz, width=self.width, affine=True)
-        generator.to(device.best())
+        generator = make_generator(oracle, self.seed, nz=self.nz, width=self.width, affine=True)
         clone = torch.optim.SGD(
             student.parameters(), self.lr_s, momentum=0.9, weight_decay=self.weight_decay
         )
@@ -97,18 +91,12 @@ class Maze:
         )
         rounds = budget // self.cost
         schedules = [falling(optimizer, rounds) for optimizer in (clone, game)]
-        shown = {round((i + 1) * rounds / self.views) for i in range(self.views)}
         memory = Memory(self.memory, oracle.shape, oracle.labels)
-        for iteration in range(1, rounds + 1):
-            try:
-                self._iterate(oracle, student, generator, clone, game, memory, rng)
-            except BudgetExhausted:  # what a crash had lost is gone from it
-                break
-            for schedule in schedules:
-                schedule.step()
-            if iteration in shown:
-                watch(budget - oracle.remaining, student)
-        student.eval()
+
+        def iterate() -> None:
+            self._iterate(oracle, student, generator, clone, game, memory, rng)
+
+        repeat(iterate, rounds, schedules, oracle, student, watch, self.views)
 
     def _iterate(
         self,
@@ -168,7 +156,7 @@ class Memory:
 
 
 def imitate(student: nn.Module, clone: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    """One step of the copy towards answers `y`; rows of NaN are left out."""
+    """One step of the copy towards answers `y`; rows of NaN are ignored."""
     kept = torch.isfinite(y).all(1)
     if kept.sum() < 2:  # batch norm needs two
         return

@@ -13,7 +13,7 @@ export function startPreview(facts) {
   let asking = false;
   let again = false;
 
-  // One question at a time; what changes meanwhile is asked for once the answer is here.
+  // One request at a time; changes in the meantime are sent after the answer.
   async function refresh() {
     showPolicy();
     if (!picture) return;

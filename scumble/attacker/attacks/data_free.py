@@ -1,0 +1,68 @@
+"""What the data-free attacks share: a seeded generator, and iterations until the budget is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from scumble.attacker import device
+from scumble.attacker.errors import AttackError, BudgetExhausted
+from scumble.attacker.generators import Generator
+from scumble.attacker.oracle import Oracle
+from scumble.attacker.watch import Watch
+
+
+def check_budget(attack: str, budget: int, cost: int) -> None:
+    """Refuse a budget that is smaller than the cost of one iteration.
+
+    Raises:
+        AttackError: the message has both.
+    """
+    if budget < cost:
+        raise AttackError(f"the budget is {budget}; one iteration of {attack} costs {cost} queries")
+
+
+def make_generator(
+    oracle: Oracle, seed: int, *, nz: int, width: int, affine: bool = False
+) -> Generator:
+    """A generator of the victim's images on the best device, with weights drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        generator = Generator(oracle.shape, nz=nz, width=width, affine=affine)
+    return generator.to(device.best())
+
+
+def repeat(
+    iterate: Callable[[], None],
+    rounds: int,
+    schedules: Iterable[torch.optim.lr_scheduler.LRScheduler],
+    oracle: Oracle,
+    student: nn.Module,
+    watch: Watch,
+    views: int,
+) -> None:
+    """Call `iterate` until `rounds` are done or the budget is used.
+
+    Args:
+        iterate: one iteration.
+        rounds: how many iterations the budget allows.
+        schedules: learning rates, which advance after each iteration.
+        oracle: its budget counts.
+        student: the copy.
+        watch: shown the copy.
+        views: how often it is shown the copy.
+    """
+    budget = oracle.remaining
+    shown = {round((i + 1) * rounds / views) for i in range(views)}
+    for iteration in range(1, rounds + 1):
+        try:
+            iterate()
+        except BudgetExhausted:  # answers that were lost in a crash are missing from it
+            break
+        for schedule in schedules:
+            schedule.step()
+        if iteration in shown:
+            watch(budget - oracle.remaining, student)
+    student.eval()
