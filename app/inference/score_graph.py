@@ -32,7 +32,7 @@ class Head:
     """The end of a network.
 
     Attributes:
-        logits: name of what the rows are the softmax of; None if they are no softmax.
+        logits: name of what the rows are the softmax of; None if they are not a softmax.
         features: name of the input of the last linear layer; None if there is none.
         width: d, number of features.
     """
@@ -94,7 +94,7 @@ def with_scores(model: bytes, whitener: Whitener | None) -> bytes:
     Its columns are the clean rows, the energy, and the residual.
 
     Raises:
-        ConfigError: not an ONNX model, its operators are too old, its rows are no softmax, or it
+        ConfigError: not an ONNX model, its operators are too old, its rows are not a softmax, or it
             has no such features as the whitener was fitted to.
     """
     import onnx

@@ -83,7 +83,7 @@ class Tracer:
 
     def __init__(self) -> None:
         self.trace = Trace()
-        # Coroutines are entered again after each wait, which is no call.
+        # Coroutines are entered again after each wait, which is not a call.
         self._entered: dict[int, FrameType] = {}
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from scumble.attacker import consent
 from scumble.attacker.adapt import MODIFIERS
 from scumble.attacker.attacks import ATTACKS
+from scumble.attacker.command_options import profile_option, set_option
 from scumble.attacker.errors import AttackError
 from scumble.attacker.result import Result
 from scumble.attacker.run import Job, run
@@ -34,26 +35,14 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--test", required=True, metavar="DATASET", help="Labelled images to measure the copy on."
 )
 @click.option("--queries", metavar="DATASET", help="Images to query; data-free attacks need none.")
-@click.option(
-    "--profile",
-    type=click.Choice(["cpu", "paper"]),
-    default="cpu",
-    show_default=True,
-    help="Defaults of the attack: sized for two cores, or as published.",
-)
+@profile_option
 @click.option(
     "--adapt",
     metavar="A,B",
     default="",
     help=f"Modifiers of an adaptive attacker: {', '.join(MODIFIERS)}.",
 )
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="NAME.FIELD=VALUE",
-    help="Set a field of the attack, its fit or a modifier, e.g. fit.epochs=5; repeatable.",
-)
+@set_option
 @click.option(
     "--student",
     default="auto",

@@ -23,6 +23,7 @@ from rich.table import Table
 from app.errors import ScumbleError
 from scumble.attacker import consent
 from scumble.attacker.attacks import DATA_FREE
+from scumble.attacker.command_options import profile_option, set_option
 from scumble.attacker.errors import AttackError
 from scumble.data.image_sets import DatasetError
 from scumble.evaluation.checks import check
@@ -66,13 +67,7 @@ RUNS = Path("runs/evaluate")
 @click.option("--url", help="A defended service that is already running, instead of --defense.")
 @click.option("--attack", default="knockoff", show_default=True, help="The attack.")
 @click.option("--adapt", default="", metavar="A,B", help="Modifiers of an adaptive attacker.")
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="NAME.FIELD=VALUE",
-    help="Set a field of the attack, its fit or a modifier, e.g. fit.epochs=5; repeatable.",
-)
+@set_option
 @click.option(
     "--budget",
     type=click.IntRange(min=1),
@@ -82,13 +77,7 @@ RUNS = Path("runs/evaluate")
 )
 @click.option("--queries", help="Data set of the attacker.  [default: the victim's in the paper]")
 @click.option("--test", help="Data set to measure on.  [default: the victim's]")
-@click.option(
-    "--profile",
-    type=click.Choice(["cpu", "paper"]),
-    default="cpu",
-    show_default=True,
-    help="Defaults of the attack: sized for two cores, or as published.",
-)
+@profile_option
 @click.option("--transport", default="pixels", show_default=True, help="How images are sent.")
 @click.option(
     "--seeds",

@@ -42,7 +42,7 @@ def raw(content=PNG, **headers) -> bytes:
 
 @contextlib.contextmanager
 def busy(server, **headers):
-    """Meanwhile a slow batch runs; its answer must come in the end."""
+    """A slow batch runs in the meantime; it must be answered in the end."""
     with connect(server) as connection:
         connection.sendall(raw(plain(SLOW), **headers))
         time.sleep(SLOW_S / 4)
@@ -60,7 +60,7 @@ def gate(monkeypatch, tmp_path):
 
 @contextlib.contextmanager
 def held(server, gate, **headers):
-    """Meanwhile a batch runs that ends after the block, or once the gate is there."""
+    """A batch runs in the meantime; it ends after the block, or when the gate exists."""
     with connect(server) as connection:
         connection.sendall(raw(plain(HELD), **headers))
         while not begun(gate).exists():

@@ -1,4 +1,4 @@
-"""Keys and budgets over the public port: who is admitted, what he sees, what he is charged."""
+"""Keys and budgets over the public port: who is admitted, what they see, what they are charged."""
 
 import re
 

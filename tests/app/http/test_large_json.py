@@ -60,7 +60,7 @@ def test_more_values_than_can_be_parsed_at_once_are_refused(client, url, name):
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("kind", [bytes, memoryview])
 def test_they_are_refused_before_they_are_parsed(name, kind):
-    broken = DENSE[name][:-1] + b"?"  # the parser would say that this is no JSON
+    broken = DENSE[name][:-1] + b"?"  # the parser would say that this is not JSON
     with pytest.raises(TooLarge):
         load_json(kind(broken))
 

@@ -135,7 +135,7 @@ UNDECODED = {
     "the client is gone": ({"peer": ClientConnection(gone=True)}, [PNG, LARGE], 499),
     "one has too many pixels": ({"limits": {"max_pixels": 1000}}, [PNG, LARGE], 413),
     "all have too many pixels": ({"limits": {"max_request_pixels": 500_000}}, [LARGE] * 2, 413),
-    "one is no image": ({}, [PNG, b"no image"], 422),
+    "one is not an image": ({}, [PNG, b"no image"], 422),
     "too many images": ({"limits": {"max_images": 2}}, [PNG] * 3, 413),
 }
 

@@ -331,7 +331,7 @@ async def test_refusals_are_logged_as_one_line(setup, caplog):
 
 @contextlib.contextmanager
 def out_of_descriptors():
-    """No new file can be opened in this process meanwhile."""
+    """In the meantime this process cannot open a new file."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket() as lowest:
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, before[1]))

@@ -353,7 +353,7 @@ REFUSED = {
     "data is deep": (small(data=[[[b64(PNGS[0])]]]), 400),
     "data is no base64": (small(data=["@@@"]), 400),
     "data is a number": (small(data=[3]), 400),
-    "data is no image": (small(data=[b64(b"no image")]), 422),
+    "data is not an image": (small(data=[b64(b"no image")]), 422),
     "empty image": (small(data=[""]), 422),
     "image bytes without their length": (binary_files(tail=PNGS[0]), 400),
     "image bytes cut off": (binary_files(tail=prefixed(PNGS)[:-1]), 400),
@@ -473,7 +473,7 @@ def test_the_first_tensors_keep_their_deadline_while_their_engine_is_made(make_c
     asked = binary(PLANAR)
     asked["headers"]["X-Deadline-Ms"] = "50"
     assert client.post(URL, **asked).status_code == 504
-    assert client.post(URL, **binary(PLANAR)).status_code == 200  # it is made on meanwhile
+    assert client.post(URL, **binary(PLANAR)).status_code == 200  # the copy is made in the meantime
 
 
 def test_a_graph_without_float_tensors_says_so(make_client, caplog):
