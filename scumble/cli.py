@@ -99,8 +99,8 @@ class Table(click.Group):
         """
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo(err=True)
+        except KeyboardInterrupt as exc:  # its message, if it has one, says how to continue
+            click.echo(f"\n{exc}" if exc.args else "", err=True)
             raise click.exceptions.Exit(INTERRUPTED) from None
         except ImportError as exc:
             row = self.table[ctx.invoked_subcommand or ""]

@@ -136,6 +136,10 @@ def attack(
         result = run(job, out, command=command, headers=headers, progress=progress)
     except (AttackError, DatasetError) as exc:
         raise click.ClickException(str(exc)) from exc
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; the answers so far are in {out}: run the same command to continue"
+        ) from None
     show(result, out)
 
 

@@ -25,7 +25,6 @@ from typing import Any, Protocol, Self
 import httpx2
 import numpy as np
 import tenacity
-from tqdm import tqdm
 
 from scumble.attacker import consent
 from scumble.attacker.errors import (
@@ -38,6 +37,7 @@ from scumble.attacker.errors import (
 from scumble.attacker.transports import TRANSPORTS, Images, Message, Probs, Transport
 from scumble.client import wire
 from scumble.client.http_client import BUSY, UNSENT, retry_policy
+from scumble.progress import bar
 
 SPARE = 4096  # bytes of a request that are not pixels
 
@@ -162,7 +162,7 @@ class HttpOracle:
         self._asked = 0  # requests so far: what the journal counts by
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(connections, thread_name_prefix="oracle")
-        self._bar = tqdm(total=budget, desc="queries", unit="img", disable=not progress)
+        self._bar = bar(budget, "queries", "img", shown=progress)
 
     @property
     def remaining(self) -> int:
@@ -218,7 +218,10 @@ class HttpOracle:
 
     def close(self) -> None:
         """End the connections and close the journal."""
-        self._pool.shutdown(cancel_futures=True)
+        self._close(wait=True)
+
+    def _close(self, *, wait: bool) -> None:
+        self._pool.shutdown(wait=wait, cancel_futures=True)
         self._http.close()
         self._journal.close()
         self._bar.close()
@@ -226,8 +229,8 @@ class HttpOracle:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close(wait=kind is not KeyboardInterrupt)  # a retry may take long
 
     def _recall(self, number: int, part: Images) -> Probs | None:
         """The answer that the journal has; what was lost on the way to it is counted."""

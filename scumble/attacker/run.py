@@ -44,6 +44,7 @@ from scumble.attacker.result import (
 from scumble.attacker.transports import TRANSPORTS, Probs
 from scumble.data.image_sets import Dataset, load, require
 from scumble.machine import processor
+from scumble.progress import showing
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def run(
             # Asked before the server's count is read: these do not belong to the budget.
             truth = Examination(test, examiner(test.images))
         before = first_count(job.admin, out)
-        attack(adapt.apply(modifiers, wrap(oracle), student), student, own, truth)
+        with showing(progress):
+            attack(adapt.apply(modifiers, wrap(oracle), student), student, own, truth)
         counted = None if before is None else count(job.admin) - before
         students.save(student, out / "copy.pt")
         result = Result(

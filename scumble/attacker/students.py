@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from scumble.attacker import device
 from scumble.attacker.errors import AttackError
 from scumble.attacker.transports import Images, Probs
+from scumble.progress import bar
 from scumble.training.nets import Normalize, resnet9, small_cnn
 from scumble.training.train import AUGMENTS, batches, follow
 
@@ -226,7 +226,7 @@ def fit(
     schedule = falling(optimizer, steps, fitting.warmup)
     loss_of, augment = LOSSES[fitting.loss], AUGMENTS[fitting.augment]
     average = copy.deepcopy(net).requires_grad_(False)
-    bar = tqdm(total=steps, desc="fit", unit="step", disable=not progress)
+    shown = bar(steps, "fit", "step", shown=progress)
     net.train()
     whole = (rows for rows in batches(len(x), fitting.batch, fitting.epochs, rng) if len(rows) > 1)
     for step, rows in enumerate(whole):
@@ -237,9 +237,9 @@ def fit(
         optimizer.step()
         schedule.step()
         follow(average, net, min(fitting.ema, (1 + step) / (10 + step)))
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    bar.close()
+        shown.update()
+        shown.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    shown.close()
     net.load_state_dict(average.state_dict())
     net.eval()
 

@@ -6,19 +6,30 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections import Counter
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 
 from app.errors import ScumbleError
 from scumble.attacker import consent
@@ -30,13 +41,17 @@ from scumble.evaluation.checks import check
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, Record, read
-from scumble.evaluation.referee import judge
+from scumble.evaluation.referee import PROGRESS, judge
 from scumble.evaluation.summary import summarise
 from scumble.evaluation.tables import ordered
+from scumble.progress import from_file
 from scumble.training.auxiliary import TRANSFER
 
 RESULTS = Path("runs/records/cells")
 RUNS = Path("runs/evaluate")
+POLL_S = 0.5
+ENDED_S = 1.0
+INTERRUPTED = 130
 
 
 @click.command()
@@ -187,29 +202,123 @@ def run_cells(
     command = shlex.join(["scumble", *sys.argv[1:]])
     failed = 0
     context = get_context("spawn")
-    with (
-        Progress(console=console) as progress,
-        ProcessPoolExecutor(min(jobs, max(1, len(cells))), mp_context=context) as pool,
-    ):
-        bar = progress.add_task("cells", total=finished + len(cells), completed=finished)
-        running: dict[Future[Record], Cell] = {
-            pool.submit(
-                judge, cell, RUNS / cell.key, root=root, command=command, threads=threads,
-                headers=headers,
-            ): cell
-            for cell in cells
-        }  # fmt: skip
-        for future in as_completed(running):
-            cell = running[future]
+    progress = Progress(
+        TextColumn("{task.description}", table_column=Column(width=34, no_wrap=True)),
+        BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console,
+    )  # fmt: skip
+    pool = ProcessPoolExecutor(
+        min(jobs, max(1, len(cells))), mp_context=context, initializer=end_when_told
+    )
+    try:
+        with progress, pool:
+            bar = progress.add_task("cells", total=finished + len(cells), completed=finished)
+            for cell in cells:
+                (RUNS / cell.key / PROGRESS).unlink(missing_ok=True)
+            running: dict[Future[Record], Cell] = {
+                pool.submit(
+                    judge_cell, cell, RUNS / cell.key, root=root, command=command,
+                    threads=threads, headers=headers,
+                ): cell
+                for cell in cells
+            }  # fmt: skip
+            inside: dict[str, TaskID] = {}
             try:
-                future.result()
-            except (AttackError, DatasetError, RuntimeError) as exc:
-                failed += 1
-                console.print(f"{cell.key}: {exc}", style="red", markup=False)
-            else:
-                shutil.copyfile(RUNS / cell.key / "record.json", out / f"{cell.key}.json")
-            progress.advance(bar)
+                while running:
+                    ended, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                    show_inside(progress, inside, running.values())
+                    for future in ended:
+                        cell = running.pop(future)
+                        failed += not kept(future, cell, out, console)
+                        progress.advance(bar)
+                        if cell.key in inside:
+                            progress.remove_task(inside.pop(cell.key))
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                end_processes(active_children())
+                raise
+    except KeyboardInterrupt:
+        there = sum(done(out / f"{cell.key}.json") for cell in cells)
+        raise KeyboardInterrupt(
+            f"interrupted; {there} of {len(cells)} cells are recorded in {out}: "
+            "run the same command to continue"
+        ) from None
     return failed
+
+
+def kept(future: Future[Record], cell: Cell, out: Path, console: Console) -> bool:
+    """Keep the record of a cell that has ended; false if the cell failed."""
+    try:
+        future.result()
+    except (AttackError, DatasetError, RuntimeError) as exc:
+        console.print(f"{cell.key}: {exc}", style="red", markup=False)
+        return False
+    shutil.copyfile(RUNS / cell.key / "record.json", out / f"{cell.key}.json")
+    return True
+
+
+def end_processes(processes: Iterable[BaseProcess]) -> None:
+    """End processes, those that have not ended within a second by force."""
+    processes = list(processes)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(ENDED_S)
+        process.kill()
+
+
+def show_inside(progress: Progress, inside: dict[str, TaskID], cells: Iterable[Cell]) -> None:
+    """Show how far the running cells are.
+
+    Args:
+        progress: the bars.
+        inside: the bar of each cell that has one, by its key; changed in place.
+        cells: that may be running.
+    """
+    for cell in cells:
+        found = from_file(RUNS / cell.key / PROGRESS)
+        if found is None:
+            continue
+        what, count, total = found
+        text = f"  {cell.defense.name}, seed {cell.seed}: {what}"
+        if cell.key not in inside:
+            inside[cell.key] = progress.add_task(text, total=total)
+        task = inside[cell.key]
+        if progress.tasks[progress.task_ids.index(task)].description != text:
+            progress.reset(task, total=total, description=text)
+        progress.update(task, completed=count, total=total)
+
+
+class Judging:
+    """Whether this process of the pool is judging a cell."""
+
+    now = False
+
+
+def judge_cell(cell: Cell, folder: Path, **options: Any) -> Record:
+    """Judge a cell in a process of the pool, which ends when it is told to."""
+    Judging.now = True
+    try:
+        return judge(cell, folder, **options)
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)  # the pool would run the next cell
+    finally:
+        Judging.now = False
+
+
+def end_when_told() -> None:
+    """Let SIGTERM end a process of the pool, and the servers of its cell.
+
+    Ctrl-C reaches all processes of the terminal; the parent alone decides.
+    """
+
+    def end(*_: object) -> None:
+        if Judging.now:
+            raise KeyboardInterrupt
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
 
 
 def planned(ctx: click.Context, plans: tuple[str, ...], options: dict[str, str]) -> list[Cell]:

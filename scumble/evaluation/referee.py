@@ -27,8 +27,10 @@ from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.failures import failure
 from scumble.evaluation.local_server import Server, serving
 from scumble.evaluation.record import Percentile, Record, Transfer, Utility
+from scumble.progress import reporting, to_file
 
 SAMPLE = 2000  # of the queries, for what the attacker was told
+PROGRESS = "progress"  # file in the cell's folder: how far it has come
 PERCENTILES: tuple[Percentile, ...] = ("p50", "p99")
 REQUESTS = 200  # for the latency, to each server
 UNTIMED = 10  # before them
@@ -61,8 +63,12 @@ def judge(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    report = to_file(folder / PROGRESS)
+    report("starting servers", 0, 1)
     test = data(cell.test or cell.victim, "test", root, cell.test_images)
     with ExitStack() as stack:
+        if not progress:
+            stack.enter_context(reporting(report))
         clean = stack.enter_context(server(cell, Defended()))
         if cell.defense.url:
             url, admin = cell.defense.url, None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import click
 from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from app.errors import ConfigError, ScumbleError
 from scumble.data.image_sets import DatasetError
@@ -34,6 +36,15 @@ def plain_errors() -> Iterator[None]:
         yield
     except (ScumbleError, DatasetError, OSError) as exc:
         raise click.ClickException(" ".join(str(exc).split())) from exc
+
+
+@contextlib.contextmanager
+def elapsed(text: str) -> Iterator[None]:
+    """Show on a terminal what takes long and since when; for work that cannot say how far it is."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield
 
 
 def require_writable(path: Path) -> None:

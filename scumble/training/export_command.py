@@ -20,6 +20,7 @@ from app.inference.graph import defended
 from app.precision import Precision
 from scumble import defenses
 from scumble.training.command_options import (
+    elapsed,
     file,
     models_option,
     plain_errors,
@@ -112,7 +113,9 @@ def export(
         if defense:
             out = out or Path(f"{name}-{precision}-{defense}.onnx")
             require_writable(out)
-            click.echo(write_defended(models, name, defense, params, precision, out))
+            with elapsed(f"writing {out}"):
+                line = write_defended(models, name, defense, params, precision, out)
+            click.echo(line)
         else:
             require_writable(models / name)
             command = typed(ctx)
@@ -243,5 +246,6 @@ def write_bundle(
         "training": {"command": command, "torch": torch.__version__},
         "data_licence": licence,
     }
-    export_bundle(network, models / name, shape, card, threads=threads())
+    with elapsed(f"writing {name} as ONNX and testing it; a large network takes minutes"):
+        export_bundle(network, models / name, shape, card, threads=threads())
     return f"{models / name}: {count} classes, {size}x{size} pixels, {channels} channels"

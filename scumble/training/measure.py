@@ -14,6 +14,7 @@ from app.inference.engines import Engine, EngineName, Probs, load, resolve
 from app.precision import Precision
 from scumble.data.image_sets import Dataset, DatasetError
 from scumble.data.png import to_image
+from scumble.progress import bar
 
 BATCH = 250
 
@@ -56,7 +57,12 @@ def answers(
     """Probabilities (N, K) of uint8 images (N, H, W, C), by default from the best engine."""
     chosen = engine or resolve("auto", precision)
     run: Engine = load(chosen, model, threads=threads(), precision=precision)
-    return np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+    found = []
+    with bar(len(images), f"{precision} answers", "img", shown=len(images) > BATCH) as shown:
+        for i in range(0, len(images), BATCH):
+            found.append(run(images[i : i + BATCH]))
+            shown.update(len(found[-1]))
+    return np.concatenate(found)
 
 
 def share_right(probs: Probs, data: Dataset) -> float:

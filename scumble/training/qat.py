@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from app.inference.engines.torch import OPS, Interpreter, along
 from app.inference.graph import parse, tensor_input
 from scumble.data.image_sets import Dataset
+from scumble.progress import bar
 from scumble.training.bundle_export import LOGITS
 from scumble.training.train import AUGMENTS, as_tensors, batches, follow
 
@@ -173,7 +173,7 @@ def tune(
     steps = tuning.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     augment, t = AUGMENTS[tuning.augment], tuning.temperature
-    bar = tqdm(total=steps, desc=f"tune {data.name}", unit="step", disable=not progress)
+    shown = bar(steps, f"tune {data.name}", "step", shown=progress)
     # The start is a candidate like every epoch: where nothing is to be gained, nothing is lost.
     kept = [(score(quantized), quantized)]
     for step, rows in enumerate(batches(len(data), tuning.batch, tuning.epochs, rng)):
@@ -195,12 +195,12 @@ def tune(
         optimizer.step()
         schedule.step()
         follow(average, student, min(tuning.ema, (1 + step) / (10 + step)))
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        shown.update()
+        shown.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
         if (step + 1) % per_epoch == 0:
             file = average.to_bytes()
             kept.append((score(file), file))
-    bar.close()
+    shown.close()
     return max(kept, key=lambda k: k[0])[1]
 
 

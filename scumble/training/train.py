@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from scumble.data.image_sets import Dataset
+from scumble.progress import bar
 from scumble.training.nets import NETS, Normalize
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -89,7 +89,7 @@ def train(
         optimizer, recipe.lr, total_steps=steps, pct_start=0.2, cycle_momentum=False
     )
     augment = AUGMENTS[recipe.augment]
-    bar = tqdm(total=steps, desc=f"train {data.name}", unit="step", disable=not progress)
+    shown = bar(steps, f"train {data.name}", "step", shown=progress)
     net.train()
     for step, rows in enumerate(batches(len(data), recipe.batch, recipe.epochs, rng)):
         x = augment(images[rows], rng).contiguous(memory_format=torch.channels_last)
@@ -102,9 +102,9 @@ def train(
         schedule.step()
         # The average of the first steps would be of random weights: let its memory grow with time.
         follow(average, net, min(recipe.ema, (1 + step) / (10 + step)))
-        bar.update()
-        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
-    bar.close()
+        shown.update()
+        shown.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+    shown.close()
     return average.eval()
 
 

@@ -238,6 +238,11 @@ def test_ctrl_c_ends_with_130_and_no_traceback(run, group):
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\n")
 
 
+def test_ctrl_c_says_how_to_continue(run, group):
+    result = run("do", command=group(DO + "    raise KeyboardInterrupt('run it again')"))
+    assert (result.exit_code, result.stderr) == (130, "\nrun it again\n")
+
+
 def test_ctrl_c_to_a_process(group, tmp_path):
     code = (
         "from scumble.cli import Row, Table\n"

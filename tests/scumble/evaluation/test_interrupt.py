@@ -1,0 +1,55 @@
+"""Ctrl-C ends an evaluation with its servers, and says how to continue."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+WORDS = ["evaluate", "--defense", "label", "--queries", "digits", "--test", "digits", "--jobs", "1"]
+LIMIT_S = 240
+
+pytestmark = [pytest.mark.server, pytest.mark.torch]
+
+
+def descendants(pid):
+    """Process ids of the children of a process, and of theirs."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *descendants(child)]
+    return found
+
+
+def test_ctrl_c_ends_the_evaluation_and_its_servers(tmp_path):
+    command = [sys.executable, "-m", "scumble.cli", *WORDS, "--seeds", "3", "--budget", "100000"]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        while not list(tmp_path.glob("runs/evaluate/*/progress")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        started = descendants(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted; 0 of 3 cells are recorded" in said
+    assert "run the same command to continue" in said
+    assert "Traceback" not in said
+    while [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
