@@ -42,7 +42,9 @@ def plain_errors() -> Iterator[None]:
 def elapsed(text: str) -> Iterator[None]:
     """Show on a terminal what takes long and since when; for work that cannot say how far it is."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    off = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=off) as progress:
         progress.add_task(text, total=None)
         yield
 
