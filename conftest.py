@@ -55,7 +55,7 @@ def run_bash(example: Example) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout + done.stderr  # noqa: S101  # pytest's verb
 

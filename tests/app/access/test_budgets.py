@@ -250,9 +250,12 @@ def test_the_hurry_of_a_window_is_refused_until_it_ends(serve, tmp_path):
             f"{server.url}/v1/predict", files=[IMAGE], headers=HEADERS, timeout=20
         ).status_code
 
+    start = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         codes = list(pool.map(ask, range(40)))
-    assert codes.count(200) <= 20  # at most two windows have begun
-    assert codes.count(429) == 40 - codes.count(200) > 0
+    begun = (time.monotonic() - start) // 2 + 2  # windows, at most
+    assert codes.count(200) <= 10 * begun
+    assert codes.count(429) == 40 - codes.count(200)
+    assert codes.count(429) > 0 or begun > 3  # unless the machine is too slow for any hurry
     time.sleep(2)
     assert ask(0) == 200

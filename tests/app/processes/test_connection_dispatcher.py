@@ -351,7 +351,12 @@ def test_connections_follow_from_the_limit_of_descriptors(descriptors, connectio
 
 @pytest.mark.server
 def test_a_flood_of_connections_is_refused_and_the_spread_is_even_afterwards(serve):
-    server = serve(workers=2, http__max_connections=10, http__header_timeout_s=1)
+    server = serve(
+        workers=2,
+        http__max_connections=10,
+        http__header_timeout_s=1,
+        http__keep_alive_s=300,
+    )
     name = 'scumble_connections_refused_total{reason="limit"}'
     with contextlib.ExitStack() as stack:
         flood = [stack.enter_context(connect(server)) for _ in range(60)]
