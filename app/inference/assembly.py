@@ -27,6 +27,7 @@ from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from scumble import defenses
 from scumble.defenses.evidence import Evidence, Score
+from scumble.defenses.scores import Whitener
 
 # A batch that takes longer than this runs on a thread, so that the event loop serves others.
 INLINE_S = 0.010
@@ -190,6 +191,7 @@ def load_model(
         # Not in bfloat16, and torch would interpret node by node what numpy does in less.
         fusible=engine != "torch" and settings.precision != "bf16",
         limit_s=settings.batch_limit_s,
+        whitener=partial(_whitener, settings, bundle),
     )
     images = golden_inputs(bundle.card.input)
     composed = composer(bundle.onnx(settings.precision), images, settings.batch.max_size)
@@ -199,6 +201,14 @@ def load_model(
         settings.batch.execution == "auto" and composed.seconds < INLINE_S
     )
     return LoadedModel(settings, bundle, metrics, composer, composed, inline)
+
+
+def _whitener(settings: Settings, bundle: Bundle) -> Whitener | None:
+    """What the score `residual` needs; None for a bundle that was not calibrated."""
+    try:
+        return Auxiliaries(bundle, settings.engine, settings.precision).gate().whitener
+    except defenses.DefenseError:
+        return None
 
 
 def _warm_up(composed: Composed, images: npt.NDArray[Any], warm_up: WarmUp) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a bundle that defenses use: auxiliary networks and the codebook.
+"""The parts of a bundle that defenses use: auxiliary networks, the codebook and thresholds.
 
 The networks run in the server's engine on one thread, in the order of the requests. A form
 (pixels or float tensors) is loaded with its first batch, which is when the service warms up.
@@ -12,11 +12,12 @@ import numpy as np
 import orjson
 
 from app.inference import engines
-from app.inference.bundle import CODEBOOK_FILE, Bundle
+from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Bundle
 from app.inference.engines import FAST, Engine, EngineName
 from app.inference.graph import single_output, tensor_input
 from app.precision import Precision
 from scumble.defenses.base import DefenseError, Inputs, Probs
+from scumble.defenses.gate import Gate, read_gate
 
 # The torch engine is an oracle of the victims' operators and lacks those of the scores.
 STAND_IN = {"torch": "auto"}
@@ -46,12 +47,12 @@ class Auxiliary:
 
 
 class Auxiliaries:
-    """The auxiliary networks and the codebook of one bundle.
+    """The auxiliary networks, the codebook and the thresholds of one bundle.
 
     Args:
         bundle: that is served.
         engine: of the networks.
-        precision: that is served, which decides the codebook.
+        precision: that is served, which decides codebook and thresholds.
     """
 
     def __init__(
@@ -78,6 +79,11 @@ class Auxiliaries:
         model = single_output(self._bundle.read(file), output)
         return Auxiliary(model, engines.resolve(self._engine))
 
+    @property
+    def version(self) -> str:
+        """Name and version of the model, which keyed draws are made for."""
+        return f"{self._bundle.card.name} {self._bundle.card.version}"
+
     def codebook(self) -> dict[str, Any]:
         """The rows that the defense `codebook` may serve: {form: {cells: {borders, rows}}}.
 
@@ -86,13 +92,38 @@ class Auxiliaries:
             BundleError: the file is not the one that the card lists.
         """
         file = CODEBOOK_FILE[self._precision]
+        document = self._calibrated(file)
+        try:
+            forms: dict[str, Any] = document["forms"]
+        except (TypeError, KeyError) as exc:
+            raise DefenseError(f"{file} of {self._bundle} is malformed: {exc!r}") from exc
+        return forms
+
+    def gate(self) -> Gate:
+        """The thresholds of the defense `withhold`.
+
+        Raises:
+            DefenseError: the bundle has none for this precision; says how they are made.
+            BundleError: the file is not the one that the card lists.
+        """
+        file = GATE_FILE.get(self._precision)
+        if file is None:
+            raise DefenseError(
+                f"precision is {self._precision!r}, too coarse for thresholds; "
+                f"allowed: {', '.join(GATE_FILE)}"
+            )
+        try:
+            return read_gate(self._calibrated(file))
+        except DefenseError as exc:
+            raise DefenseError(f"{file} of {self._bundle}: {exc}") from exc
+
+    def _calibrated(self, file: str) -> Any:
         if file not in self._bundle.card.files:
             raise DefenseError(
                 f"needs {file}, which {self._bundle} lacks; make it with "
                 f"`scumble calibrate {self._bundle.card.name}`"
             )
         try:
-            document: dict[str, Any] = orjson.loads(self._bundle.read(file))["forms"]
-        except (ValueError, TypeError, KeyError) as exc:
+            return orjson.loads(self._bundle.read(file))
+        except ValueError as exc:
             raise DefenseError(f"{file} of {self._bundle} is malformed: {exc!r}") from exc
-        return document

@@ -6,6 +6,7 @@
     golden.json     outputs for a few synthetic inputs, checked at every load
     surrogate.onnx, misinformation.onnx    optional, for some defenses (`app.inference.auxiliary`)
     codebook.float32.json, codebook.int8.json    optional, what the defense `codebook` serves
+    gate.float32.json, gate.int8.json    optional, below which scores `withhold` withholds
 
 Each file is read once, hashed and passed on as bytes, so that the bytes that were checked are those
 that run. A card names only files in its own folder, and a network stores all weights in its file.
@@ -46,6 +47,8 @@ CODEBOOK_FILE: dict[Precision, str] = {
     "bf16": "codebook.float32.json",
     "int8": "codebook.int8.json",
 }
+# The same with thresholds of scores, which bfloat16 is too coarse for.
+GATE_FILE: dict[Precision, str] = {"float32": "gate.float32.json", "int8": "gate.int8.json"}
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
 """Name of a file in the bundle's folder: not a path, and not hidden."""

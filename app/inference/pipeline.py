@@ -232,7 +232,7 @@ class Composer:
         fusible: the defense may be moved into the graph.
         limit_s: seconds that a batch may take.
         clock: seconds.
-        whitener: of the bundle, for the score `residual`; None where it has none.
+        whitener: gives what the score `residual` needs, where the bundle has it.
     """
 
     load: Callable[[bytes], Engine]
@@ -240,7 +240,7 @@ class Composer:
     fusible: bool
     limit_s: float = math.inf
     clock: Callable[[], float] = time.perf_counter
-    whitener: Whitener | None = None
+    whitener: Callable[[], Whitener | None] = lambda: None
 
     def __call__(self, model: bytes, example: Batch, largest: int) -> Composed:
         """Load, fuse and warm up a network.

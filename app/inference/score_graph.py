@@ -7,7 +7,7 @@ possibly between quantizing nodes; the features are that layer's input.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,18 +97,8 @@ def with_scores(model: bytes, whitener: Whitener | None) -> bytes:
         ConfigError: not an ONNX model, its operators are too old, its rows are not a softmax, or it
             has no such features as the whitener was fitted to.
     """
-    import onnx
-
-    from app.inference.graph import appender_behind, parse
-
-    proto = parse(model)
-    op = appender_behind(proto)
-    if op is None or op.logits is None:
-        raise ConfigError(
-            "the network has no logits to take the energy of: it must end in Softmax, and have "
-            "the operators of opset 18"
-        )
-    columns = [op.clean, energy_nodes(op, op.logits)]
+    proto, op, logits = _tapped(model)
+    columns = [op.clean, energy_nodes(op, logits)]
     if whitener is not None:
         if op.features is None or op.width != len(whitener.mean):
             raise ConfigError(
@@ -116,11 +106,22 @@ def with_scores(model: bytes, whitener: Whitener | None) -> bytes:
                 f"layer takes {op.width or 'none that is recognised'}; run `scumble calibrate`"
             )
         columns.append(whitener.nodes(op, op.features))
-    proto.graph.node.append(onnx.helper.make_node("Concat", columns, [SCORED], SCORED, axis=1))
-    (output,) = proto.graph.output
-    output.name = SCORED
-    output.type.tensor_type.shape.dim[1].dim_value += len(columns) - 1
-    return proto.SerializeToString()
+    return _ending_in(proto, columns, len(columns) - 1)
+
+
+def with_head(model: bytes) -> bytes:
+    """The same network with one output (N, 2 K + d), to fit a whitener and thresholds to.
+
+    Its columns are the clean rows, the logits and the features; d is 0 where none are recognised.
+
+    Raises:
+        ConfigError: not an ONNX model, its operators are too old, or its rows are no softmax.
+    """
+    proto, op, logits = _tapped(model)
+    columns = [op.clean, logits]
+    if op.features is not None:
+        columns.append(op.features)
+    return _ending_in(proto, columns, op.classes + op.width)
 
 
 class ScoredEngine:
@@ -129,7 +130,7 @@ class ScoredEngine:
     Args:
         load: makes an engine from ONNX bytes.
         model: the undefended network.
-        whitener: for the score `residual`; None for the energy alone.
+        whitener: gives what the score `residual` needs; None for the energy alone.
         largest: images of the largest batch.
     """
 
@@ -137,12 +138,13 @@ class ScoredEngine:
         self,
         load: Callable[[bytes], Engine],
         model: bytes,
-        whitener: Whitener | None,
+        whitener: Callable[[], Whitener | None],
         largest: int = 1,
     ) -> None:
         self._load = load
         self._model = model
         self._whitener = whitener
+        self._scores = 0
         self._largest = largest
         self._engine: Engine | None = None
         self._example: Evidence | None = None
@@ -164,7 +166,9 @@ class ScoredEngine:
         """
         with self._lock:
             if self._example is None:
-                engine = self._load(with_scores(self._model, self._whitener))
+                whitener = self._whitener()
+                self._scores = 1 if whitener is None else 2
+                engine = self._load(with_scores(self._model, whitener))
                 engine.prepare(size for size in FAST if size <= self._largest)
                 _, self._example = self._run(engine, images)
                 self._engine = engine
@@ -182,7 +186,32 @@ class ScoredEngine:
 
     def _run(self, engine: Engine, batch: Batch) -> tuple[Probs, Evidence]:
         columns = engine(batch)
-        scores = 1 if self._whitener is None else 2
+        scores = self._scores
         rows = np.ascontiguousarray(columns[:, :-scores])
         energy, residual = columns[:, -scores], columns[:, -1] if scores > 1 else None
         return rows, Evidence(np.maximum.reduce(rows, axis=1), energy, residual)
+
+
+def _tapped(model: bytes) -> tuple[onnx.ModelProto, Appender, str]:
+    """The network, what appends nodes to it, and its logits."""
+    from app.inference.graph import appender_behind, parse
+
+    proto = parse(model)
+    op = appender_behind(proto)
+    if op is None or op.logits is None:
+        raise ConfigError(
+            "the network has no logits to take the energy of: it must end in Softmax, and have "
+            "the operators of opset 18"
+        )
+    return proto, op, op.logits
+
+
+def _ending_in(proto: onnx.ModelProto, columns: Sequence[str], more: int) -> bytes:
+    """The network with these columns, `more` than classes, as its one output."""
+    import onnx
+
+    proto.graph.node.append(onnx.helper.make_node("Concat", columns, [SCORED], SCORED, axis=1))
+    (output,) = proto.graph.output
+    output.name = SCORED
+    output.type.tensor_type.shape.dim[1].dim_value += more
+    return proto.SerializeToString()

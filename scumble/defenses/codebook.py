@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scumble.defenses.base import Defense, DefenseError, Inputs, Nodes, Probs
 
 Float32 = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.intp]
 Form = Literal["auto", "classwise", "pooled", "calibrated"]
 FORMS: tuple[Form, ...] = ("auto", "classwise", "pooled", "calibrated")
 MOST_CELLS = 16
@@ -121,19 +122,32 @@ class Codebook(Defense):
             ValueError: the rows have another number of classes than the codebook.
         """
         del inputs
+        _, cell = self.place(probs)
+        return self.rows(probs.argmax(axis=1), cell, probs)
+
+    def place(self, probs: Probs) -> tuple[Indices, Indices]:
+        """Which borders hold for each row (its class's own, or 0 for those of all), and its cell.
+
+        Raises:
+            ValueError: as for `__call__`.
+        """
         stored = self._stored()
         n, classes = probs.shape
         if stored.classwise and classes != len(stored.rows):
             raise ValueError(f"Codebook has {len(stored.rows)} classes; the rows have {classes}")
-        top = probs.argmax(axis=1)
         # In float32, as in the graph, so that both compare the same value with the borders.
         sure = probs.max(axis=1).astype(np.float32) if classes else np.empty(n, np.float32)
-        own = top if stored.classwise else np.zeros(n, np.intp)
-        cell = (sure[:, None] > stored.borders[own]).sum(axis=1)
+        own = probs.argmax(axis=1) if stored.classwise else np.zeros(n, np.intp)
+        return own, (sure[:, None] > stored.borders[own]).sum(axis=1)
+
+    def rows(self, top: Indices, cell: Indices, like: Probs) -> Probs:
+        """The stored rows of predicted classes and cells (N,), of the shape and type of others."""
+        stored = self._stored()
+        n, classes = like.shape
         if stored.classwise:
-            rows: Probs = stored.rows[top, cell].astype(probs.dtype)
-            return rows
-        tall = stored.rows[0, cell].astype(probs.dtype)
+            found: Probs = stored.rows[top, cell].astype(like.dtype)
+            return found
+        tall = stored.rows[0, cell].astype(like.dtype)
         y = np.repeat((1 - tall) / max(classes - 1, 1), classes, axis=1)
         y[np.arange(n), top] = tall[:, 0] if classes > 1 else 1
         return y

@@ -36,59 +36,40 @@ def energy_nodes(op: Nodes, logits: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Whitener:
-    """What is left of whitened features outside of the directions that own images fill.
+    """What whitened features have outside of the directions in which classes differ.
 
-    x = scale * (h - mean);  residual = |x - B^T B x|
+    residual = |A (h - mean)|
 
-    No class enters: it is one subspace for all.
+    No class enters: it is one matrix for all. `scumble/training/gate.py` fits it.
 
     Attributes:
         mean: (d,) of the features of own images.
-        scale: (d,) one over their standard deviation.
-        basis: B (r, d), orthonormal rows: their principal directions.
+        matrix: A (r, d).
 
     Raises:
         DefenseError: shapes that do not fit each other, or values that are not finite.
     """
 
     mean: Float32
-    scale: Float32
-    basis: Float32
+    matrix: Float32
 
     def __post_init__(self) -> None:
         d = len(self.mean) if self.mean.ndim == 1 else 0
-        fits = d and self.scale.shape == (d,) and self.basis.ndim == 2 and self.basis.shape[1] == d
-        if not fits or not all(
-            np.isfinite(part).all() for part in (self.mean, self.scale, self.basis)
-        ):
+        fits = d and self.matrix.ndim == 2 and self.matrix.shape[1] == d
+        if not (fits and np.isfinite(self.mean).all() and np.isfinite(self.matrix).all()):
             raise DefenseError(
-                f"the whitener has mean {self.mean.shape}, scale {self.scale.shape} and basis "
-                f"{self.basis.shape}; allowed: finite (d,), (d,) and (r, d)"
+                f"the whitener has mean {self.mean.shape} and matrix {self.matrix.shape}; "
+                "allowed: finite (d,) and (r, d)"
             )
 
     def residual(self, features: Array) -> Array:
         """(N,) of features (N, d): the larger, the more foreign."""
-        x = (features - self.mean) * self.scale
-        rest = x - (x @ self.basis.T) @ self.basis
+        rest = (features - self.mean) @ self.matrix.T
         found: Array = np.sqrt((rest * rest).sum(axis=1))
         return found
 
     def nodes(self, op: Nodes, features: str) -> str:
         """The same as nodes: (N, 1)."""
-        x = op("Mul", op("Sub", features, self.mean), self.scale)
-        along = op("MatMul", x, np.ascontiguousarray(self.basis.T))
-        rest = op("Sub", x, op("MatMul", along, self.basis))
+        x = op("Sub", features, self.mean)
+        rest = op("MatMul", x, np.ascontiguousarray(self.matrix.T))
         return op("Sqrt", op("ReduceSum", op("Mul", rest, rest), AXIS, keepdims=1))
-
-
-def fit_whitener(features: Array, directions: int) -> Whitener:
-    """The whitener of features (N, d) of own images; features that never change weigh nothing."""
-    features = np.asarray(features, np.float64)
-    mean, spread = features.mean(axis=0), features.std(axis=0)
-    moves = spread > 1e-6 * max(float(spread.max()), 1e-12)
-    scale = np.where(moves, 1 / np.where(moves, spread, 1), 0)
-    x = (features - mean) * scale
-    _, vectors = np.linalg.eigh(x.T @ x / max(len(x), 1))
-    count = min(directions, x.shape[1] - 1)
-    basis = vectors[:, ::-1][:, :count].T
-    return Whitener(mean.astype(np.float32), scale.astype(np.float32), basis.astype(np.float32))

@@ -30,6 +30,7 @@ from app.inference.bundle import (
     AUXILIARY_FILES,
     CODEBOOK_FILE,
     FORMAT,
+    GATE_FILE,
     ONNX_FILE,
     Card,
     Golden,
@@ -177,7 +178,12 @@ def export_bundle(
     except ValidationError as exc:
         raise ExportError(f"no card can be made of this: {exc}") from exc
     folder.mkdir(parents=True, exist_ok=True)
-    for derived in (ONNX_FILE["int8"], *AUXILIARY_FILES, *CODEBOOK_FILE.values()):
+    for derived in (
+        ONNX_FILE["int8"],
+        *AUXILIARY_FILES,
+        *CODEBOOK_FILE.values(),
+        *GATE_FILE.values(),
+    ):
         (folder / derived).unlink(missing_ok=True)
     (folder / "float32.onnx").write_bytes(to_onnx(module, shape).SerializeToString())
     return finish(folder, card, threads=threads)

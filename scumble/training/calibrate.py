@@ -1,10 +1,11 @@
-"""`scumble calibrate`: fit a codebook, which a bundle serves instead of its probabilities.
+"""`scumble calibrate`: fit the codebook and the gate of a bundle, for each of its precisions.
 
 The images are the owner's, none that the network was trained on and none that it is judged by.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from app.inference.bundle import CODEBOOK_FILE, Bundle, Card, open_bundle, write_card
+from app.errors import ConfigError
+from app.inference.bundle import (
+    CODEBOOK_FILE,
+    GATE_FILE,
+    Bundle,
+    Card,
+    open_bundle,
+    write_card,
+)
 from app.inference.engines import Probs
 from app.precision import Precision
 from scumble.data.image_sets import Dataset, load
@@ -25,7 +34,9 @@ from scumble.training.codebook import fit
 from scumble.training.command_options import models_option, plain_errors, require_writable, typed
 from scumble.training.commands import data_option
 from scumble.training.confidence import calibration_error, ranking
-from scumble.training.measure import answers, describe, fitted, gap, threads
+from scumble.training.gate import document
+from scumble.training.gate_report import MOST, fitted_gate, looker, report, shares
+from scumble.training.measure import answers, as_input, describe, fitted, gap, threads
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
 
@@ -59,26 +70,53 @@ class Figures:
         )
 
 
-def ship(bundle: Bundle, own: Dataset, test: Dataset, command: str) -> Card:
-    """Fit a codebook for each precision, write it into the bundle, and complete its card."""
-    made: dict[str, Any] = {
+def ship(
+    bundle: Bundle, own: Dataset, test: Dataset, foreign: Mapping[str, Dataset], command: str
+) -> Card:
+    """Fit codebook and gate for each precision, write them into the bundle, complete its card.
+
+    Args:
+        bundle: changed on disk.
+        own: what both are fitted to.
+        test: own images for the figures.
+        foreign: other images for the figures, by the name that the card gets.
+        command: for the card.
+    """
+    common: dict[str, Any] = {
         "command": command,
         "threads": threads(),
         "processor": processor(),
         "own": {"images": len(own), "data": describe(own)},
         "test": {"images": len(test), "data": describe(test)},
     }
+    codebook, gate = dict(common), dict(common)
+    gate["foreign"] = {name: describe(data) for name, data in foreign.items()}
+    card = bundle.card
+    pictures = {name: as_input(data, card, MOST) for name, data in foreign.items()}
     for precision in PRECISIONS:
         if precision not in bundle.golden().probabilities:
             continue
         model = bundle.onnx(precision)
-        forms = fit(answers(model, own.images, precision).astype(np.float64), own.labels)
-        content = orjson.dumps({"format": "scumble-codebook/1", "forms": forms}) + b"\n"
-        (bundle.folder / CODEBOOK_FILE[precision]).write_bytes(content)
-        made[precision] = _figures(forms, answers(model, test.images, precision), test)
-    card = bundle.card
+        rows = answers(model, own.images, precision)
+        forms = fit(rows.astype(np.float64), own.labels)
+        _write(bundle, CODEBOOK_FILE[precision], {"format": "scumble-codebook/1", "forms": forms})
+        codebook[precision] = _figures(forms, answers(model, test.images, precision), test)
+        try:
+            look = looker(model, precision, len(card.labels))
+        except ConfigError as error:
+            gate[precision] = {"none": str(error)}
+            (bundle.folder / GATE_FILE[precision]).unlink(missing_ok=True)
+            continue
+        found = fitted_gate(look, own.images)
+        _write(bundle, GATE_FILE[precision], document(found, shares(forms, rows)))
+        gate[precision] = report(look, found, as_input(test, card, MOST), pictures)
     known = card.model_dump(exclude={"files", "format"})
-    return write_card(bundle.folder, {**known, "auxiliary": {**card.auxiliary, "codebook": made}})
+    made = {**card.auxiliary, "codebook": codebook, "gate": gate}
+    return write_card(bundle.folder, {**known, "auxiliary": made})
+
+
+def _write(bundle: Bundle, file: str, content: Any) -> None:
+    (bundle.folder / file).write_bytes(orjson.dumps(content) + b"\n")
 
 
 def _figures(forms: dict[str, Any], clean: Probs, test: Dataset) -> dict[str, Any]:
@@ -103,6 +141,12 @@ def _figures(forms: dict[str, Any], clean: Probs, test: Dataset) -> dict[str, An
     "folder of class folders or a set. Default: what `scumble train` held out of the set NAME.",
 )
 @click.option("--test", "test_source", help="Other such images, for the reported figures.")
+@click.option(
+    "--foreign",
+    "foreign_sources",
+    multiple=True,
+    help="Images of another kind, to report how many are caught; repeatable.",
+)
 @models_option
 @click.pass_context
 def calibrate(
@@ -111,11 +155,14 @@ def calibrate(
     data: Path | None,
     own_source: str | None,
     test_source: str | None,
+    foreign_sources: tuple[str, ...],
     models: Path,
 ) -> None:
-    """Give the bundle NAME a codebook: the few rows that the defense `codebook` answers with.
+    """Fit what the defenses `codebook` and `withhold` need to the bundle NAME.
 
-    Prints what honest users get of each kind of answer; see docs/reference/defenses.md.
+    That is the few rows that `codebook` answers with, and the thresholds of `withhold`, from the
+    images of --own and mild shifts of them. Prints what honest users get of each kind of answer,
+    and which share of which images is withheld; see docs/reference/defenses.md.
     """
     with plain_errors():
         bundle = open_bundle(models, name)
@@ -128,9 +175,18 @@ def calibrate(
         own = fitted(own, bundle.card)
         if describe(own) == describe(test):
             raise click.UsageError("--own and --test are the same images; allowed: two sets")
-        card = ship(bundle, own, test, typed(ctx))
+        foreign = {Path(name).stem: load(name, "test", root=data) for name in foreign_sources}
+        card = ship(bundle, own, test, foreign, typed(ctx))
+    console = Console()
+    console.print(_answers_table(card, f"{bundle.folder}: fitted to {len(own):,} images"))
+    for precision in PRECISIONS:
+        if found := card.auxiliary["gate"].get(precision):
+            console.print(_gate_table(found, f"{precision}: share withheld, by measure and loss"))
+
+
+def _answers_table(card: Card, title: str) -> Table:
     made = card.auxiliary["codebook"]
-    table = Table(title=f"{bundle.folder}: fitted on {len(own):,} images")
+    table = Table(title=title)
     for column in ("answers", "labels kept", "L1", "ECE", "AUC"):
         table.add_column(column, justify="left" if column == "answers" else "right")
     for precision in PRECISIONS:
@@ -143,4 +199,18 @@ def calibrate(
                 f"{row['ece']:.4f}",
                 auc,
             )
-    Console().print(table)
+    return table
+
+
+def _gate_table(found: dict[str, Any], title: str) -> Table:
+    table = Table(title=title)
+    if "none" in found:
+        table.add_column(found["none"])
+        return table
+    sets = list(next(iter(next(iter(found.values())).values())))
+    for column in ("", *sets):
+        table.add_column(column, justify="right" if column else "left")
+    for measure, losses in found.items():
+        for loss, row in losses.items():
+            table.add_row(f"{measure} {float(loss):.0%}", *(f"{row[name]:.1%}" for name in sets))
+    return table

@@ -72,5 +72,7 @@ def typed(ctx: click.Context, program: str = "") -> str:
         name = str(parameter.name)
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
-            words += [*option, str(ctx.params[name])]
+            value = ctx.params[name]
+            for one in value if isinstance(value, tuple) else [value]:
+                words += [*option, str(one)]
     return shlex.join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -55,14 +56,34 @@ def answers(
     engine: EngineName | None = None,
 ) -> Probs:
     """Probabilities (N, K) of uint8 images (N, H, W, C), by default from the best engine."""
+    return runner(model, precision, engine)(images)
+
+
+def runner(
+    model: bytes, precision: Precision, engine: EngineName | None = None
+) -> Callable[[npt.NDArray[np.uint8]], Probs]:
+    """`answers` for many sets of images, with the model loaded once."""
     chosen = engine or resolve("auto", precision)
     run: Engine = load(chosen, model, threads=threads(), precision=precision)
-    found = []
-    with bar(len(images), f"{precision} answers", "img", shown=len(images) > BATCH) as shown:
-        for i in range(0, len(images), BATCH):
-            found.append(run(images[i : i + BATCH]))
-            shown.update(len(found[-1]))
-    return np.concatenate(found)
+
+    def answer(images: npt.NDArray[np.uint8]) -> Probs:
+        found = []
+        with bar(len(images), f"{precision} answers", "img", shown=len(images) > BATCH) as shown:
+            for i in range(0, len(images), BATCH):
+                found.append(run(images[i : i + BATCH]))
+                shown.update(len(found[-1]))
+        return np.concatenate(found)
+
+    return answer
+
+
+def as_input(data: Dataset, card: Card, most: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """At most so many images of a set that may be foreign, as the network takes them.
+
+    They are drawn with the seed, and brought to the input's size and number of channels.
+    """
+    rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:most])
+    return np.stack([_fit(image, card) for image in data.images[rows]])
 
 
 def share_right(probs: Probs, data: Dataset) -> float:

@@ -25,7 +25,7 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from app.inference.bundle import Bundle, Card
+from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Bundle, Card
 from app.inference.engines import EngineName, Probs
 from app.inference.graph import parse
 from scumble.data.image_sets import Dataset
@@ -146,6 +146,8 @@ def ship(
         "command": command,
     }
     (bundle.folder / "int8.onnx").write_bytes(best.file)
+    for calibrated in (CODEBOOK_FILE["int8"], GATE_FILE["int8"]):  # to another int8 file
+        (bundle.folder / calibrated).unlink(missing_ok=True)
     accuracy = {
         "float32": card_accuracy(judge.reported, judge.test).model_dump(),
         "int8": card_accuracy(

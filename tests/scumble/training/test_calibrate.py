@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from app.inference.auxiliary import Auxiliaries
-from app.inference.bundle import CODEBOOK_FILE, Bundle, InputShape
+from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Bundle, InputShape
 from scumble.data.digits import digits
+from scumble.data.image_sets import write_parquet
 from scumble.defenses import DefenseError, make
 from scumble.training.bundle_export import export_bundle
 from scumble.training.calibrate import calibrate
@@ -130,11 +131,19 @@ def models(tmp_path_factory):
     return folder
 
 
-def test_the_command_writes_a_codebook_and_says_what_it_costs(models):
+def noise(folder):
+    """A file of images that show nothing."""
+    images = np.random.default_rng(0).integers(0, 256, (200, 20, 30, 3), np.uint8)
+    write_parquet(folder / "noise.parquet", images, [0] * len(images))
+    return folder / "noise.parquet"
+
+
+def test_the_command_writes_codebook_and_gate_and_says_what_they_cost(models, tmp_path):
     bundle = Bundle(models / "own")
     with pytest.raises(DefenseError, match="scumble calibrate own"):
         make("codebook", bundle=Auxiliaries(bundle))
-    words = ["own", "--own", "digits", "--test", "digits", "--models", str(models)]
+    words = ["own", "--own", "digits", "--test", "digits", "--foreign", str(noise(tmp_path))]
+    words += ["--models", str(models)]
     done = CliRunner().invoke(calibrate, words)
     assert done.exit_code == 0, done.output
     assert "float32 pooled 4" in done.output
@@ -148,6 +157,18 @@ def test_the_command_writes_a_codebook_and_says_what_it_costs(models):
     assert set(bundle.card.files) >= {CODEBOOK_FILE["float32"]}
     assert CODEBOOK_FILE["int8"] not in bundle.card.files  # it has no int8 form
 
+    found = bundle.card.auxiliary["gate"]["float32"]
+    assert set(found) == {"top", "energy", "residual", "vim", "vim+top"}
+    assert found["vim"]["0.05"]["noise"] == 1
+    assert 0 < found["vim"]["0.05"]["own"] < 0.1
+    assert found["vim"]["0.01"]["own"] <= found["vim"]["0.05"]["own"]
+    assert "vim+top 5%" in done.output
+    gate = Auxiliaries(bundle).gate()
+    assert gate.whitener.mean.shape == (28 * 28,)
+    assert gate.shares["pooled"]["4"].sum() == pytest.approx(1)
+    with pytest.raises(DefenseError, match="too coarse for thresholds; allowed: float32, int8"):
+        Auxiliaries(bundle, precision="bf16").gate()
+
     p = np.full((1, 10), 0.02)
     p[0, 3] = 0.82
     served = make("codebook", bundle=Auxiliaries(bundle))(p, None)
@@ -160,7 +181,9 @@ def test_the_command_writes_a_codebook_and_says_what_it_costs(models):
 
 def test_a_new_network_takes_the_old_codebook_away(models):
     export_bundle(nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)), models / "own", SHAPE, CARD)
-    assert not set(CODEBOOK_FILE.values()) & set(Bundle(models / "own").card.files)
+    assert not {*CODEBOOK_FILE.values(), *GATE_FILE.values()} & set(
+        Bundle(models / "own").card.files
+    )
 
 
 @pytest.mark.parametrize(

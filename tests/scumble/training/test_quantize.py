@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from app.inference.bundle import Bundle, InputShape
+from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Bundle, InputShape
 from app.inference.engines import ENGINES, load
 from app.inference.graph import parse, tensor_input
 from scumble.data.image_sets import Dataset
@@ -175,6 +175,8 @@ def test_where_no_epoch_is_better_the_start_is_kept(bundle, sets):
 
 def test_ship(bundle, found):
     judge, by_name = found
+    for stale in (CODEBOOK_FILE["int8"], GATE_FILE["int8"]):  # of an earlier int8 file
+        (bundle.folder / stale).write_text("{}")
     card = ship(bundle, list(by_name.values()), judge, TUNING, "scumble quantize made_up")
     best = max(by_name.values(), key=lambda c: c.rank)
     assert Bundle(bundle.folder).read("int8.onnx") == best.file
@@ -184,6 +186,7 @@ def test_ship(bundle, found):
     assert card.accuracy["int8"].images == 100
     assert card.quantization["agreement"]["same_label"] > 0.97
     assert set(Bundle(bundle.folder).golden().probabilities) == {"float32", "bf16", "int8"}
+    assert not {CODEBOOK_FILE["int8"], GATE_FILE["int8"]} & set(card.files)
 
 
 def test_ratio():
