@@ -151,6 +151,12 @@ class BudgetSettings(Section):
     total_images: int | None = Field(
         default=None, ge=0, description="images of all clients in total"
     )
+    window_clean: int | None = Field(
+        default=None, ge=0, description="answers to all clients in that window, withheld ones apart"
+    )
+    total_clean: int | None = Field(
+        default=None, ge=0, description="answers to all clients in total, withheld ones apart"
+    )
 
 
 def collector(url: str) -> str:

@@ -264,6 +264,16 @@ DEFENSE = Board(
                 (Query(_rate("scumble_defended_rows_total"), "{{job}}"),),
             ),
             Graph(
+                "Withheld answers",
+                "Images whose answer the defense withheld, by what was sent instead.",
+                "suffix: images/s",
+                (
+                    Query(
+                        _rate("scumble_withheld_images_total", "job, answer"), "{{job}} {{answer}}"
+                    ),
+                ),
+            ),
+            Graph(
                 "L1 served",
                 "Distance between clean and served probabilities, 0 to 2: what honest users pay.",
                 "short",
@@ -384,6 +394,18 @@ DEFENSE = Board(
                 ),
                 width=6,
                 maximum=1,
+            ),
+            Graph(
+                "Withheld by client",
+                "Images whose answer the defense withheld: many of one client's are foreign.",
+                "suffix: images/s",
+                (
+                    Query(
+                        _rate("scumble_client_withheld_images_total", "job, client"),
+                        "{{job}} {{client}}",
+                    ),
+                ),
+                width=6,
             ),
             Graph(
                 "Refused for want of budget",

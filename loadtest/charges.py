@@ -24,6 +24,7 @@ from pathlib import Path
 
 import click
 
+from app.access.keys import KeyLimits
 from app.access.quotas import client_buckets
 from app.access.stores.redis import CONNECTIONS, RedisStore
 from loadtest.bench import CORES
@@ -32,7 +33,8 @@ from scumble.machine import processor
 
 OUT = Path(__file__).with_suffix(".json")
 CLIENTS = 10_000
-LIMIT = 10**9  # no charge is refused, as a refusal is not written to the disk
+# No charge is refused, as a refusal is not written to the disk.
+LIMITS = KeyLimits(window_images=10**9, total_images=10**9)
 
 
 async def charging(url: str, connections: int, seconds: float) -> list[float]:
@@ -44,7 +46,7 @@ async def charging(url: str, connections: int, seconds: float) -> list[float]:
     async def one_after_another() -> None:
         while (start := time.perf_counter()) < end:
             client = str(random.randrange(CLIENTS))  # noqa: S311  # nothing secret
-            charge = await store.charge(client_buckets(client, LIMIT, 3600, LIMIT), 1)
+            charge = await store.charge(client_buckets(client, LIMITS), 1)
             assert charge.granted  # noqa: S101  # a refusal would be faster
             spent.append(1000 * (time.perf_counter() - start))
 

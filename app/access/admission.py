@@ -10,6 +10,7 @@ refused is refunded.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -67,6 +68,7 @@ class Access:
         self._failures = failures
         self.clients = clients
         self._log_due = Throttle(clock)
+        self._refunds: set[asyncio.Task[None]] = set()
 
     def known(self, scope: Scope) -> Grant:
         """Find the grant of a request's key.
@@ -119,6 +121,8 @@ class Access:
                 response.headers.update(admission.headers)
             if context.images and admission.grant.client:
                 self.clients.answered(admission.grant.client, context.images)
+            if admission.withheld:
+                self._note_withheld(admission)
             return response
 
         return guarded
@@ -151,7 +155,17 @@ class Access:
         try:
             yield
         finally:
+            await asyncio.gather(*self._refunds)
             await self.store.close()
+
+    def _note_withheld(self, admission: Admission) -> None:
+        """Count it, and refund it beside the answer: its time must not tell what is withheld."""
+        if admission.grant.client:
+            self.clients.withheld(admission.grant.client, admission.withheld)
+        if any(bucket.clean for bucket in admission.grant.buckets):
+            refund = asyncio.get_running_loop().create_task(admission.refund_withheld())
+            self._refunds.add(refund)
+            refund.add_done_callback(self._refunds.discard)
 
     def _all(self) -> list[Grant]:
         return [self._keyless] if self._keys is None else list(self._keys.value.values())

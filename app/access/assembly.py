@@ -109,8 +109,7 @@ def watch_keys(
 
 def server_buckets(settings: Settings) -> tuple[Bucket, ...]:
     """The buckets that all clients share."""
-    budget = settings.budget
-    return shared_buckets(budget.window_images, budget.window_s, budget.total_images)
+    return shared_buckets(settings.budget)
 
 
 def require_shared_store(settings: Settings, grants: Grants) -> None:

@@ -56,11 +56,13 @@ class Output(Member):
 
 
 class KeyLimits(Member):
-    """Budgets in images; None for no limit."""
+    """Budgets in images, and in answers that were not withheld; None for no limit."""
 
     window_images: Images | None = None
     window_s: Annotated[int, Field(ge=1, le=366 * 86400)] = 3600
     total_images: Images | None = None
+    window_clean: Images | None = None
+    total_clean: Images | None = None
 
 
 class Key(Member):
@@ -133,17 +135,22 @@ def refuse_contradictions(file: KeyFile) -> None:
     Raises:
         ConfigError: two keys of a client have different limits; the message names them.
     """
-    first: dict[tuple[str, int], tuple[str, int]] = {}
+    first: dict[tuple[str, str, int], tuple[str, int]] = {}
     for key in file.keys:
         if key.revoked is not None:
             continue
         limits = key.limits
-        for window_s, images in ((limits.window_s, limits.window_images), (0, limits.total_images)):
+        for unit, window_s, images in (
+            ("images", limits.window_s, limits.window_images),
+            ("images", 0, limits.total_images),
+            ("answers", limits.window_s, limits.window_clean),
+            ("answers", 0, limits.total_clean),
+        ):
             if images is None:
                 continue
-            other, allowed = first.setdefault((key.client, window_s), (key.id, images))
+            other, allowed = first.setdefault((key.client, unit, window_s), (key.id, images))
             if images != allowed:
-                budget = f"images in {window_s} s" if window_s else "images in total"
+                budget = f"{unit} in {window_s} s" if window_s else f"{unit} in total"
                 raise ConfigError(
                     f"keys {other!r} and {key.id!r} of client {key.client!r} share a budget and "
                     f"set different limits: {allowed} and {images} {budget}; allowed: the "

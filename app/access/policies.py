@@ -147,7 +147,6 @@ class Policies:
         return self._clock() - start
 
     def _grant(self, key: Key, built: dict[bytes, Defense]) -> Grant:
-        limits = key.limits
         return Grant(
             id=key.id,
             client=key.client,
@@ -157,10 +156,7 @@ class Policies:
             routes=key.routes,
             # A revoked key is never served, and its defense may not exist any more.
             defense=None if key.revoked else self._defense(key, built),
-            buckets=client_buckets(
-                key.client, limits.window_images, limits.window_s, limits.total_images
-            )
-            + self._shared,
+            buckets=client_buckets(key.client, key.limits) + self._shared,
             closed=key.on_store_failure == "closed",
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from app.access.grants import Grant
 from app.access.stores import Bucket, Charge, StateStore, StoreError
@@ -18,6 +19,35 @@ from app.telemetry.client_usage import ClientUsage
 
 SHARED = "all:"  # prefix of the names of the buckets that all clients share
 NEVER_S = 86400  # Retry-After if waiting does not help; clients take a day for "do not retry"
+
+
+class Limits(Protocol):
+    """Budgets as settings and keys have them; None for no limit."""
+
+    @property
+    def window_images(self) -> int | None:
+        """Images in a window."""
+        ...
+
+    @property
+    def window_s(self) -> int:
+        """Seconds of the window."""
+        ...
+
+    @property
+    def total_images(self) -> int | None:
+        """Images in total."""
+        ...
+
+    @property
+    def window_clean(self) -> int | None:
+        """Clean answers in a window."""
+        ...
+
+    @property
+    def total_clean(self) -> int | None:
+        """Clean answers in total."""
+        ...
 
 
 @dataclass(slots=True)
@@ -33,6 +63,7 @@ class Admission:
         charged: by the store; None before the charge and after a refund.
         left: images left of the client's budgets, by name; None before the store has responded.
         headers: RateLimit fields of the response.
+        withheld: images of the request whose answer the defense withheld.
     """
 
     grant: Grant
@@ -43,6 +74,7 @@ class Admission:
     charged: Charge | None = None
     left: dict[str, int] | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    withheld: int = 0
 
     async def charge(self, images: int) -> None:
         """Take the images from the budgets.
@@ -64,14 +96,33 @@ class Admission:
         self.left = {}
         for name, bucket, left in by_client(buckets, charge):
             self.left[name] = left
-            if self.grant.client:
-                # Windows of different lengths are different budgets, even of one client.
-                budget = f"{name}_{bucket.window_s}s" if bucket.window_s else name
-                self.clients.budget(self.grant.client, budget, limit=bucket.limit, left=left)
+            self._show(name, bucket, left)
         self.headers = fields(buckets, charge)
         if not charge.granted:
             raise OverBudget(*refusal(buckets, charge, images))
         self.images, self.charged = images, charge
+
+    async def refund_withheld(self) -> None:
+        """Give back what was withheld to the buckets that count clean answers.
+
+        All images were charged first, so requests at the same time get no more than the budget. A
+        refund that is lost costs the client some answers.
+        """
+        if self.charged is None or not self.withheld:
+            return
+        pairs = zip(self.grant.buckets, self.charged.levels, strict=True)
+        clean = [(bucket, level) for bucket, level in pairs if bucket.clean]
+        if not clean:
+            return
+        buckets, levels = zip(*clean, strict=True)
+        charge = Charge(granted=True, levels=levels)
+        try:
+            await self.store.refund(buckets, self.withheld, charge)
+        except StoreError as exc:
+            self.on_store_failure(exc)
+            return
+        for name, bucket, left in by_client(buckets, charge):
+            self._show(name, bucket, min(bucket.limit, left + self.withheld))
 
     async def refund(self) -> None:
         """Give back what was charged, because the client got no answer for it."""
@@ -83,26 +134,31 @@ class Admission:
         except StoreError as exc:  # the client loses images; it never gets more than its budget
             self.on_store_failure(exc)
 
+    def _show(self, name: str, bucket: Bucket, left: int) -> None:
+        if self.grant.client:
+            # Windows of different lengths are different budgets, even of one client.
+            budget = f"{name}_{bucket.window_s}s" if bucket.window_s else name
+            self.clients.budget(self.grant.client, budget, limit=bucket.limit, left=left)
 
-def client_buckets(
-    client: str, window_images: int | None, window_s: int, total_images: int | None
-) -> tuple[Bucket, ...]:
+
+def client_buckets(client: str, limits: Limits) -> tuple[Bucket, ...]:
     """The buckets of one client."""
-    return _buckets(f"client:{client}:", window_images, window_s, total_images)
+    return _buckets(f"client:{client}:", limits)
 
 
-def shared_buckets(
-    window_images: int | None, window_s: int, total_images: int | None
-) -> tuple[Bucket, ...]:
+def shared_buckets(limits: Limits) -> tuple[Bucket, ...]:
     """The buckets that all clients share."""
-    return _buckets(SHARED, window_images, window_s, total_images)
+    return _buckets(SHARED, limits)
 
 
 def fields(buckets: Sequence[Bucket], charge: Charge) -> dict[str, str]:
-    """The `RateLimit-Policy` and `RateLimit` headers; empty if the client has no buckets."""
+    """The `RateLimit-Policy` and `RateLimit` headers; empty if the client has no such buckets.
+
+    Buckets of clean answers are left out: their level would tell which answers are withheld.
+    """
     policies, limits = [], []
     for bucket, level in zip(buckets, charge.levels, strict=True):
-        if bucket.name.startswith(SHARED):
+        if bucket.name.startswith(SHARED) or bucket.clean:
             continue
         name = bucket.name.rpartition(":")[2]
         window = f";w={bucket.window_s}" if bucket.window_s else ""
@@ -129,6 +185,8 @@ def refusal(buckets: Sequence[Bucket], charge: Charge, images: int) -> tuple[str
             continue
         if bucket.name.startswith(SHARED):
             detail = f"shared budget of all clients exceeded: {images} images requested"
+        elif bucket.clean:
+            detail = f"budget of answers exceeded: {images} images requested"
         else:
             left = max(0, bucket.limit - level.used)
             detail = f"budget exceeded: {images} images requested, {left} of {bucket.limit} left"
@@ -144,15 +202,19 @@ def refusal(buckets: Sequence[Bucket], charge: Charge, images: int) -> tuple[str
     return detail, {"Retry-After": str(retry_s)}
 
 
-def _buckets(
-    prefix: str, window_images: int | None, window_s: int, total_images: int | None
-) -> tuple[Bucket, ...]:
-    buckets = []
-    if window_images is not None:
-        buckets.append(Bucket(f"{prefix}window", window_images, window_s))
-    if total_images is not None:
-        buckets.append(Bucket(f"{prefix}total", total_images))
-    return tuple(buckets)
+def _buckets(prefix: str, limits: Limits) -> tuple[Bucket, ...]:
+    window_s = limits.window_s
+    buckets = (
+        ("window", limits.window_images, window_s, False),
+        ("total", limits.total_images, 0, False),
+        ("window_clean", limits.window_clean, window_s, True),
+        ("total_clean", limits.total_clean, 0, True),
+    )
+    return tuple(
+        Bucket(f"{prefix}{name}", limit, seconds, clean)
+        for name, limit, seconds, clean in buckets
+        if limit is not None
+    )
 
 
 def _seconds(seconds: float) -> int:

@@ -13,7 +13,7 @@ import click
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from app.access.keys import Key, KeyFile, add_key, digest, new_key, read_keys, revoke_key
+from app.access.keys import Key, KeyFile, KeyLimits, add_key, digest, new_key, read_keys, revoke_key
 from app.errors import ConfigError
 from app.system.json_values import parse
 from app.system.timestamps import timestamp
@@ -58,6 +58,12 @@ def keys() -> None:
     "--window-s", type=int, default=3600, show_default=True, help="Length of the window in seconds."
 )
 @click.option("--total-images", type=int, help="Images in total.  [default: unlimited]")
+@click.option(
+    "--window-clean",
+    type=int,
+    help="Answers per window, without those that are withheld.  [default: unlimited]",
+)
+@click.option("--total-clean", type=int, help="The same in total.  [default: unlimited]")
 @click.option(
     "--on-store-failure",
     type=click.Choice(["closed", "open"]),
@@ -115,9 +121,7 @@ def _record(key: str, options: dict[str, Any]) -> Key:
                 "defense": options["defense"],
                 "defense_params": params,
                 "output": {name: options[name] for name in ("form", "k", "decimals")},
-                "limits": {
-                    name: options[name] for name in ("window_images", "window_s", "total_images")
-                },
+                "limits": {name: options[name] for name in KeyLimits.model_fields},
                 "on_store_failure": options["on_store_failure"],
                 "routes": options["routes"],
             }
@@ -172,11 +176,13 @@ def _facts(key: Key) -> list[str]:
         "output": f"{output.form} {number}" if number else output.form,
         "window": _images(limits.window_images, f" in {limits.window_s} s"),
         "total": _images(limits.total_images),
+        "clean window": _images(limits.window_clean, f" in {limits.window_s} s", "answers"),
+        "clean total": _images(limits.total_clean, unit="answers"),
         "store failure": key.on_store_failure,
         "routes": " ".join(key.routes),
     }
     return [f"{name}: {text}" for name, text in facts.items() if text]
 
 
-def _images(number: int | None, rest: str = "") -> str | None:
-    return None if number is None else f"{number} images{rest}"
+def _images(number: int | None, rest: str = "", unit: str = "images") -> str | None:
+    return None if number is None else f"{number} {unit}{rest}"

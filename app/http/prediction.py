@@ -15,6 +15,7 @@ from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -38,6 +39,7 @@ from app.system.heap import trim_heap
 from app.telemetry.metrics import Metrics
 from app.telemetry.stages import Stages
 from scumble.defenses import Defense
+from scumble.defenses.evidence import ABSTAINED, Marks
 
 DEADLINE_HEADER = b"x-deadline-ms"
 # Sum of pixels and bytes up to which files are decoded on the event loop, in 3 ms at most.
@@ -57,6 +59,7 @@ class Asked(Protocol):
 
 
 A = TypeVar("A", bound=Asked)
+Flags = npt.NDArray[np.bool_]
 
 
 class Codec(Protocol[A]):
@@ -70,8 +73,17 @@ class Codec(Protocol[A]):
         """
         ...
 
-    def write(self, asked: A, probabilities: Probs, request_id: str) -> Response:
-        """The answer; a large one is written on a thread."""
+    def write(
+        self, asked: A, probabilities: Probs, request_id: str, abstained: Flags | None = None
+    ) -> Response:
+        """The answer; a large one is written on a thread.
+
+        Args:
+            asked: the request.
+            probabilities: (N, K).
+            request_id: of the request.
+            abstained: (N,) which rows are no answers; None for none.
+        """
         ...
 
 
@@ -166,11 +178,16 @@ class Service:
         read = self.clock()
         answered = await self._answer(context, asked.images, deadline, read)
         back = self.clock()
-        probabilities = answered.served.probabilities
+        probabilities, marks = answered.served.probabilities, answered.served.marks
+        abstained = None
+        if marks is not None:
+            abstained = marks == ABSTAINED
+            if context.admission is not None:
+                context.admission.withheld = int(np.count_nonzero(marks))
         if probabilities.size <= INLINE_VALUES:
-            response = codec.write(asked, probabilities, context.id)
+            response = codec.write(asked, probabilities, context.id, abstained)
         else:
-            write = partial(codec.write, asked, probabilities, context.id)
+            write = partial(codec.write, asked, probabilities, context.id, abstained)
             unlimited = deadline._replace(at=math.inf)  # the inference is done: always answer
             (response,) = await self.executor([write], 0, unlimited)
         self._count(context, answered, start, read, back)
@@ -350,6 +367,7 @@ class Service:
             max(part.queue_s for part in served),
             sum(part.infer_s for part in served),
             sum(part.defend_s for part in served),
+            _joined([part.marks for part in served]),
         )
 
     def _count(
@@ -366,7 +384,12 @@ class Service:
         stage["encode"].observe(end - back)
         self.count_images(len(served.probabilities))
         if self.traced:
-            context.stages = Stages(start, read, decode_start, decoded, back, end, *served[1:])
+            context.stages = Stages(start, read, decode_start, decoded, back, end, *served[1:4])
+
+
+def _joined(marks: list[Marks | None]) -> Marks | None:
+    known = [part for part in marks if part is not None]
+    return np.concatenate(known) if known else None  # one defense: all parts have some, or none
 
 
 def _work(data: bytes, header: Header) -> int:

@@ -44,6 +44,11 @@ class Prediction(Ranked):
         None, description="one per label of /v1/model, in its order; they sum to 1. Without top_k."
     )
     top: list[Ranked] | None = Field(None, description="the most probable classes. With top_k.")
+    abstained: bool | None = Field(
+        None,
+        description="true: the service does not answer this image, all classes are equally "
+        "probable. Else absent.",
+    )
 
 
 class PredictAnswer(BaseModel):

@@ -27,17 +27,27 @@ from app.inference.engines import FAST, Batch, Probs, size_within
 from app.inference.pipeline import Answers, Compute, Pipeline
 from app.telemetry.metrics import Metrics
 from scumble.defenses import Defense
+from scumble.defenses.evidence import Marks
 
 SWEEP_S = 0.01  # least time between two scans of a full queue
 
 
 class BatchResult(NamedTuple):
-    """One request's part of a batch: (n, K) probabilities and the seconds of each stage."""
+    """One request's part of a batch.
+
+    Attributes:
+        probabilities: (n, K).
+        queue_s: seconds in the queue.
+        infer_s: seconds in the engine.
+        defend_s: seconds in the defense.
+        marks: (n,) what was withheld; None where nothing can be.
+    """
 
     probabilities: Probs
     queue_s: float
     infer_s: float
     defend_s: float
+    marks: Marks | None = None
 
 
 @dataclass(eq=False, slots=True)  # frozen would take three times as long to make
@@ -270,6 +280,10 @@ class Batcher:
         self._metrics.defended_rows.inc(int((answers.l1 > 1e-6).sum()))
         for distance in answers.l1.tolist():
             self._metrics.response_l1.observe(distance)
+        marks = answers.marks
+        if marks is not None:
+            for kind, counter in self._metrics.withheld.items():
+                counter.inc(int((marks == kind).sum()))
         first = 0
         for job in jobs:
             last = first + len(job.batch)
@@ -280,6 +294,7 @@ class Batcher:
                         started - job.submitted,
                         answers.infer_s,
                         answers.defend_s,
+                        None if marks is None else marks[first:last],
                     )
                 )
             first = last

@@ -27,6 +27,12 @@ class ClientUsage:
             ["client"],
             registry=registry,
         )
+        self._withheld = Counter(
+            "scumble_client_withheld_images_total",
+            "Images whose answer the defense withheld, by client.",
+            ["client"],
+            registry=registry,
+        )
         self._limit = Gauge(
             "scumble_client_budget_images",
             "Images that a budget allows.",
@@ -47,6 +53,10 @@ class ClientUsage:
     def answered(self, client: str, images: int) -> None:
         """Count images that were answered with probabilities."""
         self._child(self._images, client).inc(images)
+
+    def withheld(self, client: str, images: int) -> None:
+        """Count images whose answer was withheld; they are among those that were answered."""
+        self._child(self._withheld, client).inc(images)
 
     def refused(self, client: str) -> None:
         """Count a request that exceeded a budget."""

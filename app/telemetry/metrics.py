@@ -34,7 +34,8 @@ SECONDS = (
 STAGE_SECONDS = (0.00001, 0.000025, 0.00005, 0.0001, *SECONDS)
 L1 = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
+# By the marks of `scumble.defenses.evidence`, which imports numpy; the supervisor needs none.
+WITHHELD = {1: "keyed", 2: "abstained"}
 
 FLUSH_S = 0.05
 
@@ -166,6 +167,13 @@ class Metrics:
             "Answers that the defense changed (L1 above 1e-6).",
             registry=registry,
         )
+        withheld = Counter(
+            "scumble_withheld_images_total",
+            "Images whose answer the defense withheld: a uniform row, or one that a key draws.",
+            ["answer"],
+            registry=registry,
+        )
+        self.withheld = {mark: withheld.labels(answer) for mark, answer in WITHHELD.items()}
         self.response_l1 = self._buffer(
             Histogram(
                 "scumble_response_l1",

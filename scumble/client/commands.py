@@ -132,6 +132,8 @@ def _members(outcome: Outcome) -> dict[str, Any]:
         return {"error": outcome.error, "status": outcome.status}
     answer = asdict(outcome.answer)
     (prediction,) = answer.pop("predictions")
+    if not prediction["abstained"]:
+        del prediction["abstained"]
     return answer | {name: value for name, value in prediction.items() if value is not None}
 
 
@@ -162,6 +164,8 @@ def _cells(outcome: Outcome, ascii_only: bool) -> tuple[Text, Text, Text]:
         code = "" if outcome.status is None else f"{outcome.status}: "
         return Text(), Text(), Text(_plain(code + outcome.error), style="red")
     (prediction,) = outcome.answer.predictions
+    if prediction.abstained:
+        return Text(), Text(), Text("no answer: the service withholds it", style="dim")
     bar = _bar(prediction.probability, ascii_only)
     return (
         Text(_plain(prediction.label)),

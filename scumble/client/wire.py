@@ -48,6 +48,8 @@ class Prediction:
         probability: its probability.
         probabilities: all K of them, in the order of the labels; None if `top_k` was asked for.
         top: the `top_k` most probable classes, best first; None if `top_k` was not asked for.
+        abstained: the service does not answer this image: all classes are equally probable, and
+            `label` is merely the first.
     """
 
     label: str
@@ -55,6 +57,7 @@ class Prediction:
     probability: float
     probabilities: tuple[float, ...] | None = None
     top: tuple[Choice, ...] | None = None
+    abstained: bool = False
 
 
 @dataclass(frozen=True)

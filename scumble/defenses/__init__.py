@@ -23,6 +23,7 @@ from scumble.defenses.random import Random
 from scumble.defenses.reverse_sigmoid import ReverseSigmoid
 from scumble.defenses.round import Round
 from scumble.defenses.top_k import TopK
+from scumble.defenses.withhold import Withhold
 
 TABLE: dict[str, type[Defense]] = {
     "none": NoDefense,
@@ -36,6 +37,7 @@ TABLE: dict[str, type[Defense]] = {
     "top_k": TopK,
     "label": Label,
     "codebook": Codebook,
+    "withhold": Withhold,
     "chain": Chain,
 }
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scumble.defenses.base import Defense, Inputs, Probs
-from scumble.defenses.evidence import ANSWERED, Answered, Evidence, Score
+from scumble.defenses.base import Defense, DefenseError, Inputs, Probs
 
 # Bound, in units of machine epsilon times max p, on what rounding adds to p + t (y - p).
 _ROUNDING = 16
@@ -23,35 +22,22 @@ class KeepTop1(Defense):
 
     Attributes:
         defense: the wrapped defense, which gives y.
+
+    Raises:
+        DefenseError: the defense withholds rows.
     """
 
     defense: Defense
 
-    @property
-    def needs(self) -> frozenset[Score]:
-        """Those of the wrapped defense."""
-        return self.defense.needs
-
-    @property
-    def withholds(self) -> bool:
-        """Whether the wrapped defense withholds rows."""
-        return self.defense.withholds
+    def __post_init__(self) -> None:
+        if self.defense.withholds:
+            raise DefenseError(
+                "keep_top1 would answer what the defense withholds; allowed: one of the two"
+            )
 
     def __call__(self, probs: Probs, inputs: Inputs | None) -> Probs:
         """The guarded rows (N, K); their arg-max (first maximum) is that of `probs`."""
-        if self.withholds:
-            return self.answer(probs, inputs, None).rows
-        return self._guarded(probs, self.defense(probs, inputs))
-
-    def answer(self, probs: Probs, inputs: Inputs | None, evidence: Evidence | None) -> Answered:
-        """The guarded rows; what is withheld is not guarded."""
-        rows, marks = self.defense.answer(probs, inputs, evidence)
-        guarded = self._guarded(probs, rows)
-        if marks is not None:
-            guarded = np.where((marks == ANSWERED)[:, None], guarded, rows)
-        return Answered(guarded, marks)
-
-    def _guarded(self, probs: Probs, y: Probs) -> Probs:
+        y = self.defense(probs, inputs)
         top = probs.argmax(axis=1)
         at = np.arange(len(probs)), top
         highest = probs[at][:, None]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.access.keys import KeyLimits
 from app.access.quotas import client_buckets
 from app.access.stores.redis import RedisStore
 from loadtest import budgets
@@ -120,7 +121,7 @@ def test_the_shared_row_is_what_our_store_does(tmp_path):
 
         def ask(self, replica: int, client: int, images: int) -> bool:
             self.calls += 1
-            buckets = client_buckets(str(client), None, 3600, budget)
+            buckets = client_buckets(str(client), KeyLimits(total_images=budget))
             charge = self.stores[replica].charge(buckets, images)
             return self.loop.run_until_complete(charge).granted
 

@@ -39,11 +39,13 @@ class Bucket:
         name: the same in all workers.
         limit: images.
         window_s: seconds from the first image until the count restarts; 0 for never.
+        clean: counts answered images only: what a defense withheld is given back.
     """
 
     name: str
     limit: int
     window_s: int = 0
+    clean: bool = False
 
     @property
     def key(self) -> str:

@@ -27,12 +27,15 @@ def by_client(families: Iterable[Metric]) -> list[dict[str, Any]]:
             if name is None:
                 continue
             row = found.setdefault(
-                name, {"name": name, "images": 0, "refused": 0, "limits": {}, "left": {}}
+                name,
+                {"name": name, "images": 0, "withheld": 0, "refused": 0, "limits": {}, "left": {}},
             )
             value, budget = int(sample.value), sample.labels.get("budget")
             match sample.name:
                 case "scumble_client_images_total":
                     row["images"] = value
+                case "scumble_client_withheld_images_total":
+                    row["withheld"] = value
                 case "scumble_client_refused_total":
                     row["refused"] = value
                 case "scumble_client_budget_images":

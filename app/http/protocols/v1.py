@@ -13,7 +13,7 @@ from starlette.responses import Response
 from app.errors import Unprocessable
 from app.http import schemas
 from app.http.bodies import Headers, read_images, small_number
-from app.http.prediction import Service
+from app.http.prediction import Flags, Service
 from app.http.responses import json_response
 from app.http.routing import DEADLINE_PARAMETER, Route, problems
 from app.inference.bundle import Card
@@ -82,7 +82,13 @@ class V1:
         )
         return PredictRequest(images, top_k)
 
-    def write(self, asked: PredictRequest, probabilities: Probs, request_id: str) -> Response:
+    def write(
+        self,
+        asked: PredictRequest,
+        probabilities: Probs,
+        request_id: str,
+        abstained: Flags | None = None,
+    ) -> Response:
         """One prediction per image."""
         labels, top_k = self.card.labels, asked.top_k
         predictions = []
@@ -97,6 +103,10 @@ class V1:
                     {"label": labels[k], "index": k, "probability": row[k]} for k in order
                 ]
             predictions.append(prediction)
+        if abstained is not None:
+            for prediction, flag in zip(predictions, abstained.tolist(), strict=True):
+                if flag:
+                    prediction["abstained"] = True
         answer = {
             "model": self.card.name,
             "version": self.card.version,

@@ -32,6 +32,7 @@ from app.http.bodies import (
     refuse_encoding,
     small_number,
 )
+from app.http.prediction import Flags
 from app.http.protocols.v2_tensors import FILES, PIXELS, PREFIX, read_tensor, shapes
 from app.inference.bundle import Card
 from app.inference.deadline import Deadline
@@ -89,9 +90,18 @@ class V2:
         (asked,) = await self.executor([task], len(body), deadline)
         return asked
 
-    def write(self, asked: InferRequest, probabilities: Probs, request_id: str) -> Response:
-        """The output tensor; the id in it is the one in the body of the request."""
-        del request_id
+    def write(
+        self,
+        asked: InferRequest,
+        probabilities: Probs,
+        request_id: str,
+        abstained: Flags | None = None,
+    ) -> Response:
+        """The output tensor; the id in it is the one in the body of the request.
+
+        The protocol has no place to say what is abstained: the row is uniform.
+        """
+        del request_id, abstained
         body, headers = write_infer(self.card, asked, probabilities)
         return Response(body, headers=headers)
 

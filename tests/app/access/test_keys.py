@@ -64,6 +64,7 @@ def test_all_options_reach_the_file_and_the_list_but_no_hash(tmp_path):
     options = [
         *("--client", "acme", "--defense", "dcp", "--output", "top_k", "--k", "3"),
         *("--window-images", "100", "--window-s", "60", "--total-images", "5000"),
+        *("--window-clean", "70", "--total-clean", "900"),
         *("--on-store-failure", "open", "--route", "/v1/predict"),
     ]
     done = run("add", *options, "--defense-params", '{"beta": 1.2}', SCUMBLE_KEYS_FILE=str(path))
@@ -75,10 +76,21 @@ def test_all_options_reach_the_file_and_the_list_but_no_hash(tmp_path):
         "window_images": 100,
         "window_s": 60,
         "total_images": 5000,
+        "window_clean": 70,
+        "total_clean": 900,
     }
     assert (key.on_store_failure, key.routes) == ("open", ("/v1/predict",))
     listed = run("list", "--file", path).output
-    for word in (key.id, "acme", "dcp", "top_k 3", "100 images in 60 s", "5000 images", "/v1"):
+    for word in (
+        key.id,
+        "acme",
+        "dcp",
+        "top_k 3",
+        "100 images in 60 s",
+        "5000 images",
+        "70 answers in 60 s",
+        "/v1",
+    ):
         assert word in listed
     assert key.sha256 not in listed
 

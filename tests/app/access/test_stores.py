@@ -8,12 +8,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from app.access.quotas import client_buckets
+from app.access.grants import Grant
+from app.access.keys import KeyLimits
+from app.access.quotas import Admission, client_buckets, fields, refusal
 from app.access.stores import Bucket, StoreError, open_store
 from app.access.stores.memory import MemoryStore
 from app.access.stores.sqlite import SqliteStore
-from app.errors import ConfigError
+from app.errors import ConfigError, OverBudget
+from app.telemetry.client_usage import ClientUsage
 from tests.redis_server import RedisServer, needs_redis
 
 pytestmark = pytest.mark.anyio
@@ -124,8 +128,12 @@ async def test_a_total_of_an_older_file_goes_on(tmp_path):
         old.execute("INSERT INTO buckets VALUES ('client:a:total', 20, 1.0)")
     old.close()
     store = SqliteStore(f"{tmp_path}/b.db")
-    assert (await store.charge(client_buckets("a", None, 60, 25), 5)).granted
-    assert not (await store.charge(client_buckets("a", None, 60, 25), 1)).granted
+    assert (
+        await store.charge(client_buckets("a", KeyLimits(window_s=60, total_images=25)), 5)
+    ).granted
+    assert not (
+        await store.charge(client_buckets("a", KeyLimits(window_s=60, total_images=25)), 1)
+    ).granted
     await store.close()
 
 
@@ -348,3 +356,72 @@ async def test_a_wrong_url_is_named_without_its_password(url, message):
     with pytest.raises(ConfigError, match=message) as raised:
         open_store(url)
     assert "hunter2" not in str(raised.value)
+
+
+CLEAN = KeyLimits(window_s=60, total_images=100, window_clean=6, total_clean=10)
+
+
+def admit(store, limits=CLEAN):
+    return Admission(
+        Grant(client="a", buckets=client_buckets("a", limits)),
+        store,
+        ClientUsage(CollectorRegistry()),
+        on_store_failure=pytest.fail,
+    )
+
+
+async def test_what_is_withheld_is_given_back_to_budgets_of_clean_answers_only(opened):
+    (store,) = opened(1)
+    total, window, clean = client_buckets("a", CLEAN)
+    assert [(b.name.split(":")[2], b.clean) for b in (total, window, clean)] == [
+        ("total", False),
+        ("window_clean", True),
+        ("total_clean", True),
+    ]
+    first = admit(store)
+    await first.charge(6)
+    first.withheld = 4
+    await first.refund_withheld()
+    levels = (await store.charge((total, window, clean), 0)).levels
+    assert [level.used for level in levels] == [6, 2, 2]
+    second = admit(store)
+    await second.charge(4)
+    await second.refund_withheld()
+    await second.refund()
+    levels = (await store.charge((total, window, clean), 0)).levels
+    assert levels[0].used == 6
+
+
+async def test_a_thief_gets_no_more_clean_answers_than_the_budget(opened):
+    """Eight connections over two workers, of whose answers three of four are withheld."""
+    stores, served = opened(2), []
+
+    async def steal(number):
+        for _ in range(40):
+            admission = admit(stores[number % 2], KeyLimits(total_clean=10))
+            try:
+                await admission.charge(1)
+            except OverBudget:
+                continue
+            await asyncio.sleep(0)
+            admission.withheld = int(number % 4 > 0)
+            served.append(1 - admission.withheld)
+            await admission.refund_withheld()
+
+    await asyncio.gather(*(steal(number) for number in range(8)))
+    assert sum(served) <= 10
+    left = admit(stores[0], KeyLimits(total_clean=10))
+    try:
+        await left.charge(10 - sum(served))  # and all of them can be had
+    except OverBudget as exc:
+        pytest.fail(str(exc))
+
+
+async def test_budgets_of_clean_answers_are_not_shown_to_the_client(opened):
+    (store,) = opened(1)
+    buckets = client_buckets("a", CLEAN)
+    charge = await store.charge(buckets, 6)
+    assert fields(buckets, charge)["RateLimit"] == '"total";r=94'
+    text, headers = refusal(buckets, await store.charge(buckets, 1), 1)
+    assert text.startswith("budget of answers exceeded: 1 images requested; resets in")
+    assert int(headers["Retry-After"]) <= 60

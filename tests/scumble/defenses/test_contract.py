@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import scumble.defenses
 from scumble.defenses import TABLE, Defense, DefenseError, KeepTop1, available, configure, make
+from scumble.defenses.gate import Gate
 from tests.strategies import images, probs
 
 
@@ -30,6 +31,11 @@ class Pictured:
             return (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
 
         return row
+
+    version = "pictured 1"
+
+    def gate(self):
+        return Gate(np.array([0.1, 0.5]), {"top": np.array([[0.4, 0.7]])})
 
     def codebook(self):
         return {
@@ -55,6 +61,7 @@ class Row(NamedTuple):
         return make(self.name, secret=b"test", bundle=Pictured(), **self.params, **more)
 
 
+HALF = {"on": "boundary", "loss": 0.5, "answers": ["none", {}]}
 ROWS = [
     Row("none", {}, {}, True),
     Row("dcp", {"beta": 0.7}, {"beta": 0}, False),
@@ -78,6 +85,8 @@ ROWS = [
     Row("top_k", {"k": 3}, {"k": 200}, True),
     Row("label", {}, None, True),
     Row("codebook", {"form": "pooled"}, None, True),
+    Row("withhold", HALF, HALF | {"loss": 0}, False),
+    Row("withhold", HALF | {"answers": ["label", {}], "withheld": "keyed"}, None, False, True),
     Row(
         "chain",
         {
@@ -98,9 +107,9 @@ ROWS = [
         True,
     ),
 ]
-DEFENSES = [
-    (row.make(**more), row.needs_images) for more in ({}, {"keep_top1": True}) for row in ROWS
-]
+GUARDED = [row for row in ROWS if row.name != "withhold"]  # which keep_top1 would undo
+DEFENSES = [(row.make(), row.needs_images) for row in ROWS]
+DEFENSES += [(row.make(keep_top1=True), row.needs_images) for row in GUARDED]
 
 every_defense = pytest.mark.parametrize(
     ("defense", "needs_images"), DEFENSES, ids=[repr(defense) for defense, _ in DEFENSES]
@@ -139,7 +148,17 @@ def test_table_has_a_row_for_every_defense():
     assert {row.name for row in ROWS} == set(available())
 
 
-HELPERS = {"__init__", "auxiliary_network", "base", "evidence", "keep_top1", "parameters", "scores"}
+HELPERS = {
+    "__init__",
+    "auxiliary_network",
+    "draw",
+    "base",
+    "evidence",
+    "gate",
+    "keep_top1",
+    "parameters",
+    "scores",
+}
 
 
 def test_every_file_is_in_the_table():
@@ -229,7 +248,7 @@ def test_top1_stays_a_maximum(row, p):
     assert (y[at] == y.max(axis=1)).all()
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", GUARDED, ids=str)
 @settings(max_examples=100)
 @given(p=probs())
 def test_guard_keeps_the_argmax(row, p):
@@ -237,7 +256,7 @@ def test_guard_keeps_the_argmax(row, p):
     assert (y.argmax(axis=1) == p.argmax(axis=1)).all()
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", GUARDED, ids=str)
 @examples
 @given(p=probs(min_k=2, dtypes=(np.float64,)))
 def test_guard_gives_up_no_more_than_it_must(row, p):
@@ -314,6 +333,11 @@ def test_whole_numbers_pass_for_floats():
         ("round", {"decimals": 2.0}, ["decimals", "2.0", "integer"]),
         ("round", {"decimals": True}, ["decimals", "True", "integer"]),
         ("top_k", {"k": 0}, ["k", "0", "integer"]),
+        ("withhold", {}, ["Withhold", "thresholds of a bundle", "Auxiliaries"]),
+        ("withhold", {"on": "all"}, ["on", "'all'", "'gate', 'boundary', 'both'"]),
+        ("withhold", {"loss": 0.6}, ["loss", "0.6", "from 0 to 0.5"]),
+        ("withhold", {"score": "top"}, ["score", "'top'", "'auto', 'energy', 'residual', 'vim'"]),
+        ("withhold", {"withheld": "lied"}, ["withheld", "'lied'", "'abstained', 'keyed'"]),
         ("chain", {"steps": []}, ["steps", "[]"]),
         ("chain", {"steps": "dcp"}, ["steps", "'dcp'"]),
         ("chain", {"steps": ["dcp"]}, ["step 1", "'dcp'"]),

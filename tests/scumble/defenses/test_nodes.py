@@ -34,6 +34,12 @@ BEHIND = {  # why not in the graph
     "grad2": {"epsilon": 0.5},  # same
     "round": {"decimals": 2},  # float64, and a sort of two keys
     "top_k": {"k": 2},  # the order of equal rows is an engine's own
+    "withhold": {  # a key; without one: tests/scumble/defenses/test_withhold.py
+        "on": "boundary",
+        "loss": 0.5,
+        "answers": ["label", {}],
+        "withheld": "keyed",
+    },
     "chain": {"steps": [["dcp", {"beta": 1.0}], ["round", {"decimals": 2}]]},
 }
 LEE = "lee2018"  # its 1 - p is float64 in numpy

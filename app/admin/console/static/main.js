@@ -36,15 +36,18 @@ function showClients({ clients: list, note }) {
     return;
   }
   const number = (value) => value.toLocaleString("en");
-  const titles = ["images", "refused", "left"].map((title) => make("th", { className: "n" }, title));
+  const titles = ["images", "withheld", "refused", "left"].map((title) =>
+    make("th", { className: "n" }, title),
+  );
   const head = make("tr", {}, make("th", {}, "Client"), ...titles);
-  const rows = list.map(({ name, images, refused, limits, left }) => {
+  const rows = list.map(({ name, images, withheld, refused, limits, left }) => {
     const budgets = Object.keys(limits).map(
       (budget) => `${number(left[budget])} of ${number(limits[budget])} (${budget})`,
     );
     return row(
       [name],
       [number(images), "n"],
+      [number(withheld), "n"],
       [number(refused), "n"],
       [budgets.join(", ") || "no budget", "n"],
     );

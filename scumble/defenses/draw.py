@@ -1,0 +1,73 @@
+"""Rows that look like answers and are none: class and cell are drawn by a keyed hash of the image.
+
+The class is one of all K: one that is never the right one would tell which it is not. The hash is
+of the 256-level grid of the image, so each repetition draws the same, on every replica with the
+secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from scumble.defenses.base import Defense, Inputs, Probs, canonical
+from scumble.defenses.codebook import Codebook, Indices
+
+Shares = Mapping[str, Mapping[str, npt.NDArray[np.float64]]]
+
+_PURPOSE = b"scumble.withhold"  # the secret may serve other uses; their hashes must not meet
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws rows of a defense that has few different ones.
+
+    Attributes:
+        secret: the server's key, any length.
+        version: of the model: another one draws anew.
+        defense: a codebook, whose prototypes are drawn, or one-hot labels.
+        shares: {form: {cells: (rows, cells)}}, how often own images fall into each cell: drawn
+            confidences are as high as those of own images.
+    """
+
+    secret: bytes
+    version: str
+    defense: Defense
+    shares: Shares
+
+    def __call__(self, like: Probs, inputs: Inputs) -> Probs:
+        """A row for each image (N, K), of the shape and type of `like`.
+
+        Raises:
+            ValueError: `inputs` has another length than `like`.
+        """
+        images = canonical(inputs)
+        n, classes = like.shape
+        if len(images) != n:
+            raise ValueError(f"{n} rows, but {len(images)} inputs")
+        key = hashlib.blake2b(self.secret, person=_PURPOSE).digest()
+        version = self.version.encode() + b"\0"
+        digests = bytearray()
+        for image in images:
+            drawn = hashlib.blake2b(version, key=key, digest_size=16)
+            drawn.update(image)
+            digests += drawn.digest()
+        numbers = np.frombuffer(bytes(digests), "<u8").reshape(n, 2)
+        # 64 bits modulo K: the bias is below K / 2^64.
+        top: Indices = (numbers[:, 0] % np.uint64(classes)).astype(np.intp)
+        if isinstance(self.defense, Codebook):
+            cells = self._cells(self.defense, top, numbers[:, 1] * 2.0**-64)
+            return self.defense.rows(top, cells, like)
+        return np.eye(classes, dtype=like.dtype)[top]
+
+    def _cells(self, codebook: Codebook, top: Indices, at: npt.NDArray[Any]) -> Indices:
+        even = np.full((1, codebook.cells), 1 / codebook.cells)
+        shares = self.shares.get(codebook.form, {}).get(str(codebook.cells), even)
+        of_class = shares[top] if len(shares) > 1 else np.repeat(shares, len(top), axis=0)
+        cells: Indices = (at[:, None] >= of_class.cumsum(axis=1)[:, :-1]).sum(axis=1)
+        return cells
