@@ -486,5 +486,5 @@ def test_a_graph_without_float_tensors_says_so(make_client, caplog):
     answer = client.post(URL, **binary(PLANAR))
     assert answer.status_code == 503
     assert answer.json()["detail"] == "float tensors are unavailable; use UINT8"
-    assert "no tensor named" in caplog.text
+    assert "no value named" in caplog.text
     assert client.post(URL, **binary(PIXELS)).status_code == 200
