@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import signal
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from app.admin.api_description import leave_description
 from app.errors import ConfigError
 from app.http.connections import BodyMemory, Common, Connection, check_all
 from app.http.tls import open_certificate
@@ -206,6 +208,9 @@ def run(
         sys.exit(1)
     if certificate is not None:
         app.state.service.files.add(certificate)
+    if settings.console:
+        with contextlib.suppress(OSError):  # a full disk: the console says that there is none
+            leave_description(settings.model_dir, app.openapi)
     gc.collect()
     gc.freeze()  # later collections need not scan what stays for good
     trim_heap()

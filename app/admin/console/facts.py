@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.errors import Unprocessable
+from app.access.keys import read_keys
+from app.errors import ConfigError, Unprocessable
 from app.inference.bundle import GOLDEN_COUNT, ONNX_FILE, Card, open_bundle
 from app.inference.engine_selection import resolve
 from app.inference.formats import FORMATS
@@ -97,6 +98,26 @@ def offered(settings: Settings, card: Card) -> list[dict[str, Any]]:
         fixed = Knob("The served defense; its parameters cannot be changed here.")
         rows.insert(0, {**asdict(fixed), "name": ACTIVE, "params": {}})
     return rows
+
+
+def client_policies(keys_file: Path | None) -> dict[str, list[str]]:
+    """The policies of each client's valid keys, in words; empty if there is no readable file."""
+    if keys_file is None:
+        return {}
+    try:
+        keys = read_keys(keys_file).keys
+    except ConfigError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        if key.revoked is None:
+            given = ", ".join(f"{name} {value}" for name, value in key.defense_params.items())
+            defense = key.defense or "as served"
+            form = "" if key.output.form == "full" else f", {key.output.form}"
+            words = f"{defense} ({given}){form}" if given else f"{defense}{form}"
+            if words not in found.setdefault(key.client, []):
+                found[key.client].append(words)
+    return found
 
 
 def policy(settings: Settings, name: str, params: dict[str, Any]) -> tuple[str, dict[str, Any]]:

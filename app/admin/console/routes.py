@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app.admin.console.facts import about, policy
+from app.admin.api_description import OPENAPI_FILE
+from app.admin.console.facts import about, client_policies, policy
 from app.admin.console.numbers import by_client, numbers
 from app.admin.console.preview_process import WAITING, PreviewProcess
 from app.admin.console.preview_request import PreviewRequest
@@ -48,6 +51,10 @@ def console_routes(
     def facts(model_dir: Path) -> Response:
         return json_response(about(settings, model_dir))
 
+    def served() -> str:
+        """Differs after each reload and restart: the copy of the bundle is in another folder."""
+        return hashlib.sha256(str(workers.model_dir()).encode()).hexdigest()[:16]
+
     async def page(request: Request) -> Response:
         del request
         return file("index.html")
@@ -71,12 +78,28 @@ def console_routes(
     async def metrics(request: Request) -> Response:
         del request
         found = numbers(registry.collect(), workers.connections(), workers.pids())
-        return json_response({"ready": workers.ready(), **found})
+        return json_response({"ready": workers.ready(), "served": served(), **found})
 
     async def clients(request: Request) -> Response:
         del request
         note = KEYS_OFF if settings.keys_file is None else ""
-        return json_response({"clients": by_client(registry.collect()), "note": note})
+        found = by_client(registry.collect())
+        policies = client_policies(settings.keys_file)
+        for client in found:
+            client["policies"] = policies.get(client["name"], [])
+        return json_response({"clients": found, "note": note})
+
+    async def schema(request: Request) -> Response:
+        del request
+        try:
+            content = await asyncio.to_thread((workers.model_dir() / OPENAPI_FILE).read_bytes)
+        except OSError as exc:
+            raise Unavailable("no worker has described the API yet") from exc
+        return Response(content, media_type="application/json")
+
+    async def api_page(request: Request) -> Response:
+        del request
+        return file("api.html")
 
     async def preview(request: Request) -> Response:
         wanted = _preview_request(request, settings)
@@ -100,6 +123,8 @@ def console_routes(
     reads: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/": page,
         "/console/static/{name}": static,
+        "/console/api": api_page,
+        "/console/openapi.json": schema,
         "/console/about": describe,
         "/console/metrics": metrics,
         "/console/clients": clients,

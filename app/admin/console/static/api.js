@@ -3,6 +3,7 @@
 const MARK = { "X-Scumble-Console": "1" }; // says that no foreign page asks; see guard.py
 
 export const about = () => ask("/console/about");
+export const openapi = () => ask("/console/openapi.json");
 export const metrics = () => ask("/console/metrics");
 export const clients = () => ask("/console/clients");
 
@@ -22,7 +23,12 @@ async function ask(path, options) {
   } catch {
     throw new Error("The service does not answer.");
   }
-  const document = await response.json();
+  let document;
+  try {
+    document = await response.json();
+  } catch {
+    throw new Error(`The service answers with status ${response.status} and no JSON.`);
+  }
   if (!response.ok) throw new Error(document.detail ?? `status ${response.status}`);
   return document;
 }

@@ -21,6 +21,12 @@ export function showBars(labels, clean, defended) {
   $("rest").textContent = rest > 0 ? `and ${rest} more classes` : "";
 }
 
+export function clearBars() {
+  $("bars").replaceChildren();
+  $("bars").dataset.classes = "";
+  $("rest").textContent = "Clean and defended probabilities of your picture appear here.";
+}
+
 // All classes in their order where they are few, else the largest, and the defended label with them.
 function chosen(probabilities, defendedIndex) {
   const all = probabilities.map((_, k) => k);

@@ -1,4 +1,4 @@
-// Model card, policy and settings: what does not change while the service runs.
+// Model card, policy and settings: what changes only with a reload or a restart.
 
 import { $, make, row } from "./dom.js";
 
@@ -16,20 +16,27 @@ export function showFacts({ model, policy, settings }) {
       `${(value * 100).toFixed(2)}% of ${images.toLocaleString("en")} images, ${data}`,
     ]),
     ["Data licence", model.data_licence],
-    ...Object.entries(model.files).map(([file, hash]) => [file, hash, "hash"]),
   ];
-  $("card").replaceChildren(
-    ...facts
-      .filter(([, value]) => value)
-      .flatMap(([name, value, className = ""]) => [
-        make("dt", {}, name),
-        make("dd", { className }, value),
-      ]),
-  );
+  $("card").replaceChildren(...terms(facts.filter(([, value]) => value)));
+  const files = Object.entries(model.files).map(([file, hash]) => [file, hash, "hash"]);
+  $("hashes").replaceChildren(...terms(files));
   $("settings").replaceChildren(
     ...settings.map(({ name, value, says }) => row([name, "value"], [value, "value"], [says])),
   );
 }
+
+const terms = (facts) =>
+  facts.flatMap(([name, value, className = ""]) => [
+    make("dt", {}, name),
+    make("dd", { className }, value),
+  ]);
+
+// The lines of an environment file that serve a policy; for the shell and for `docker --env-file`.
+export function settingsLines(defense, params) {
+  return `SCUMBLE_DEFENSE=${defense}\nSCUMBLE_DEFENSE_PARAMS=${shellWord(JSON.stringify(params))}`;
+}
+
+const shellWord = (text) => (/^[\w{}.:-]*$/.test(text) && text !== "{}" ? text : `'${text}'`);
 
 export function policyText({ defense, params }) {
   const given = Object.entries(params).map(([name, value]) => `${name} ${JSON.stringify(value)}`);

@@ -24,7 +24,9 @@ const CHARTS = [
   ["Mean L1", line("l1"), (point) => or(point.l1, (value) => value.toFixed(3)), number, 0.01],
 ];
 
-export function startLive() {
+// `onServed` is called when another bundle or another process serves; if it fails, again later.
+export function startLive(onServed) {
+  let served = null;
   const snapshots = [];
   const history = [];
   const charts = CHARTS.map(([title, lines, text, format, least]) => {
@@ -42,16 +44,20 @@ export function startLive() {
     try {
       const now = await metrics();
       status(now.ready ? "ready" : "not ready", now.ready ? "ready" : "lost");
+      document.body.classList.remove("stale");
+      if (now.served !== served && (await onServed())) served = now.served;
       const before = snapshots.at(-1) ?? now;
       snapshots.push(now);
       history.push(between(before, now));
       snapshots.splice(0, snapshots.length - POINTS);
       history.splice(0, history.length - POINTS);
     } catch {
-      status("not reached", "lost");
+      status("not reached: figures are old", "lost");
+      document.body.classList.add("stale");
       return;
     }
     for (const redraw of charts) redraw();
+    showNow(history.at(-1));
     showStages();
     showWorkers(snapshots.at(-1), snapshots.at(-2));
   }
@@ -69,6 +75,21 @@ export function startLive() {
   }
 
   poll();
+}
+
+function showNow(point) {
+  const infer = point.p99.infer;
+  const figures = [
+    ["requests/s", or(point.requests["2xx"], number)],
+    ["images/s", or(point.images, number)],
+    ["p99 of infer", or(infer, duration)],
+    ["queue", number(point.queue)],
+    ["perturbed", or(point.share, percent)],
+    ["mean L1", or(point.l1, (value) => value.toFixed(3))],
+  ];
+  $("now").replaceChildren(
+    ...figures.map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text))),
+  );
 }
 
 function between(before, now) {

@@ -8,15 +8,20 @@ import { startPreview } from "./preview.js";
 
 const CLIENTS_MS = 5000;
 
-async function start() {
-  startLive();
+let showPreview = null;
+
+// Facts come when the service is first reached, and again after a reload or a restart.
+async function readFacts() {
   try {
     const facts = await about();
     showFacts(facts);
-    startPreview(facts);
-    followClients();
+    if (showPreview) showPreview(facts);
+    else showPreview = startPreview(facts);
+    say($("failure"), "");
+    return true;
   } catch (error) {
     say($("failure"), error.message);
+    return false;
   }
 }
 
@@ -36,16 +41,17 @@ function showClients({ clients: list, note }) {
     return;
   }
   const number = (value) => value.toLocaleString("en");
-  const titles = ["images", "withheld", "refused", "left"].map((title) =>
+  const titles = ["policy", "images", "withheld", "refused", "left"].map((title) =>
     make("th", { className: "n" }, title),
   );
   const head = make("tr", {}, make("th", {}, "Client"), ...titles);
-  const rows = list.map(({ name, images, withheld, refused, limits, left }) => {
+  const rows = list.map(({ name, policies, images, withheld, refused, limits, left }) => {
     const budgets = Object.keys(limits).map(
       (budget) => `${number(left[budget])} of ${number(limits[budget])} (${budget})`,
     );
     return row(
       [name],
+      [policies.join("; ") || "–", "n"],
       [number(images), "n"],
       [number(withheld), "n"],
       [number(refused), "n"],
@@ -57,4 +63,5 @@ function showClients({ clients: list, note }) {
   );
 }
 
-start();
+startLive(readFacts);
+followClients();

@@ -1,14 +1,13 @@
 // The preview: a picture and a policy go to the server, clean and defended rows come back.
 
 import { preview } from "./api.js";
-import { showBars } from "./bars.js";
+import { clearBars, showBars } from "./bars.js";
 import { $, make, say } from "./dom.js";
-import { policyText } from "./facts.js";
+import { policyText, settingsLines } from "./facts.js";
 
+// Gives a function that takes other facts, after a reload.
 export function startPreview(facts) {
-  const { model, policy, defenses } = facts;
-  const active = defenses.find((row) => row.name === policy.defense) ?? defenses[0];
-  const known = new Map(defenses.map((row) => [row.name, row]));
+  let model, policy, active, known;
   let picture = null;
   let asking = false;
   let again = false;
@@ -28,7 +27,7 @@ export function startPreview(facts) {
       show(await preview(picture, name, params));
       say($("refusal"), "");
     } catch (error) {
-      say($("refusal"), error.message);
+      refuse(error.message);
     }
     asking = false;
     $("try").ariaBusy = "false";
@@ -36,6 +35,18 @@ export function startPreview(facts) {
       again = false;
       refresh();
     }
+  }
+
+  // What was shown before would be taken for this picture's.
+  function refuse(message) {
+    const formats = facts.formats.map((format) => format.replace("image/", "")).join(", ");
+    const allowed = message.includes("formats") ? "" : ` Allowed formats: ${formats}.`;
+    say($("refusal"), picture?.golden ? message : message + allowed);
+    picture = null;
+    $("seen").hidden = true;
+    clearBars();
+    for (const id of ["clean-label", "defended-label", "l1", "top1"]) $(id).textContent = "–";
+    $("top1").className = "";
   }
 
   function chosen() {
@@ -65,6 +76,13 @@ export function startPreview(facts) {
       ? "This is the active policy."
       : `Active: ${policyText(policy)}`;
     $("reset").disabled = isActive;
+    const { name, params } = chosen();
+    const isFixed = name === "active";
+    $("lines").textContent = settingsLines(
+      isFixed ? policy.defense : name,
+      isFixed ? policy.params : params,
+    );
+    $("copied").textContent = "";
   }
 
   function show({ seen, clean, defended, l1, label_changed: changed, honest }) {
@@ -93,10 +111,21 @@ export function startPreview(facts) {
     refresh();
   }
 
+  async function copy() {
+    try {
+      await navigator.clipboard.writeText($("lines").textContent);
+      $("copied").textContent = "copied";
+    } catch {
+      // Browsers allow it only over HTTPS and on localhost.
+      getSelection().selectAllChildren($("lines"));
+      $("copied").textContent = "selected: copy with Ctrl-C";
+    }
+  }
+
   async function takeFile(file) {
     if (!file) return;
     if (file.size > facts.max_body_bytes) {
-      say($("refusal"), `The file has ${file.size} bytes; allowed: ${facts.max_body_bytes}.`);
+      refuse(`The file has ${file.size} bytes; allowed: ${facts.max_body_bytes}.`);
       return;
     }
     // The bytes as they are now: a file that changes on disk could not be sent again.
@@ -104,20 +133,31 @@ export function startPreview(facts) {
     take({ file: bytes }, file.name || "pasted picture");
   }
 
-  $("defense").replaceChildren(
-    ...defenses.map(({ name }) => {
-      const text = name === "active" ? policyText(policy) : name;
-      return make("option", { value: name }, name === active.name ? `${text} (active)` : text);
-    }),
-  );
-  $("golden").replaceChildren(
-    ...Array.from({ length: facts.golden }, (_, i) => {
-      const button = make("button", { type: "button", value: i + 1, ariaPressed: "false" }, i + 1);
-      button.ariaLabel = `Golden input ${i + 1}`;
-      button.addEventListener("click", () => take({ golden: i + 1 }, `golden input ${i + 1}`));
-      return button;
-    }),
-  );
+  function use(next) {
+    facts = next;
+    ({ model, policy } = facts);
+    const { defenses } = facts;
+    active = defenses.find((row) => row.name === policy.defense) ?? defenses[0];
+    known = new Map(defenses.map((row) => [row.name, row]));
+    $("defense").replaceChildren(
+      ...defenses.map(({ name }) => {
+        const text = name === "active" ? policyText(policy) : name;
+        return make("option", { value: name }, name === active.name ? `${text} (active)` : text);
+      }),
+    );
+    $("golden").replaceChildren(
+      ...Array.from({ length: facts.golden }, (_, i) => {
+        const button = make("button", { type: "button", value: i + 1, ariaPressed: "false" }, i + 1);
+        button.ariaLabel = `Golden input ${i + 1}`;
+        button.addEventListener("click", () => take({ golden: i + 1 }, `golden input ${i + 1}`));
+        return button;
+      }),
+    );
+    picture = null;
+    $("bars").dataset.classes = "";
+    select(active);
+  }
+
   $("defense").addEventListener("change", () => select(known.get($("defense").value)));
   $("strength").addEventListener("input", refresh);
   $("reset").addEventListener("click", () => {
@@ -140,6 +180,8 @@ export function startPreview(facts) {
     $("drop").classList.remove("over");
     takeFile(event.dataTransfer.files[0]);
   });
-  select(active);
+  $("copy").addEventListener("click", copy);
+  use(facts);
   takeFile($("file").files[0]); // chosen before the page was ready, or kept by the browser
+  return use;
 }

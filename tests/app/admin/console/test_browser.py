@@ -4,6 +4,7 @@ Every test also fails on a console error, a script error, or a request to anothe
 """
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,6 +174,9 @@ def test_the_last_of_many_moves_is_what_is_shown(open_page, image, server):
 def test_all_of_it_by_keyboard(open_page):
     page = open_page()
     focused = page.locator(":focus")
+    for href in ("/console/api", "/metrics"):
+        page.keyboard.press("Tab")
+        expect(focused).to_have_attribute("href", href)
     page.keyboard.press("Tab")
     expect(focused).to_have_id("file")
     page.keyboard.press("Tab")
@@ -208,7 +212,7 @@ def test_a_phone_needs_no_sideways_scroll(open_page, image, scheme):
     )
     page.set_input_files("#file", image)
     shown(page)
-    page.locator("summary").click()
+    page.locator(".wide summary").click()
     expect(page.locator("#settings tr").first).to_be_visible()
     expect(page.locator("#workers tr")).to_have_count(1)
     assert page.evaluate("() => document.documentElement.scrollWidth") == 390
@@ -248,7 +252,7 @@ def test_dark_and_light_differ_and_both_can_be_read(open_page, image):
         page.locator("#golden button").first.click()
         shown(page)
         page.locator("#defense").select_option("label")
-        page.locator("summary").click()
+        page.locator(".wide summary").click()
         assert page.evaluate(CONTRASTS) == []
         backs.append(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
     assert backs[0] != backs[1]
@@ -293,15 +297,88 @@ def test_rates_and_quantiles_are_right(open_page):
     assert found == [10, None, None, 1.5, None, 3, 1, 1.5, 4, None, 1.5, 0, 0.25, None, 1]
 
 
-def test_a_refused_picture_is_said_in_words(browser, server, tmp_path):
+def altered(page, path, **changes):
+    """Let the page see an endpoint's document with changes."""
+
+    def alter(route):
+        document = route.fetch().json()
+        for name, value in changes.items():
+            document[name] = value(document[name]) if callable(value) else value
+        route.fulfill(json=document)
+
+    page.route(f"**/console/{path}", alter)
+
+
+def test_facts_are_read_again_after_a_reload_or_a_restart(open_page, image):
+    page = open_page()
+    page.set_input_files("#file", image)
+    shown(page)
+    expect(page.locator("#served")).to_contain_text("tiny 1")
+    altered(page, "about", model=lambda model: model | {"version": "2"})
+    altered(page, "metrics", served="of another process")
+    expect(page.locator("#served")).to_contain_text("tiny 2")
+    expect(page.locator("#card")).to_contain_text("version 2")
+    page.locator("#golden button").first.click()
+    shown(page)
+
+
+def test_figures_are_marked_while_the_server_is_away_and_recover(browser, server):
+    page = browser.new_page()
+    page.route("**/console/metrics", lambda route: route.abort())
+    page.goto(server.admin)
+    expect(page.locator("#status")).to_have_text("not reached: figures are old")
+    expect(page.locator("body")).to_have_class("stale")
+    page.unroute("**/console/metrics")
+    expect(page.locator("#status")).to_have_text("ready")
+    expect(page.locator("body")).not_to_have_class("stale")
+    expect(page.locator("#served")).to_contain_text("tiny 1")
+    expect(page.locator("#now dt")).to_have_count(6)
+    page.close()
+
+
+def test_the_shown_settings_are_the_lines_of_an_environment(open_page):
+    page = open_page()
+    page.locator("#strength").fill("2")
+    lines = page.locator("#lines")
+    expect(lines).to_contain_text("SCUMBLE_DEFENSE=reverse_sigmoid")
+    expect(lines).to_contain_text('"beta":2')
+    page.locator("#defense").select_option("label")
+    shell = f"{lines.text_content()}\nprintf '%s %s' $SCUMBLE_DEFENSE $SCUMBLE_DEFENSE_PARAMS"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)  # noqa: S607  # the bash on the path
+    assert done.stdout == "label {}"
+    page.locator("#copy").click()
+    expect(page.locator("#copied")).to_contain_text("cop")
+
+
+def test_the_api_page_shows_every_route_of_the_public_port(browser, server):
+    document = httpx2.get(f"{server.admin}/console/openapi.json").json()
+    assert document == httpx2.get(f"{server.url}/openapi.json").json()
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    requested = []
+    page.on("request", lambda request: requested.append(request.url))
+    page.goto(f"{server.admin}/console/api")
+    for path in document["paths"]:
+        expect(page.locator("main")).to_contain_text(path)
+    assert all(url.startswith(server.admin) for url in requested)
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 390
+    page.close()
+
+
+def test_a_refused_picture_is_said_in_words_and_clears_the_bars(browser, server, tmp_path):
     """Not with `open_page`: the browser itself logs every 4xx as an error."""
     file = tmp_path / "no.png"
     file.write_bytes(b"no picture")
     page = browser.new_page()
     page.goto(server.admin)
     expect(page.locator("#defense")).to_have_value("reverse_sigmoid")
+    page.locator("#golden button").first.click()
+    shown(page)
     page.set_input_files("#file", file)
     expect(page.locator("#refusal")).to_contain_text("unsupported or corrupt image", timeout=30_000)
+    expect(page.locator("#refusal")).to_contain_text("formats")
+    expect(page.locator("#bars li")).to_have_count(0)
+    expect(page.locator("#l1")).to_have_text("–")
+    expect(page.locator("#seen")).to_be_hidden()
     file.write_bytes(bytes(6 * 2**20))
     page.set_input_files("#file", file)
     expect(page.locator("#refusal")).to_contain_text("allowed: 5242880")

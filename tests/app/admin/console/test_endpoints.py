@@ -127,8 +127,15 @@ def test_clients_with_keys_are_counted_over_all_workers(serve, tmp_path):
     found = httpx2.get(f"{server.admin}/console/clients").json()
     budget = {"limits": {"total": 40}, "left": {"total": 31}}
     assert found["clients"] == [
-        {"name": "acme", "images": 9, "refused": 0, **budget},
-        {"name": "other", "images": 4, "refused": 0, "limits": {}, "left": {}},
+        {"name": "acme", "images": 9, "refused": 0, "policies": ["as served"], **budget},
+        {
+            "name": "other",
+            "images": 4,
+            "refused": 0,
+            "policies": ["as served"],
+            "limits": {},
+            "left": {},
+        },
     ]
 
 
