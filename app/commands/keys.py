@@ -7,17 +7,19 @@ import secrets
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from app.access.keys import Key, KeyFile, KeyLimits, add_key, digest, new_key, read_keys, revoke_key
 from app.errors import ConfigError
 from app.system.json_values import parse
 from app.system.timestamps import timestamp
 from app.system.validation import allowed, sentence
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 file_option = click.option(
     "--file",
