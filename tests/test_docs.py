@@ -11,6 +11,7 @@ from app.errors import RequestError
 from app.settings import Settings, variables
 from app.telemetry.metrics import STAGES
 from docs.generators.cli import PAGE, page
+from docs.generators.sizes import dependencies, megabytes
 from scumble.attacker.adapt import MODIFIERS
 from scumble.attacker.attacks import ATTACKS
 from scumble.attacker.result import read
@@ -260,3 +261,12 @@ def test_the_readme_is_short():
 def test_the_docs_show_the_measured_figures(name):
     table, page = TABLES[name]
     assert table() in (ROOT / page).read_text(), f"expected in {page}:\n{table()}"
+
+
+def test_every_dependency_has_a_reason_and_a_size():
+    page = (ROOT / "docs" / "explanation" / "dependencies.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    for name in dependencies():
+        (*_, row) = [row for row in rows if f"`{name}`" in row]
+        assert re.search(r"\| [\d.]+ \|$", row), row
+        assert megabytes(name) > 0
