@@ -16,9 +16,11 @@ from scumble.attacker.adapt import MODIFIERS
 from scumble.attacker.attacks import ATTACKS
 from scumble.attacker.command_options import profile_option, set_option
 from scumble.attacker.errors import AttackError
+from scumble.attacker.recipes import recipes
 from scumble.attacker.result import Result
 from scumble.attacker.run import Job, run
 from scumble.attacker.students import STUDENTS
+from scumble.attacker.third_party import short
 from scumble.attacker.transports import TRANSPORTS
 from scumble.data.image_sets import DatasetError
 
@@ -27,7 +29,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.command()
 @click.argument("url")
-@click.option("--attack", required=True, type=click.Choice(list(ATTACKS)), help="The attack.")
+@click.option(
+    "--attack", required=True, help=f"The attack: {', '.join(ATTACKS)}, or FILE.py:Class."
+)
 @click.option(
     "--budget", required=True, type=click.IntRange(min=1), help="Number of images to query."
 )
@@ -40,9 +44,14 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--adapt",
     metavar="A,B",
     default="",
-    help=f"Modifiers of an adaptive attacker: {', '.join(MODIFIERS)}.",
+    help=f"Modifiers of an adaptive attacker: {', '.join(MODIFIERS)}, or FILE.py:Class.",
 )
 @set_option
+@click.option(
+    "--recipe",
+    type=click.Choice(list(recipes())),
+    help="Tuned student and fit for a victim and a kind of answer; --set changes them.",
+)
 @click.option(
     "--student",
     default="auto",
@@ -97,6 +106,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Admin port of your own server, to compare its query count with the attacker's.",
 )
 @click.option(
+    "--keys", type=FILE, help="File with API keys of several accounts, one a line, used by turns."
+)
+@click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the run.  [default: runs/<attack>-<hash of the job>]",
@@ -130,7 +142,8 @@ def attack(
         job = Job(url=url, adapt=names, **options)  # type: ignore[arg-type] # click has checked the types
         out = (
             out
-            or Path("runs") / f"{job.attack}-{hashlib.sha256(repr(job).encode()).hexdigest()[:8]}"
+            or Path("runs")
+            / f"{short(job.attack)}-{hashlib.sha256(repr(job).encode()).hexdigest()[:8]}"
         )
         command = shlex.join(["scumble", *sys.argv[1:]])
         result = run(job, out, command=command, headers=headers, progress=progress)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from scumble.training.autocast import autocast
+
 
 class Generator(nn.Module):
     """Linear, then two times upsampling and convolution.
@@ -42,7 +44,7 @@ class Generator(nn.Module):
     def forward(self, noise: Tensor) -> Tensor:
         """x̂ (N, C, H, W) of noise (N, nz)."""
         noise = noise.to(self.linear.weight.device)
-        with torch.autocast(noise.device.type, torch.bfloat16):
+        with autocast(noise.device.type):
             maps = self.linear(noise).view(-1, *self.start)
             out: Tensor = self.layers(maps.contiguous(memory_format=torch.channels_last))
         # Sides that are not multiples of four lose the border.

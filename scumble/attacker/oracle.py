@@ -16,7 +16,7 @@ import hashlib
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,7 @@ class HttpOracle:
         transport: key of `TRANSPORTS`, or one of your own.
         model: name, labels, input and limits as `/v1/model` gives them; asked there if None.
         headers: sent with every request.
+        keys: API keys of several accounts, which the requests use by turns.
         batch: images of one request; fewer where the service's limits say so.
         connections: requests at a time.
         journal: file that keeps the answers; None keeps none.
@@ -129,6 +130,7 @@ class HttpOracle:
         transport: str | Transport = "png",
         model: dict[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
+        keys: Sequence[str] = (),
         batch: int = 256,
         connections: int = 8,
         journal: Path | None = None,
@@ -148,6 +150,9 @@ class HttpOracle:
         except ImportError as exc:  # the environment names a SOCKS proxy
             raise OracleUnavailable(str(exc)) from exc
         self._http.headers.update(headers or {})
+        self._keys = tuple(keys)
+        if keys:  # also for what is asked about the model
+            self._http.headers["Authorization"] = f"Bearer {keys[0]}"
         self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(30.0, retries))
         try:
             self.model = model or self._model(url)
@@ -290,9 +295,13 @@ class HttpOracle:
 
     def _post(self, number: int, message: Message) -> httpx2.Response:
         self._journal.send(number, 1)
+        headers = message.headers
+        if self._keys:
+            key = self._keys[number % len(self._keys)]
+            headers = {**headers, "Authorization": f"Bearer {key}"}
         try:
             response = self._http.request(
-                message.method, message.path, content=message.content, headers=message.headers
+                message.method, message.path, content=message.content, headers=headers
             )
         except UNSENT:
             self._journal.send(number, -1)

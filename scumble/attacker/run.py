@@ -23,11 +23,21 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
-from scumble.attacker import adapt, attacks, consent, device, settings, students, template
+from scumble.attacker import (
+    adapt,
+    attacks,
+    consent,
+    device,
+    settings,
+    students,
+    template,
+    transfer,
+)
 from scumble.attacker.attacks import Attack
 from scumble.attacker.errors import AttackError, OracleUnavailable, ResumeMismatch
 from scumble.attacker.oracle import HttpOracle, Oracle
 from scumble.attacker.pool import Pool, pool
+from scumble.attacker.recipes import recipe
 from scumble.attacker.result import (
     Chosen,
     Data,
@@ -41,8 +51,9 @@ from scumble.attacker.result import (
     Victim,
     write,
 )
+from scumble.attacker.third_party import short
 from scumble.attacker.transports import TRANSPORTS, Probs
-from scumble.data.image_sets import Dataset, load, require
+from scumble.data.image_sets import Dataset
 from scumble.machine import processor
 from scumble.progress import showing
 
@@ -53,14 +64,15 @@ class Job:
 
     Attributes:
         url: of the service.
-        attack: key of `ATTACKS`.
+        attack: key of `ATTACKS`, or `FILE.py:Class`.
         budget: queries, in images.
         test: data set to measure on: a file, a folder or a name; a name means its test part.
         queries: data set to ask about; None for data-free attacks. A name means its training part.
         profile: `cpu` or `paper`.
-        adapt: keys of `MODIFIERS`; the first is nearest to the service.
+        adapt: keys of `MODIFIERS`, or `FILE.py:Class`; the first is nearest to the service.
         changes: `name.field=value`; a name is `attack`, `fit` or a modifier.
-        student: key of `STUDENTS`, or `auto`.
+        recipe: name in `recipes.toml`, whose student and fit are taken; `changes` come after it.
+        student: key of `STUDENTS`, or `auto`: the recipe's, else one like the included victims'.
         weights: of the student to start from.
         transport: key of `TRANSPORTS`.
         template: TOML file that describes another API; then `transport` is not used.
@@ -71,6 +83,7 @@ class Job:
         batch: images of one request.
         connections: requests at a time.
         admin: URL of the admin port, to compare both ledgers.
+        keys: file with the API keys of several accounts, one a line, used by turns.
     """
 
     url: str
@@ -81,6 +94,7 @@ class Job:
     profile: str = "cpu"
     adapt: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    recipe: str | None = None
     student: str = "auto"
     weights: Path | None = None
     transport: str = "png"
@@ -92,6 +106,7 @@ class Job:
     batch: int = 256
     connections: int = 8
     admin: str | None = None
+    keys: Path | None = None
 
 
 def run(
@@ -133,6 +148,7 @@ def run(
             transport=described.transport if described else job.transport,
             model=described.model if described else None,
             headers=headers,
+            keys=job.keys.read_text().split() if job.keys else (),
             batch=job.batch,
             connections=job.connections,
             journal=journal,
@@ -145,7 +161,7 @@ def run(
         own_data = data(job.queries, "train", job.root) if job.queries else None
         own = pool(own_data, oracle.shape) if own_data else None
         student = students.make(
-            job.student, oracle.shape, oracle.labels, seed=job.seed, weights=job.weights
+            student_of(job), oracle.shape, oracle.labels, seed=job.seed, weights=job.weights
         )
         with open_oracle(len(test), out / "test.sqlite", False) as examiner:
             # Asked before the server's count is read: these do not belong to the budget.
@@ -223,17 +239,19 @@ def configure(job: Job) -> tuple[Attack, list[adapt.Modifier]]:
     """
     changes = settings.parse(job.changes)
     attack = attacks.make(job.attack, job.profile, seed=job.seed)
-    if fit := changes.pop("fit", None):
+    own = changes.pop("fit", {})
+    if fit := {**(recipe(job.recipe).fit if job.recipe else {}), **own}:
         if not hasattr(attack, "fitting"):
-            raise AttackError(f"{job.attack} does not fit a transfer set: set attack.… instead")
+            given = "set attack.… instead" if own else "leave out --recipe"
+            raise AttackError(f"{job.attack} does not fit a transfer set: {given}")
         fitting = settings.replace(attack.fitting, "fit", fit)
         attack = dataclasses.replace(attack, fitting=fitting)  # type: ignore[type-var] # same
     attack = settings.replace(attack, "attack", changes.pop("attack", {}))
     if twice := [name for name, times in Counter(job.adapt).items() if times > 1]:
         raise AttackError(f"modifier {twice[0]!r} is given twice; allowed: once")
-    modifiers = [adapt.make(name, **changes.pop(name, {})) for name in job.adapt]
+    modifiers = [adapt.make(name, **changes.pop(short(name), {})) for name in job.adapt]
     if changes:
-        allowed = ", ".join(["attack", "fit", *job.adapt])
+        allowed = ", ".join(["attack", "fit", *map(short, job.adapt)])
         raise AttackError(f"unknown name {next(iter(changes))!r} in --set; allowed: {allowed}")
     if job.template is None and job.transport not in TRANSPORTS:
         raise AttackError(f"transport is {job.transport!r}; allowed: {', '.join(TRANSPORTS)}")
@@ -246,9 +264,14 @@ def require_data(job: Job) -> None:
     Raises:
         DatasetError: one is not there.
     """
-    require(*part_of(job.test, "test"), root=job.root)
+    transfer.require_data(job.test, "test", job.root)
     if job.queries:
-        require(*part_of(job.queries, "train"), root=job.root)
+        transfer.require_data(job.queries, "train", job.root)
+
+
+def student_of(job: Job) -> str:
+    """Key of `STUDENTS`, or `auto`."""
+    return recipe(job.recipe).student if job.recipe and job.student == "auto" else job.student
 
 
 def claim(job: Job, out: Path) -> None:
@@ -275,15 +298,9 @@ def claim(job: Job, out: Path) -> None:
 
 
 def data(source: str, split: str, root: Path | None, limit: int = 0) -> Dataset:
-    """A data set; `name:train` and `name:test` choose the part of a name."""
-    chosen = load(*part_of(source, split), root=root)
-    return chosen.subset(np.arange(limit)) if 0 < limit < len(chosen) else chosen
-
-
-def part_of(source: str, split: str) -> tuple[str, str]:
-    """The data set and the part of it that `source` means; `split` unless it names another."""
-    name, colon, part = source.rpartition(":")
-    return (name, part) if colon and part in ("train", "test") else (source, split)
+    """A data set, as `scumble.attacker.transfer` reads it; at most `limit` images of it."""
+    found = transfer.data(source, split, root)
+    return found.subset(np.arange(limit)) if 0 < limit < len(found) else found
 
 
 def count(admin: str | None) -> int:
@@ -333,7 +350,7 @@ def described_data(found: Dataset) -> Data:
 def described_student(job: Job, student: nn.Module, file: Path) -> Student:
     """The copy as the result has it."""
     return Student(
-        name=job.student,
+        name=student_of(job),
         parameters=sum(weight.numel() for weight in student.parameters()),
         started_from=str(job.weights) if job.weights else None,
         file=file.name,

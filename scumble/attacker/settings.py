@@ -44,14 +44,15 @@ def replace(value: T, name: str, changes: Mapping[str, Any]) -> T:
     """
     hints = get_type_hints(type(value))
     allowed = [field.name for field in dataclasses.fields(value)]  # type: ignore[arg-type] # T is a dataclass
+    checked: dict[str, Any] = {}
     for field, new in changes.items():
         if field not in allowed:
             raise AttackError(f"{name} has no {field!r}; allowed: {', '.join(allowed)}")
         try:
-            checked = TypeAdapter(hints[field]).validate_python(new)
+            checked[field] = TypeAdapter(hints[field]).validate_python(new)
         except ValidationError as exc:
             reason = exc.errors()[0]["msg"].partition(", unable")[0]
             needed = reason.removeprefix("Input should be ")
             raise AttackError(f"{name}.{field} is {new!r}; allowed: {needed}") from exc
-        value = dataclasses.replace(value, **{field: checked})  # type: ignore[type-var] # same
-    return value
+    # All at once, as a field may be allowed with another one only.
+    return dataclasses.replace(value, **checked)  # type: ignore[type-var] # T is a dataclass

@@ -10,21 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scumble.attacker import device
 from scumble.attacker.errors import AttackError
+from scumble.attacker.losses import LABELS_ALONE, LOSSES
 from scumble.attacker.transports import Images, Probs
 from scumble.progress import bar
+from scumble.training.autocast import autocast
 from scumble.training.nets import Normalize, resnet9, small_cnn
 from scumble.training.train import AUGMENTS, batches, follow
 
 TINY = 1e-12
 """Smallest probability that says anything (rounding, underflow); answers are clamped to it."""
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(student's logits (N, K), answers (N, K)) -> mean over the batch, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,13 @@ class Fitting:
         weight_decay: on all weights.
         warmup: share of the steps in which the learning rate rises.
         ema: decay per step of the averaged copy of the weights, which is kept; 0 keeps the last.
+        smoothing: share of each target that is spread over all classes.
+        mixup: images and targets are mixed in pairs, by shares from Beta(mixup, mixup); 0 mixes
+            none. Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018).
+        noise: share of wrong labels that `small_loss` expects.
+        holdout: share of the answers that are not learned; of the averaged copies after each epoch
+            the one that agrees best with them is kept. 0 keeps the last.
+        patience: epochs without a better agreement after which the fit ends; 0 goes to the end.
         seed: of order and augmentation.
     """
 
@@ -53,6 +58,11 @@ class Fitting:
     weight_decay: float = 5e-4
     warmup: float = 0.2
     ema: float = 0.995
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    noise: float = 0.1
+    holdout: float = 0.0
+    patience: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,25 +77,17 @@ class Fitting:
         for name in ("epochs", "lr", "batch"):
             if (value := getattr(self, name)) <= 0:
                 raise AttackError(f"{name} is {value}; allowed: more than 0")
+        for name in ("smoothing", "noise", "holdout"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise AttackError(f"{name} is {value}; allowed: 0 to less than 1")
+        for name in ("mixup", "patience"):
+            if (value := getattr(self, name)) < 0:
+                raise AttackError(f"{name} is {value}; allowed: 0 and more")
+        if self.patience and not self.holdout:
+            raise AttackError(f"patience is {self.patience}; allowed with a holdout: more than 0")
+        if self.smoothing and self.loss == "centred":
+            raise AttackError(f"smoothing is {self.smoothing}; allowed with the loss centred: 0")
 
-
-def soft(logits: Tensor, answers: Tensor) -> Tensor:
-    """Cross-entropy with the answers as targets, as KnockoffNets does."""
-    return F.cross_entropy(logits, answers)
-
-
-def centred(logits: Tensor, answers: Tensor) -> Tensor:
-    """Mean square between logits and log-probabilities, each less its mean over the classes.
-
-    Log-probabilities less their mean are the victim's logits less theirs: an undefended answer
-    says as much about the small classes as about the large one, which `soft` hardly sees.
-    """
-    target = answers.log()
-    difference = logits - logits.mean(1, keepdim=True) - target + target.mean(1, keepdim=True)
-    return difference.square().mean()
-
-
-LOSSES: dict[str, Loss] = {"soft": soft, "centred": centred}
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, Fitting], torch.optim.Optimizer]] = {
     "adamw": lambda net, how: torch.optim.AdamW(
@@ -219,19 +221,29 @@ def fit(
     if kept.sum() < 2:
         raise AttackError(f"{kept.sum()} of {len(answers)} answers can be used; at least 2 needed")
     rng = torch.Generator().manual_seed(fitting.seed)
-    x, y = torch.from_numpy(images[kept]), usable(torch.from_numpy(answers[kept]))
+    x, y = torch.from_numpy(images[kept]), targets(answers[kept], fitting)
+    (x, held_x), (y, held_y) = held_out(x, fitting), held_out(y, fitting)
     # Batch norm needs two images; a last batch of one is left to the next epoch.
-    steps = fitting.epochs * (len(x) // fitting.batch + (len(x) % fitting.batch > 1))
+    per_epoch = len(x) // fitting.batch + (len(x) % fitting.batch > 1)
+    steps = fitting.epochs * per_epoch
     optimizer = OPTIMIZERS[fitting.optimizer](net, fitting)
     schedule = falling(optimizer, steps, fitting.warmup)
-    loss_of, augment = LOSSES[fitting.loss], AUGMENTS[fitting.augment]
+    loss_of = LOSSES[fitting.loss](len(x), y.shape[1], fitting.noise)
+    augment = AUGMENTS[fitting.augment]
     average = copy.deepcopy(net).requires_grad_(False)
+    best = Best(held_x, held_y)
     shown = bar(steps, "fit", "step", shown=progress)
     net.train()
     whole = (rows for rows in batches(len(x), fitting.batch, fitting.epochs, rng) if len(rows) > 1)
     for step, rows in enumerate(whole):
-        logits = forward(net, augment(x[rows], rng))
-        loss = loss_of(logits, y[rows].to(logits.device))
+        inputs, other, share = augment(x[rows], rng), rows, 1.0
+        if fitting.mixup:
+            share, order = mixture(fitting.mixup, len(rows), rng)
+            other, inputs = rows[order], inputs * share + inputs[order] * (1 - share)
+        logits = forward(net, inputs)
+        loss = share * loss_of(logits, y[rows].to(logits.device), rows, step / steps)
+        if fitting.mixup:
+            loss += (1 - share) * loss_of(logits, y[other].to(logits.device), other, step / steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -239,15 +251,70 @@ def fit(
         follow(average, net, min(fitting.ema, (1 + step) / (10 + step)))
         shown.update()
         shown.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if len(held_x) and (step + 1) % per_epoch == 0:
+            best.see(average)
+            if fitting.patience and best.waited >= fitting.patience:
+                break
     shown.close()
-    net.load_state_dict(average.state_dict())
+    net.load_state_dict(best.weights or average.state_dict())
     net.eval()
 
 
+def targets(answers: Probs, fitting: Fitting) -> Tensor:
+    """What the copy is to say, (N, K)."""
+    y = usable(torch.from_numpy(answers))
+    if fitting.loss in LABELS_ALONE:
+        y = torch.eye(y.shape[1])[y.argmax(1)]
+    return y * (1 - fitting.smoothing) + fitting.smoothing / y.shape[1]
+
+
+def held_out(rows: Tensor, fitting: Fitting) -> tuple[Tensor, Tensor]:
+    """(those that are learned, those that are held out), chosen by the seed."""
+    held = round(fitting.holdout * len(rows))
+    if not held:
+        return rows, rows[:0]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(fitting.seed))
+    return rows[order[held:]], rows[order[:held]]
+
+
+def mixture(alpha: float, n: int, rng: torch.Generator) -> tuple[float, Tensor]:
+    """A share from Beta(alpha, alpha), 1/2 and more, and whom each of `n` images is mixed with."""
+    # Two Gamma variables by a generator of numpy's, as torch's cannot be seeded for them.
+    seed = int(torch.randint(2**31, (1,), generator=rng))
+    share = float(np.random.default_rng(seed).beta(alpha, alpha))
+    return max(share, 1 - share), torch.randperm(n, generator=rng)
+
+
+class Best:
+    """The copy that agrees best with answers that it has not learned.
+
+    Args:
+        images: (N, C, H, W).
+        answers: (N, K).
+    """
+
+    def __init__(self, images: Tensor, answers: Tensor) -> None:
+        self._images = images.numpy()
+        self._labels = answers.argmax(1).numpy()
+        self._agreement = -1.0
+        self.weights: dict[str, Tensor] | None = None
+        self.waited = 0
+
+    def see(self, net: nn.Module) -> None:
+        """Keep the weights if they are the best so far; `waited` counts those that were not."""
+        agreement = float((predict(net, self._images).argmax(1) == self._labels).mean())
+        self.waited += 1
+        # As good counts as better: later copies have seen more.
+        if agreement >= self._agreement:
+            self.waited = 0 if agreement > self._agreement else self.waited
+            self._agreement = agreement
+            self.weights = copy.deepcopy(net.state_dict())
+
+
 def forward(net: nn.Module, x: Tensor) -> Tensor:
-    """Logits (N, K) in float32; the layers may work in bfloat16."""
+    """Logits (N, K) in float32; the layers work in bfloat16 where that is fast."""
     x = x.to(device.of(net))
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with autocast(x.device.type):
         logits: Tensor = net(x.contiguous(memory_format=torch.channels_last))
     return logits.float()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,8 +14,9 @@ from app.inference.bundle import ONNX_FILE, Bundle, open_bundle
 from app.precision import Precision
 from app.settings import default_model_dir
 from scumble import defenses
-from scumble.attacker.run import configure, part_of
-from scumble.data.image_sets import require
+from scumble.attacker import third_party
+from scumble.attacker.run import configure
+from scumble.attacker.transfer import require_data
 from scumble.evaluation.experiment import Cell
 from scumble.evaluation.referee import job
 
@@ -38,14 +41,17 @@ def check(cells: Iterable[Cell], root: Path | None) -> None:
         attack.check(cell.budget, images=cell.queries is not None)
     for victim in {(c.victim, c.precision, str(c.defense)): c for c in cells}.values():
         check_victim(victim)
-    parts = {part_of(cell.test or cell.victim, "test") for cell in cells}
-    parts |= {part_of(cell.queries, "train") for cell in cells if cell.queries}
+    parts = {(cell.test or cell.victim, "test") for cell in cells}
+    parts |= {(cell.queries, "train") for cell in cells if cell.queries}
     for source, split in sorted(parts):
-        require(source, split, root=root)
+        require_data(source, split, root)
 
 
-def check_victim(cell: Cell) -> None:
+def check_victim(cell: Cell) -> dict[str, str]:
     """Check that the cell's model has its precision and that its defense can be made.
+
+    Returns:
+        The SHA-256 of each file of the bundle that the defense reads.
 
     Raises:
         ConfigError: no such model or precision, an unknown defense, or a parameter that is not
@@ -53,7 +59,7 @@ def check_victim(cell: Cell) -> None:
     """
     folder, precision = Path(cell.victim), cast("Precision", cell.precision)
     found = folder.is_dir() and (folder / "card.json").is_file()
-    bundle = Bundle(folder) if found else open_bundle(default_model_dir(), cell.victim)
+    bundle = ReadBundle(folder if found else open_bundle(default_model_dir(), cell.victim).folder)
     if ONNX_FILE[precision] not in bundle.card.files:
         raise ConfigError(f"{cell.victim} has no {precision} file; it has {there(bundle)}")
     if cell.defense.url is None:
@@ -64,6 +70,38 @@ def check_victim(cell: Cell) -> None:
             defenses.configure(name, params, bundle=auxiliaries, secret=SECRET)
         except defenses.DefenseError as exc:
             raise ConfigError(f"--defense: {exc}") from exc
+    return bundle.hashes
+
+
+def with_hashes(cell: Cell) -> Cell:
+    """The cell with the hash of each file that no release fixes and that decides its result.
+
+    Those are the files of third parties, their neighbours, and what the defense reads from the
+    bundle. An edited file makes another cell, so no record of the old one is taken for it.
+
+    Raises:
+        ConfigError: no such model, or its defense cannot be made.
+    """
+    files = {
+        file: digest
+        for name in (cell.attack, *cell.adapt, cell.defense.name)
+        for file, digest in third_party.hashes(name).items()
+    }
+    return replace(cell, files=files | (check_victim(cell) if cell.defense.url is None else {}))
+
+
+class ReadBundle(Bundle):
+    """A bundle that notes the hashes of what is read from it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.hashes: dict[str, str] = {}
+
+    def read(self, file: str) -> bytes:
+        """See `Bundle`."""
+        content = super().read(file)
+        self.hashes[f"{self.card.name}/{file}"] = hashlib.sha256(content).hexdigest()
+        return content
 
 
 def there(bundle: Bundle) -> str:

@@ -74,8 +74,8 @@ def labels_only(lines: Iterable[Line]) -> Line | None:
 
 
 def strongest(lines: Iterable[Line]) -> Line | None:
-    """The line with the most accurate copy; failed attacks do not count."""
-    usable = (line for line in lines if line.failed is None)
+    """The line with the most accurate copy of those that count (`summary.best`)."""
+    usable = (line for line in lines if line.failed is None and not line.own_kind)
     return max(usable, key=lambda line: line.stolen.mean, default=None)
 
 
@@ -111,7 +111,8 @@ def below_labels(lines: list[Line], bench: Bench) -> list[Finding]:
     for group in groups(lines):
         reference = labels_only(group)
         for line in best((line for line in group if line.defense.name == "dcp"), tried=2):
-            tried = {o.attacker for o in group if o.defense == line.defense and not o.failed}
+            same = (o for o in group if o.defense == line.defense)
+            tried = {o.attacker for o in same if not o.failed and not o.own_kind}
             if reference is None:
                 continue
             found.append(

@@ -36,8 +36,10 @@ from scumble.attacker import consent
 from scumble.attacker.attacks import DATA_FREE
 from scumble.attacker.command_options import profile_option, set_option
 from scumble.attacker.errors import AttackError
+from scumble.attacker.recipes import recipes
+from scumble.attacker.students import STUDENTS
 from scumble.data.image_sets import DatasetError
-from scumble.evaluation.checks import check
+from scumble.evaluation.checks import check, with_hashes
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, Record, read
@@ -93,13 +95,33 @@ INTERRUPTED = 130
 @click.option("--queries", help="Data set of the attacker.  [default: the victim's in the paper]")
 @click.option("--test", help="Data set to measure on.  [default: the victim's]")
 @profile_option
+@click.option(
+    "--recipe",
+    type=click.Choice(list(recipes())),
+    help="Tuned student and fit for a victim and a kind of answer; --set overrides them.",
+)
+@click.option(
+    "--student",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", *STUDENTS]),
+    help="Network of the copy.",
+)
+@click.option(
+    "--test-images",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Number of test images to use.  [default: all]",
+)
 @click.option("--transport", default="pixels", show_default=True, help="How images are sent.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all randomness.")
+@click.option("--commands", is_flag=True, help="Print the command of each cell and run nothing.")
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Run each cell with the seeds 0, 1, ...",
+    help="Run each cell with so many seeds, its own and those that follow.",
 )
 @click.option(
     "--root",
@@ -142,6 +164,7 @@ def evaluate(
     ctx: click.Context,
     /,
     plans: tuple[str, ...],
+    commands: bool,
     seeds: int,
     root: Path | None,
     jobs: int,
@@ -157,7 +180,11 @@ def evaluate(
         if options["url"]:
             headers = consent.check(options["url"], consent=consented, token=owner_token)
         cells = planned(ctx, plans, options) if plans else [single(**options)]
-        cells = list({cell.key: cell for cell in seeded(cells, seeds)}.values())
+        cells = [with_hashes(cell) for cell in seeded(cells, seeds)]
+        cells = list({cell.key: cell for cell in cells}.values())
+        if commands:
+            click.echo("\n".join(command_of(cell) for cell in cells))
+            return
         waiting = [cell for cell in cells if not done(out / f"{cell.key}.json")]
         check(waiting, root)
         out.mkdir(parents=True, exist_ok=True)
@@ -355,6 +382,28 @@ def single(*, defense: str, params: str, url: str | None, adapt: str, **options:
     cell = Cell(defense=Defended(defense, given, url), adapt=names, **options)  # type: ignore[arg-type] # click has checked them
     queries = cell.queries or TRANSFER.get(cell.victim)
     return replace(cell, queries=None if cell.attack in DATA_FREE else queries)
+
+
+def command_of(cell: Cell) -> str:
+    """The command that runs this cell alone; options that have their default are left out."""
+    blank, words = Cell(cell.victim), ["scumble", "evaluate", "--victim", cell.victim]
+    if cell.defense.url:
+        words += ["--url", cell.defense.url]
+    elif cell.defense.name != "none":
+        words += ["--defense", cell.defense.name]
+    if cell.defense.params:
+        words += ["--params", json.dumps(cell.defense.params)]
+    for name in ("precision", "attack", "budget", "profile", "recipe", "student", "test_images",
+                 "transport", "test", "seed"):  # fmt: skip
+        if (value := getattr(cell, name)) != getattr(blank, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if cell.queries and cell.queries != TRANSFER.get(cell.victim):
+        words += ["--queries", cell.queries]
+    if cell.adapt:
+        words += ["--adapt", ",".join(cell.adapt)]
+    for change in cell.changes:
+        words += ["--set", change]
+    return shlex.join(words)
 
 
 def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:

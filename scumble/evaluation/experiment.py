@@ -7,6 +7,11 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from scumble.attacker import third_party
+
+LATER = ("recipe", "files")
+"""Fields that cells had not when the first records were made; their keys stay as they were."""
+
 
 @dataclass(frozen=True)
 class Defended:
@@ -48,9 +53,12 @@ class Cell:
         changes: `name.field=value`.
         profile: `cpu` or `paper`.
         student: key of `STUDENTS`, or `auto`.
+        recipe: name in `scumble/attacker/recipes.toml`; None for the profile's own settings.
         transport: key of `TRANSPORTS`.
         test_images: how many are used at most; 0 for all.
         seed: of everything random.
+        files: SHA-256 of every file whose content decides the result and that no release fixes:
+            those of third parties, and what the defense reads from the bundle.
     """
 
     victim: str
@@ -67,13 +75,22 @@ class Cell:
     transport: str = "pixels"
     test_images: int = 0
     seed: int = 0
+    recipe: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    def described(self) -> dict[str, Any]:
+        """All of it for JSON. Fields that older cells lack are left out where they say nothing."""
+        whole: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in whole.items() if value or name not in LATER}
 
     @property
     def key(self) -> str:
         """Name of its file: readable, and a hash of all of it."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        parts = [self.victim, self.precision, self.defense.name, *self.params(), self.attack]
-        name = "-".join([*parts, *self.adapt, f"s{self.seed}"])
+        text = json.dumps(self.described(), sort_keys=True)
+        attack = third_party.short(self.attack)
+        parts = [self.victim, self.precision, self.defense.name, *self.params(), attack]
+        recipe = [self.recipe] if self.recipe else []
+        name = "-".join([*parts, *recipe, *map(third_party.short, self.adapt), f"s{self.seed}"])
         name = "".join(c if c.isalnum() or c in "-._" else "_" for c in name)
         return f"{name[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +82,11 @@ def judge(
             recorders.append(Recorder(oracle, SAMPLE, cell.seed))
             return recorders[-1]
 
+        asked = job(cell, url, admin, root, threads)
+        if "oracle_mask" in cell.adapt:
+            asked = replace(asked, changes=(*asked.changes, f"oracle_mask.clean={clean.url}"))
         result = run(
-            job(cell, url, admin, root, threads),
+            asked,
             folder,
             command=command,
             headers=headers,
@@ -94,14 +97,14 @@ def judge(
         truth = ask(clean.url, images, None)
         sha256 = model_sha256(clean)
     copy = students.make(
-        cell.student, result.victim.shape, result.victim.labels, seed=0,
+        result.student.name, result.victim.shape, result.victim.labels, seed=0,
         weights=folder / result.student.file,
     )  # fmt: skip
     copied = students.predict(copy, pool(test, result.victim.shape).images)
     distances = scores.l1(answers, truth)
     record = Record(
         command=command,
-        cell=asdict(cell),
+        cell=cell.described(),
         model_sha256=sha256,
         transport=result.transport,
         seeds=result.seeds,
@@ -180,6 +183,7 @@ def job(cell: Cell, url: str, admin: str | None, root: Path | None, threads: int
         adapt=cell.adapt,
         changes=cell.changes,
         student=cell.student,
+        recipe=cell.recipe,
         transport=cell.transport,
         seed=cell.seed,
         threads=threads,

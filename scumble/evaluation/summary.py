@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from scumble.attacker.third_party import short
+from scumble.attacker.transfer import TERM
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.failures import flat
 from scumble.evaluation.record import Record, read
@@ -42,6 +44,8 @@ class Line:
         added_p50_ms: median latency that the defense adds.
         added_p99_ms: the same at the 99th percentile.
         failed: why the attack counts as failed, by the first seed that did; None if none did.
+        own_kind: whether the attacker had images of the victim's own kind. No defense can stop such
+            an attacker, so this line is never the best of all attackers.
     """
 
     victim: str
@@ -67,6 +71,7 @@ class Line:
     added_p50_ms: Spread
     added_p99_ms: Spread
     failed: str | None = None
+    own_kind: bool = False
 
     @property
     def model(self) -> tuple[str, str]:
@@ -103,10 +108,37 @@ def cell_of(record: Record) -> Cell:
 
 
 def attacker_of(record: Record) -> str:
-    """Attack, loss and modifiers in a few words; the papers' loss is not said."""
+    """Attack, loss or recipe, transfer set and modifiers in a few words.
+
+    The papers' loss is not said, nor the papers' transfer sets.
+    """
+    name = short(record.attack.attack.name)
     loss = record.attack.attack.settings.get("fitting", {}).get("loss", "soft")
-    name = record.attack.attack.name if loss == "soft" else f"{record.attack.attack.name} {loss}"
-    return " + ".join([name, *(part.name for part in record.attack.adapt)])
+    if recipe := record.cell.get("recipe"):
+        name += f" ({recipe})"
+    elif loss != "soft":
+        name += f" {loss}"
+    terms = terms_of(record.cell["queries"] or "")
+    made = [f"{term}@{variant}" if variant else term for term, variant in terms]
+    if len(made) > 1 or any(variant for _, variant in terms):
+        name += f" from {', '.join(dict.fromkeys(made))}"
+    elif own_kind(record):
+        name += " with images of the victim's kind"
+    return " + ".join([name, *(short(part.name) for part in record.attack.adapt)])
+
+
+def own_kind(record: Record) -> bool:
+    """Whether the attacker asked about images of the victim's own data set."""
+    victim = Path(record.cell["victim"]).name
+    return any(name == victim for name, _ in terms_of(record.cell["queries"] or ""))
+
+
+def terms_of(source: str) -> list[tuple[str, str | None]]:
+    """(name, variant) of each term of a data set."""
+    if Path(source).exists():
+        return [(source, None)]
+    matches = [TERM.match(term.strip()) for term in source.split(",")]
+    return [(match["name"], match["variant"]) for match in matches if match]
 
 
 def _line(group: list[Record]) -> Line:
@@ -135,6 +167,7 @@ def _line(group: list[Record]) -> Line:
         added_p50_ms=spread([record.served.added_ms["p50"] for record in group]),
         added_p99_ms=spread([record.served.added_ms["p99"] for record in group]),
         failed=next(filter(None, map(failed, group)), None),
+        own_kind=own_kind(group[0]),
     )
 
 
@@ -144,7 +177,9 @@ def failed(record: Record) -> str | None:
 
 
 def best(lines: Iterable[Line], tried: int = 1) -> list[Line]:
-    """The line with the most accurate copy of each defended model; failed attacks do not count.
+    """The line with the most accurate copy of each defended model.
+
+    Failed attacks and those with images of the victim's own kind do not count.
 
     Args:
         lines: of any models.
@@ -152,7 +187,7 @@ def best(lines: Iterable[Line], tried: int = 1) -> list[Line]:
     """
     groups: dict[tuple[object, ...], list[Line]] = defaultdict(list)
     for line in lines:
-        if line.failed is None:
+        if line.failed is None and not line.own_kind:
             groups[*line.model, str(line.defense)].append(line)
     enough = (group for group in groups.values() if len(group) >= tried)
     return [max(group, key=lambda line: line.stolen.mean) for group in enough]

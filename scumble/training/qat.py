@@ -25,6 +25,7 @@ from app.inference.engines.torch import OPS, Interpreter, along
 from app.inference.graph import parse, tensor_input
 from scumble.data.image_sets import Dataset
 from scumble.progress import bar
+from scumble.training.autocast import autocast
 from scumble.training.bundle_export import LOGITS
 from scumble.training.train import AUGMENTS, as_tensors, batches, follow
 
@@ -182,7 +183,7 @@ def tune(
             for _ in range(2)
         )
         # Rounding to bf16 is far below the noise of the int8 grid that is being trained for.
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             with torch.no_grad():
                 both = teacher(x, LOGITS).float() + teacher(other, LOGITS).float()
                 soft = (both / (2 * t)).softmax(1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from scumble.data.image_sets import Dataset
 from scumble.progress import bar
+from scumble.training.autocast import autocast
 from scumble.training.nets import NETS, Normalize
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -93,7 +94,7 @@ def train(
     net.train()
     for step, rows in enumerate(batches(len(data), recipe.batch, recipe.epochs, rng)):
         x = augment(images[rows], rng).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             logits = net(x)
         value = loss(logits.float(), targets[rows])
         optimizer.zero_grad()
@@ -219,6 +220,9 @@ AUGMENTS: dict[str, Augment] = {
     "flips": chain(crop(4), flip),
     "digits": affine(degrees=12, shift=0.08, scale=0.12),
     "objects": chain(crop(4), flip, cutout(8)),
+    # crop, scale, flip and cutout; the second for images that mean something else when mirrored
+    "scaled": chain(affine(degrees=0, shift=0.1, scale=0.2), flip, cutout(8)),
+    "scaled_upright": chain(affine(degrees=8, shift=0.1, scale=0.2), cutout(6)),
     "signs": chain(affine(degrees=10, shift=0.08, scale=0.15, shear=0.1), light(0.5), cutout(6)),
 }
 

@@ -43,10 +43,12 @@ class Average(ModifierParameters):
     def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
         """The oracle with averaged answers."""
         del student
-        return _Averaged(oracle, self)
+        return Averaged(oracle, self)
 
 
-class _Averaged:
+class Averaged:
+    """Asks every image several times."""
+
     def __init__(self, inner: Oracle, average: Average) -> None:
         self.labels = inner.labels
         self.shape = inner.shape
@@ -57,9 +59,15 @@ class _Averaged:
 
     @property
     def remaining(self) -> int:
+        """Images that may still be asked, each with its repeats."""
         return self._inner.remaining // self._average.repeats
 
     def __call__(self, images: Images) -> Probs:
+        """See `Oracle`."""
+        return self._combined(self._repeated(images))
+
+    def _repeated(self, images: Images) -> Probs:
+        """All answers (repeats, N, K); the images themselves are asked about first."""
         n, repeats = len(images), self._average.repeats
         if n > self.remaining:
             raise BudgetExhausted(
@@ -67,7 +75,10 @@ class _Averaged:
             )
         copies = [images, *(self._copy(images) for _ in range(repeats - 1))]
         # One call, so that requests stay full.
-        answers = self._inner(np.concatenate(copies)).reshape(repeats, n, self.labels)
+        return self._inner(np.concatenate(copies)).reshape(repeats, n, self.labels)
+
+    def _combined(self, answers: Probs) -> Probs:
+        """One row for each image (N, K)."""
         thrown = np.isnan(answers).any(axis=2, keepdims=True)
         total = np.where(thrown, 0, answers.astype(np.float64)).sum(axis=0)
         mass = total.sum(axis=1, keepdims=True)

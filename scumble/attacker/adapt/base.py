@@ -7,6 +7,7 @@ Shapes: `N` images, `K` classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import ClassVar, Protocol
 
@@ -17,6 +18,8 @@ from scumble.attacker.errors import AttackError
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.transports import Images, Probs
 from scumble.defenses.parameters import CheckedParameters
+
+REVISED = "attack.rounds needs answers that can be given again, as invert or modelguard keep them"
 
 
 class Modifier(Protocol):
@@ -39,6 +42,40 @@ class ModifierParameters(CheckedParameters):
     """Base of the modifiers that take parameters."""
 
     parameter_error: ClassVar[type[Exception]] = AttackError
+
+
+class Remembered:
+    """An oracle that can give its answers again, without a query.
+
+    Args:
+        inner: the oracle that is asked.
+    """
+
+    def __init__(self, inner: Oracle) -> None:
+        self.labels = inner.labels
+        self.shape = inner.shape
+        self.step = inner.step
+        self._inner = inner
+        self._rows: dict[bytes, Probs] = {}
+
+    @property
+    def remaining(self) -> int:
+        """Images that may still be asked."""
+        return self._inner.remaining
+
+    def __call__(self, images: Images) -> Probs:
+        """The inner oracle's answers, which are kept."""
+        answers = self._inner(images)
+        self._rows.update(zip(map(_digest, images), answers, strict=True))
+        return answers
+
+    def again(self, images: Images) -> Probs:
+        """The answers (N, K) to images that have been asked about."""
+        return np.stack([self._rows[_digest(image)] for image in images])
+
+
+def _digest(image: Images) -> bytes:
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 class Mapped:
@@ -67,9 +104,34 @@ class Mapped:
         Raises:
             BudgetExhausted: N is more than `remaining`; nothing was asked.
         """
-        answers = self._inner(images)
+        return self._map(self._inner(images), images)
+
+    def again(self, images: Images) -> Probs:
+        """What the function makes now of answers that have been paid for.
+
+        Raises:
+            AttackError: no modifier below it keeps its answers.
+        """
+        inner = getattr(self._inner, "again", None)
+        if inner is None:
+            raise AttackError(f"{REVISED}; {type(self._inner).__name__} gives none again")
+        return self._map(inner(images), images)
+
+    def _map(self, answers: Probs, images: Images) -> Probs:
         kept = ~np.isnan(answers).any(axis=1)
         mapped = np.full(answers.shape, np.nan, np.float32)
         if kept.any():
             mapped[kept] = self._answer(answers[kept], images[kept])
         return mapped
+
+
+def again(oracle: Oracle, images: Images) -> Probs:
+    """Answers (N, K) that have been paid for, as the modifiers see them with the copy of now.
+
+    Raises:
+        AttackError: no modifier keeps its answers.
+    """
+    found: Callable[[Images], Probs] | None = getattr(oracle, "again", None)
+    if found is None:
+        raise AttackError(f"{REVISED}; allowed without them: 0")
+    return found(images)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from scumble.attacker import device
-from scumble.attacker.adapt.base import Mapped, ModifierParameters
+from scumble.attacker.adapt.base import Mapped, ModifierParameters, Remembered
 from scumble.attacker.adapt.exact_inverse import ExactInverse
 from scumble.attacker.adapt.nearest_neighbours import NearestNeighbours
 from scumble.attacker.adapt.perturbation_formulas import Array, Kind, KnownDefense, Odds
@@ -41,7 +41,10 @@ class Invert(ModifierParameters):
         nu: of DCP's gate, 1 to 1e6.
         odds: of the defense, "clamped" or "lee2018".
         prior: "table": the mean of the `neighbours` nearest of `pairs` made-up pairs. "student":
-            what the copy in training says of the image, worth nothing until it learned something.
+            what the copy in training says of the image, as soon as it gives the labels of at least
+            `trust` of the answers of a call; the table before. With `attack.rounds`, fits and
+            inversions take turns.
+        trust: share of labels, 0 to 1.
         pairs: of the table, 1,000 to 10 million; more are slower and hardly better.
         neighbours: of the table, 1 to 1,000.
         scales: of the logits of the table's rows.
@@ -57,6 +60,7 @@ class Invert(ModifierParameters):
     nu: float = 1000.0
     odds: Odds = "clamped"
     prior: Literal["table", "student"] = "table"
+    trust: float = 0.5
     pairs: int = 50_000
     neighbours: int = 5
     scales: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
@@ -69,6 +73,7 @@ class Invert(ModifierParameters):
         self._check_number("nu", 1, 1e6)
         self._check_choice("odds", "clamped", "lee2018")
         self._check_choice("prior", "table", "student")
+        self._check_number("trust", 0, 1)
         self._check_integer("pairs", 1000, 10_000_000)
         self._check_integer("neighbours", 1, 1000)
         self._check_positives("scales", float)
@@ -78,12 +83,10 @@ class Invert(ModifierParameters):
         """The oracle with inverted answers."""
         known = KnownDefense(self.defense, self.beta, self.gamma, self.nu, self.odds)
         exact = ExactInverse(known, oracle.labels)
-        table = None
-        if self.prior == "table":
-            rng = np.random.default_rng(self.seed)
-            table = NearestNeighbours(
-                known, oracle.labels, self.pairs, self.neighbours, self.scales, rng
-            )
+        rng = np.random.default_rng(self.seed)
+        table = NearestNeighbours(
+            known, oracle.labels, self.pairs, self.neighbours, self.scales, rng
+        )
 
         def answer(rows: Probs, images: Images) -> Probs:
             # Beyond the gate the answer is the clean row; a row that was moved never gets there.
@@ -92,15 +95,22 @@ class Invert(ModifierParameters):
                 return rows
             y = rows[moved].astype(np.float64)
             y /= y.sum(axis=1, keepdims=True)
-            prior = table(y) if table else _opinion(student, images[moved])
+            prior = opinion(student, images[moved]) if self.prior == "student" else table(y)
+            if self.prior == "student" and not agreed(prior, y, self.trust):
+                prior = table(y)
             inverted = rows.copy()
             inverted[moved] = exact(y, prior)
             return inverted
 
-        return Mapped(oracle, answer)
+        return Mapped(Remembered(oracle), answer)
 
 
-def _opinion(student: nn.Module, images: Images) -> Array:
+def agreed(one: Array, other: Array, share: float) -> bool:
+    """Whether rows (N, K) have the same largest entry at least so often."""
+    return bool((one.argmax(axis=1) == other.argmax(axis=1)).mean() >= share)
+
+
+def opinion(student: nn.Module, images: Images) -> Array:
     """The student's rows (N, K), without a trace of the asking in it."""
     where = device.of(student)
     modes = [(module, module.training) for module in student.modules()]
@@ -114,5 +124,5 @@ def _opinion(student: nn.Module, images: Images) -> Array:
     finally:
         for module, mode in modes:
             module.training = mode
-    opinion: Array = torch.cat(parts).numpy()
-    return opinion
+    found: Array = torch.cat(parts).numpy()
+    return found

@@ -7,12 +7,24 @@ done, trains `student` in place, and shows it to `watch` now and then. All rando
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Protocol
 
 from torch import nn
 
-from scumble.attacker.attacks import dfme, jbda, knockoff, maze
+from scumble.attacker import third_party
+from scumble.attacker.attacks import (
+    copycat,
+    dfme,
+    fixmatch,
+    ideal,
+    jbda,
+    knockoff,
+    mask_seeking,
+    maze,
+)
 from scumble.attacker.errors import AttackError
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
@@ -55,19 +67,48 @@ ATTACKS: dict[str, Mapping[str, Callable[[int], Attack]]] = {
     "dfme": dfme.PROFILES,
     "maze": maze.PROFILES,
     "jbda": jbda.PROFILES,
+    "copycat": copycat.PROFILES,
+    "mask_seeking": mask_seeking.PROFILES,
+    "fixmatch": fixmatch.PROFILES,
+    "ideal": ideal.PROFILES,
 }
 
-DATA_FREE = frozenset({"dfme", "maze"})  # these make their own images
+DATA_FREE = frozenset({"dfme", "maze", "ideal"})  # these make their own images
 
 
 def make(name: str, profile: str = "cpu", *, seed: int = 0) -> Attack:
     """The attack `name` as `profile` has it.
 
+    Args:
+        name: key of `ATTACKS`, or `FILE.py:Class`: a frozen dataclass with a field `seed`.
+        profile: one of those of the attack; that of a file has none.
+        seed: of everything random.
+
     Raises:
         AttackError: no such attack or profile.
     """
+    if third_party.is_file(name):
+        return from_file(name, seed)
     if name not in ATTACKS:
-        raise AttackError(f"attack is {name!r}; allowed: {', '.join(ATTACKS)}")
+        allowed = f"{', '.join(ATTACKS)}, or FILE.py:Class"
+        raise AttackError(f"attack is {name!r}; allowed: {allowed}")
     if profile not in ATTACKS[name]:
         raise AttackError(f"profile is {profile!r}; allowed: {', '.join(ATTACKS[name])}")
     return ATTACKS[name][profile](seed)
+
+
+def from_file(name: str, seed: int) -> Attack:
+    """The attack `FILE.py:Class`.
+
+    Raises:
+        AttackError: no such file, or the class is not an attack.
+    """
+    kind = third_party.load(name)
+    fields = {field.name for field in dataclasses.fields(kind)} if is_dataclass(kind) else set()
+    if "seed" not in fields or not callable(getattr(kind, "check", None)):
+        raise AttackError(
+            f"{name} is not an attack; needed: a dataclass with the field seed and the methods "
+            "check and __call__, as scumble.attacker.attacks.Attack has them"
+        )
+    attack: Attack = kind(seed=seed)
+    return attack

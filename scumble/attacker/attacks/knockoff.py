@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scumble.attacker.adapt.base import again
 from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
@@ -37,6 +39,9 @@ class Knockoff:
     Attributes:
         strategy: one of `STRATEGIES`.
         fitting: of the student, on all answers.
+        rounds: how often the answers are mapped again by the modifiers, with the copy fitted so
+            far, and a new copy is fitted to them.
+        early: share of the epochs that each copy but the last gets.
         curve: shares of the answers to which copies are fitted only to be watched.
         ask: images asked about at a time; with `adaptive`, between two updates of the policy.
         lr: of the student while it learns along with the policy; SGD with momentum 0.5.
@@ -45,6 +50,8 @@ class Knockoff:
 
     strategy: str = "random"
     fitting: Fitting = field(default_factory=Fitting)
+    rounds: int = 0
+    early: float = 0.5
     curve: tuple[float, ...] = ()
     ask: int = 1024
     lr: float = 0.01
@@ -53,12 +60,16 @@ class Knockoff:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise AttackError(f"strategy is {self.strategy!r}; allowed: {', '.join(STRATEGIES)}")
+        if self.rounds < 0 or not 0 < self.early <= 1:
+            raise AttackError(
+                f"rounds is {self.rounds} and early {self.early}; allowed: 0 and more, above 0 to 1"
+            )
 
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""
         del budget
         if not images:
-            raise AttackError("knockoff needs images to query: give a data set with --queries")
+            raise AttackError("the attack needs images to query: give a data set with --queries")
 
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`.
@@ -68,7 +79,7 @@ class Knockoff:
         """
         self.check(oracle.remaining, images=pool is not None)
         assert pool is not None  # noqa: S101  # checked above
-        plan = self._random(pool) if self.strategy == "random" else Bandit(self, pool, student)
+        plan = self._plan(oracle, pool, student)
         asked: list[Rows] = []
         answers: list[Probs] = []
         for rows in plan:
@@ -78,16 +89,40 @@ class Knockoff:
             except BudgetExhausted:  # what a crash had lost is gone from it
                 break
             asked.append(rows)
-            if isinstance(plan, Bandit):
-                plan.learn(rows, answers[-1])
+            plan.learn(rows, answers[-1])
             if not oracle.remaining:
                 break
-        self._fit(pool, np.concatenate(asked), np.concatenate(answers), student, watch)
+        rows = np.concatenate(asked)
+        found = np.concatenate(answers)
+        if self.rounds:
+            found = self._revised(oracle, pool, rows, found, student)
+        self._fit(pool, rows, found, student, watch)
 
-    def _random(self, pool: Pool) -> Iterator[Rows]:
-        order = np.random.default_rng(self.seed).permutation(len(pool))
-        for i in range(0, len(order), self.ask):
-            yield order[i : i + self.ask]
+    def _revised(
+        self, oracle: Oracle, pool: Pool, rows: Rows, answers: Probs, student: nn.Module
+    ) -> Probs:
+        """The answers after all rounds; the student is left as it was."""
+        start = copy.deepcopy(student.state_dict())
+        epochs = max(1, round(self.early * self.fitting.epochs))
+        images = pool.images[rows]
+        for _ in range(self.rounds):
+            student.load_state_dict(start)
+            fit(student, images, answers, replace(self.fitting, epochs=epochs))
+            parts = [images[i : i + self.ask] for i in range(0, len(images), self.ask)]
+            answers = np.concatenate([again(oracle, part) for part in parts])
+        student.load_state_dict(start)
+        return answers
+
+    def _plan(self, oracle: Oracle, pool: Pool, student: nn.Module) -> Plan:
+        """Which images are asked about."""
+        del oracle
+        if self.strategy == "random":
+            return Shuffled(len(pool), self.ask, self.seed)
+        return Bandit(self, pool, student)
+
+    def _learned(self, rows: Rows, answers: Probs) -> tuple[Rows, Probs]:
+        """What the copy is fitted to, of what was asked and answered."""
+        return rows, answers
 
     def _fit(
         self, pool: Pool, rows: Rows, answers: Probs, student: nn.Module, watch: Watch
@@ -95,10 +130,45 @@ class Knockoff:
         for share in self.curve:
             n = int(share * len(rows))
             early = copy.deepcopy(student)
-            fit(early, pool.images[rows[:n]], answers[:n], self.fitting)
+            chosen, learned = self._learned(rows[:n], answers[:n])
+            fit(early, pool.images[chosen], learned, self.fitting)
             watch(n, early)
-        fit(student, pool.images[rows], answers, self.fitting)
+        chosen, learned = self._learned(rows, answers)
+        fit(student, pool.images[chosen], learned, self.fitting)
         watch(len(rows), student)
+
+
+class Plan(Protocol):
+    """Which images of a pool are asked about."""
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Row numbers, a part at a time."""
+        ...
+
+    def learn(self, rows: Rows, answers: Probs) -> None:
+        """The answers (n, K) to the part that was given last, or to the beginning of it."""
+        ...
+
+
+class Shuffled:
+    """All images, at random.
+
+    Args:
+        images: how many there are.
+        ask: how many at a time.
+        seed: of the order.
+    """
+
+    def __init__(self, images: int, ask: int, seed: int) -> None:
+        self._order = np.random.default_rng(seed).permutation(images)
+        self._ask = ask
+
+    def __iter__(self) -> Iterator[Rows]:
+        for i in range(0, len(self._order), self._ask):
+            yield self._order[i : i + self._ask]
+
+    def learn(self, rows: Rows, answers: Probs) -> None:
+        """Nothing is learned."""
 
 
 class Bandit:

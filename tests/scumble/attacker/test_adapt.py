@@ -7,6 +7,9 @@ from torch import nn
 
 from scumble import defenses
 from scumble.attacker.adapt import MODIFIERS, apply, make
+from scumble.attacker.adapt.base import again
+from scumble.attacker.adapt.diluted import DilutedOracle
+from scumble.attacker.adapt.paced import PacedOracle
 from scumble.attacker.adapt.perturbation_formulas import KnownDefense
 from scumble.attacker.adapt.posteriors import draw
 from scumble.attacker.errors import AttackError, BudgetExhausted
@@ -22,6 +25,11 @@ ROWS = [
     ("invert", {"beta": 0.9, "prior": "student"}),
     ("invert", {"defense": "reverse_sigmoid", "beta": 3, "odds": "lee2018", "pairs": 2000}),
     ("recover", {"pairs": 600, "epochs": 1, "hidden": [16]}),
+    ("margin_filter", {"share": 0.3}),
+    ("modelguard", {}),
+    ("consistency_filter", {"repeats": 2}),
+    ("answered", {}),
+    ("paced", {"rate": 1e6}),
 ]
 every_modifier = pytest.mark.parametrize(
     ("name", "params"), ROWS, ids=[f"{name} {params}" for name, params in ROWS]
@@ -102,7 +110,9 @@ def invert(clean, known, student, *, decimals=7, **params):
 
 
 def test_every_modifier_has_a_row():
-    assert {name for name, _ in ROWS} == set(MODIFIERS)
+    # oracle_mask needs a real service: tests/scumble/evaluation/test_referee.py
+    # and diluted a data set, below.
+    assert {name for name, _ in ROWS} == set(MODIFIERS) - {"oracle_mask", "diluted"}
 
 
 @every_modifier
@@ -376,7 +386,7 @@ def test_inversion_with_six_decimals(classes, beta, prior, mean, median):
 def test_an_answer_with_no_clean_row_keeps_the_prior():
     impossible = np.array([[0.34, 0.33, 0.33] + [0.0] * 7], np.float32)
     prior = np.random.default_rng(0).standard_normal((1, 10))
-    oracle = make("invert", prior="student")(Service(rows=impossible), Opinion(prior))
+    oracle = make("invert", prior="student", trust=0)(Service(rows=impossible), Opinion(prior))
     np.testing.assert_allclose(oracle(images(1)), softmax(prior), rtol=1e-6)
 
 
@@ -409,3 +419,182 @@ def test_classes_are_treated_alike():
         one = modifier(Service(rows=known(clean)), network(10))(images(40))
         other = modifier(Service(rows=known(clean[:, swapped])), network(10))(images(40))
         np.testing.assert_allclose(one[:, swapped], other, atol=1e-3)
+
+
+def perturbed(clean, size=0.05):
+    """A bounded perturbation that moves `size` from the top class to the second."""
+    rows = clean.copy()
+    ordered = np.argsort(-rows, axis=1)
+    each = np.arange(len(rows))
+    rows[each, ordered[:, 0]] -= size
+    rows[each, ordered[:, 1]] += size
+    return rows
+
+
+def test_labels_with_a_clear_lead_are_those_that_were_not_changed():
+    clean = softmax(logits(10, n=1000))
+    answers = perturbed(clean)
+    wrong = answers.argmax(1) != clean.argmax(1)
+    share = float(wrong.mean())
+    assert 0.02 < share < 0.3
+    kept = make("margin_filter", share=0.3)(Service(rows=answers), nn.Identity())(images(1000))
+    there = ~np.isnan(kept).any(1)
+    assert there.mean() == pytest.approx(0.7)
+    assert wrong[there].mean() < share / 2
+
+
+def guarded(clean, height=0.48):
+    """ModelGuard-W for confident rows: the top falls to `height`, the least likely class rises."""
+    rows = clean.copy()
+    each, top, least = np.arange(len(rows)), rows.argmax(1), rows.argmin(1)
+    rows[each, top], rows[each, least] = height, height - 1e-4
+    rows[each, np.argsort(rows, axis=1)[:, 0]] += 1 - rows.sum(1)
+    return rows
+
+
+def test_modelguards_confident_rows_are_restored():
+    clean = np.full((50, 10), 0.001)
+    clean[np.arange(50), np.arange(50) % 10] = 0.991
+    answers = guarded(clean)
+    assert l1(answers, clean).mean() > 0.9
+    found = make("modelguard")(Service(rows=answers), network(10))(images(50))
+    assert np.median(l1(found, clean)) < 0.1
+
+
+def test_the_copy_decides_whether_a_further_class_is_given_back():
+    clean = np.full((40, 10), 0.002)
+    clean[:, 3] = 0.982
+    answers = clean.copy()
+    answers[:, 3], answers[:, 8], answers[:, 9] = 0.42, 0.4199, 0.1461
+    found = {}
+    for name, belief in (("sure", 8.0), ("unfit", 0.0)):
+        prior = np.zeros((40, 10))
+        prior[:, 3] = belief
+        prior[:, 0] += 1e-3 if not belief else 0
+        student = Opinion(prior)
+        found[name] = make("modelguard")(Service(rows=answers), student)(images(40))
+    assert l1(found["sure"], clean).mean() < 0.02
+    assert l1(found["unfit"], clean).mean() > 0.2
+
+
+def test_a_copy_that_has_learned_nothing_is_no_prior():
+    """The table is used until the copy gives the labels; once it does, the copy is."""
+    known = KnownDefense("dcp", 1.2, 0.2, 1000.0, "clamped")
+    clean = softmax(logits(10))
+    moved = known(clean)
+    unfit = Opinion(np.zeros((300, 10)))
+    by_table, _ = invert(clean, known, unfit, prior="table", pairs=5000)
+    by_unfit, _ = invert(clean, known, unfit, prior="student", pairs=5000)
+    by_fit, _ = invert(clean, known, Opinion(np.log(clean)), prior="student", pairs=5000)
+    np.testing.assert_array_equal(by_table, by_unfit)
+    assert l1(by_fit, clean).mean() < l1(by_table, clean).mean() / 2
+    assert (by_fit.argmax(1) == clean.argmax(1)).mean() >= (
+        moved.argmax(1) == clean.argmax(1)
+    ).mean()
+
+
+def test_answers_are_mapped_again_without_a_query():
+    known = KnownDefense("dcp", 1.2, 0.2, 1000.0, "clamped")
+    clean = softmax(logits(10, n=200))
+    service = Service(rows=known(clean))
+    student = Opinion(np.zeros((200, 10)))
+    oracle = apply(
+        [make("invert", beta=1.2, prior="student", pairs=5000), make("margin_filter", share=0.1)],
+        service,
+        student,
+    )
+    first = oracle(images(200))
+    student._left = torch.from_numpy(np.log(clean))
+    second = again(oracle, images(200))
+    assert len(service.asked) == 1
+    kept = ~np.isnan(first).any(1) & ~np.isnan(second).any(1)
+    assert l1(second, clean)[kept].mean() < l1(first, clean)[kept].mean() / 2
+
+
+@pytest.mark.parametrize("modifiers", [[], ["argmax"], ["average"]])
+def test_answers_that_nobody_keeps_cannot_be_mapped_again(modifiers):
+    oracle = apply(modifiers, Service(), network(10))
+    with pytest.raises(AttackError, match="rounds needs answers that can be given again"):
+        again(oracle, images(3))
+
+
+class Fickle(Service):
+    """Answers one class, but every second image of the set `drawn` at random, by its pixels."""
+
+    def __call__(self, images):
+        rows = super().__call__(images)
+        drawn = images[:, 0, 0, 0] > 0.5
+        labels = (images.sum((1, 2, 3)) * 9999).astype(int) % self.labels
+        rows[:] = np.eye(self.labels, dtype=np.float32)[np.where(drawn, labels, 0)]
+        return rows
+
+
+def test_labels_that_a_small_change_changes_are_discarded():
+    service, shown = Fickle(), images(60)
+    shown[:30, 0, :2, :2], shown[30:, 0, :2, :2] = 0.1, 0.9
+    found = make("consistency_filter", repeats=4)(service, network(10))(shown)
+    assert sum(map(len, service.asked)) == 240
+    assert np.isfinite(found[:30]).all()
+    assert np.isnan(found[30:]).any(1).mean() > 0.8
+
+
+def test_what_is_withheld_is_discarded():
+    rows = softmax(logits(10, n=20))
+    rows[5:9] = 0.1
+    found = make("answered")(Service(rows=rows), network(10))(images(20))
+    assert np.flatnonzero(np.isnan(found).any(1)).tolist() == [5, 6, 7, 8]
+
+
+def test_a_mask_needs_the_undefended_service():
+    with pytest.raises(AttackError, match="oracle_mask needs the undefended service"):
+        make("oracle_mask")(Service(), network(10))
+
+
+def test_diluted_queries_are_a_share_of_all_and_only_they_are_answered():
+    service = Service(budget=1000)
+    benign = images(50, seed=9)
+    hidden = DilutedOracle(service, benign, 0.1, seed=0)
+    shown = images(30)
+    assert hidden.remaining == 100
+    np.testing.assert_allclose(hidden(shown), Service()(shown), rtol=1e-6)
+    (sent,) = service.asked
+    assert (len(sent), hidden.remaining) == (300, 70)
+    own = {image.tobytes() for image in shown}
+    places = [i for i, image in enumerate(sent) if image.tobytes() in own]
+    assert len(places) == 30
+    assert max(places) > 200  # among the others, not before them
+    with pytest.raises(BudgetExhausted):
+        hidden(images(71))
+    assert len(service.asked) == 1
+
+
+def test_a_diluted_attack_needs_what_honest_clients_send():
+    with pytest.raises(AttackError, match="diluted needs what honest clients send"):
+        make("diluted")(Service(), network(10))
+    service = Service()
+    made = make("diluted", benign="digits:test", share=0.5)(service, network(10))
+    made(images(4))
+    assert service.asked[0].shape == (8, 1, 4, 4)
+
+
+def test_a_paced_attack_waits_between_its_bursts():
+    class Clock:
+        def __init__(self):
+            self.now, self.waited = 0.0, []
+
+        def __call__(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.waited.append(round(seconds, 6))
+            self.now += seconds
+
+    clock, service = Clock(), Service()
+    slow = PacedOracle(service, 10, 5, clock=clock, sleep=clock.sleep)
+    shown = images(12)
+    np.testing.assert_allclose(slow(shown), Service()(shown), rtol=1e-6)
+    assert [len(part) for part in service.asked] == [5, 5, 2]
+    assert clock.waited == [0.5, 0.5]
+    clock.now += 100
+    slow(shown[:1])
+    assert clock.waited == [0.5, 0.5]

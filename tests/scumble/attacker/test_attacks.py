@@ -1,6 +1,7 @@
 """One body for all attacks, then what is particular to each."""
 
 import dataclasses
+from dataclasses import replace
 
 import httpx2
 import numpy as np
@@ -10,10 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scumble.attacker import students
-from scumble.attacker.attacks import ATTACKS, make
+from scumble.attacker.adapt.base import Mapped, Remembered
+from scumble.attacker.attacks import ATTACKS, DATA_FREE, make
+from scumble.attacker.attacks.copycat import Copycat
 from scumble.attacker.attacks.dfme import Dfme
+from scumble.attacker.attacks.fixmatch import FixMatch
+from scumble.attacker.attacks.ideal import Ideal
 from scumble.attacker.attacks.jbda import Jbda
 from scumble.attacker.attacks.knockoff import Bandit, Knockoff
+from scumble.attacker.attacks.mask_seeking import MaskSeeking, Seeker
 from scumble.attacker.attacks.maze import Maze, Memory
 from scumble.attacker.attacks.zeroth import PAPER_STEP, default_step, estimate
 from scumble.attacker.errors import AttackError
@@ -39,6 +45,10 @@ SMALL = {
     "dfme": (Dfme(batch=8, s_steps=2, width=8, nz=16, views=4), 32),
     "maze": (Maze(batch=8, s_steps=2, directions=2, replays=1, width=8, nz=16, views=4), 32),
     "jbda": (Jbda(seeds=40, fitting=FIT), 2),
+    "copycat": (Copycat(fitting=FIT, ask=64), 2),
+    "mask_seeking": (MaskSeeking(fitting=FIT, ask=32, steps=2), 2),
+    "fixmatch": (FixMatch(fitting=replace(FIT, loss="ce"), mu=1, threshold=0.5), 2),
+    "ideal": (Ideal(batch=16, g_steps=1, s_steps=2, width=8, nz=16, memory=200, views=4), 16),
 }
 
 
@@ -137,6 +147,28 @@ def test_a_run_that_was_cut_off_gives_the_same_copy(name, tmp_path):
     assert ledger.spent == first.served + rest.served
 
 
+def test_rounds_map_the_answers_again_with_a_better_copy():
+    """The queries are the same; the answers of the second fit come from the first copy's view."""
+    victim, seen = linear_victim(), []
+
+    class Doubtful(Mapped):
+        def __init__(self, oracle, student):
+            def answer(rows, images):
+                seen.append(students.predict(student, images))
+                return rows
+
+            super().__init__(Remembered(oracle), answer)
+
+    student = students.make("small_cnn", SHAPE, LABELS, seed=0)
+    inner = FunctionOracle(victim, 300)
+    attack = Knockoff(fitting=FIT, ask=300, rounds=2)
+    attack(Doubtful(inner, student), student, noise_pool(), blind)
+    assert (inner.asked, len(seen)) == (300, 3)
+    assert not np.array_equal(seen[0], seen[1])
+    with pytest.raises(AttackError, match="rounds needs answers that can be given again"):
+        steal(attack, FunctionOracle(victim, 300))
+
+
 def test_knockoff_copies_a_linear_victim():
     attack = Knockoff(fitting=Fitting(epochs=30, batch=32, loss="centred"))
     victim = linear_victim()
@@ -146,7 +178,7 @@ def test_knockoff_copies_a_linear_victim():
     assert same.float().mean() > 0.7
 
 
-@pytest.mark.parametrize("name", ["knockoff", "jbda"])
+@pytest.mark.parametrize("name", ["knockoff", "jbda", "copycat", "mask_seeking", "fixmatch"])
 def test_attacks_with_images_need_them(name):
     attack, _ = SMALL[name]
     oracle = FunctionOracle(linear_victim(), 100)
@@ -154,7 +186,7 @@ def test_attacks_with_images_need_them(name):
         attack(oracle, students.make("small_cnn", SHAPE, LABELS, seed=0), None, blind)
 
 
-@pytest.mark.parametrize("name", ["dfme", "maze"])
+@pytest.mark.parametrize("name", sorted(DATA_FREE))
 def test_a_budget_for_less_than_one_iteration_is_refused(name):
     attack, least = SMALL[name]
     with pytest.raises(AttackError, match=f"one iteration of {name} costs {least} queries"):
@@ -252,6 +284,46 @@ def test_the_bandit_asks_every_image_once():
     student = students.make("small_cnn", SHAPE, LABELS, seed=0)
     rows = np.concatenate(list(Bandit(Knockoff("adaptive", ask=32), pool, student)))
     assert sorted(rows) == list(range(100))
+
+
+def test_copycat_learns_labels_and_as_many_of_each_class():
+    rows = np.arange(100)
+    answers = np.full((100, 3), 0.2, np.float32)
+    answers[:80, 0], answers[80:95, 1], answers[95:99, 2] = 0.6, 0.6, 0.6
+    answers[99] = np.nan
+    chosen, learned = Copycat()._learned(rows, answers)
+    assert set(np.unique(learned)) == {0, 1}
+    assert np.bincount(learned.argmax(1)).tolist() == [80, 75, 40]
+    assert set(chosen) == set(range(99))
+    assert (learned.argmax(1) == answers[chosen].argmax(1)).all()
+
+
+def test_mask_seeking_asks_more_and_more_of_what_is_answered():
+    """Only bright images are answered: the predictor finds them, a random choice does not."""
+    pool = noise_pool(1200)
+    bright = pool.labels >= 2
+    attack = MaskSeeking(fitting=FIT, ask=100, first=0.2, steps=3)
+    seeker, shares = Seeker(attack, FunctionOracle(linear_victim(), 600), pool), []
+    asked = 0
+    for rows in seeker:
+        if asked >= 600:
+            break
+        answers = np.full((len(rows), LABELS), 1 / LABELS, np.float32)
+        answers[bright[rows]] = np.eye(LABELS, dtype=np.float32)[0]
+        seeker.learn(rows, answers)
+        shares.append(bright[rows].mean())
+        asked += len(rows)
+    assert np.mean(shares[:1]) < 0.7
+    assert np.mean(shares[2:]) > 0.8
+
+
+def test_fixmatch_learns_from_images_that_nobody_was_asked_about():
+    few = FixMatch(fitting=Fitting(epochs=3, batch=16, loss="ce"), mu=1, threshold=0.3)
+    with_rest = steal(few, FunctionOracle(linear_victim(), 50), pool=noise_pool(400))
+    without = steal(
+        replace(few, weight=0.0), FunctionOracle(linear_victim(), 50), pool=noise_pool(400)
+    )
+    assert not torch.equal(weights(with_rest), weights(without))
 
 
 def test_mazes_memory_is_a_ring():

@@ -287,3 +287,27 @@ def test_a_server_that_refuses_for_now_counts_the_same(serve):
     assert oracle.ledger.refused > 0
     counted = server.metrics()['scumble_images_total{model="cifar10",precision="float32"}']
     assert counted == oracle.ledger.spent == 300
+
+
+def test_accounts_take_turns():
+    """Each request goes out under the next key; the first one asks about the model."""
+    service, seen = Service(), []
+
+    def noting(request):
+        seen.append(request.headers["Authorization"])
+        return service(request)
+
+    client = httpx2.Client(transport=httpx2.MockTransport(noting), base_url="http://victim")
+    keys = ["one", "two", "three"]
+    with HttpOracle(
+        "http://victim",
+        budget=40,
+        transport="pixels",
+        client=client,
+        keys=keys,
+        batch=8,
+        connections=1,
+    ) as oracle:
+        oracle(np.zeros((40, 1, 2, 2), np.float32))
+    order = ["one", "one", "two", "three", "one", "two"]
+    assert seen == [f"Bearer {key}" for key in order]

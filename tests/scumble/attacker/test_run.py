@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scumble.attacker import students
+from scumble.attacker.attacks import DATA_FREE
 from scumble.attacker.attacks.dfme import Dfme
 from scumble.attacker.attacks.knockoff import Knockoff
 from scumble.attacker.errors import AttackError, BadResult, ResumeMismatch
@@ -45,6 +46,10 @@ SHORT = {
     "dfme": ["--budget", "100", "--set", "attack.batch=4", "--set", "attack.width=8"],
     "maze": ["--budget", "100", "--set", "attack.batch=4", "--set", "attack.width=8"],
     "jbda": ["--budget", "90", "--set", "fit.epochs=2", "--set", "attack.seeds=20"],
+    "copycat": ["--budget", "90", "--set", "fit.epochs=2"],
+    "mask_seeking": ["--budget", "90", "--set", "fit.epochs=2", "--set", "attack.ask=16"],
+    "fixmatch": ["--budget", "90", "--set", "fit.epochs=2"],
+    "ideal": ["--budget", "100", "--set", "attack.batch=16", "--set", "attack.width=8"],
 }
 
 
@@ -64,7 +69,7 @@ def folder(tmp_path_factory):
 def attack(url, folder, out, name="knockoff", *options):
     words = ["attack", url, "--attack", name.partition(",")[0], "--test", str(folder)]
     words += ["--student", "small_cnn", "--out", str(out), "--no-progress", *SHORT[name]]
-    if name not in ("dfme", "maze"):
+    if name not in DATA_FREE:
         words += ["--queries", str(folder)]
     return CliRunner().invoke(main, [*words, *options])
 

@@ -12,7 +12,7 @@ from scumble.evaluation.claims import CLAIMS, Advice, advice, default_strengths
 from scumble.evaluation.experiment import Defended
 from scumble.evaluation.plans import dcp
 from scumble.evaluation.scores import Spread
-from scumble.evaluation.summary import Line, best, load, summarise
+from scumble.evaluation.summary import Line, attacker_of, best, load, own_kind, summarise
 from scumble.evaluation.tables import advised, compared, everything, latency, ordered
 
 ROOT = Path(__file__).parents[3]
@@ -239,3 +239,34 @@ def test_a_line_is_marked_by_its_record_or_by_the_curve_of_an_old_one():
     assert [one.failed for one in summarise(free)] == [None, None]
     marked = free[0].model_copy(update={"attack_failed": "one class"})
     assert [one.failed for one in summarise([marked])] == ["one class"]
+
+
+def test_an_attacker_with_images_of_the_victims_kind_is_a_line_of_its_own():
+    own = replace(line(dcp(1.2), "knockoff with images of the victim's kind", 0.97), own_kind=True)
+    lines = [*LINES, own]
+    assert own not in best(lines)
+    assert "97.0%" in compared([one for one in lines if one.precision == "float32"])
+    claim = next(claim for claim in CLAIMS if claim.words.startswith("It protects more"))
+    assert claim(lines, {}) == claim(LINES, {})
+
+
+@pytest.mark.parametrize(
+    ("cell", "name", "own"),
+    [
+        ({}, "knockoff", False),
+        ({"recipe": "mnist-labels"}, "knockoff (mnist-labels)", False),
+        (
+            {"queries": "fashion_mnist[:9],fashion_mnist@outlines[9:]"},
+            "knockoff from fashion_mnist, fashion_mnist@outlines",
+            False,
+        ),
+        ({"queries": "mnist:test[:99]"}, "knockoff with images of the victim's kind", True),
+    ],
+)
+def test_attackers_are_named_by_what_makes_them_different(cell, name, own):
+    records = load(results.CELLS)
+    plain = next(
+        one for one in records if one.cell["victim"] == "mnist" and attacker_of(one) == "knockoff"
+    )
+    record = plain.model_copy(update={"cell": {**plain.cell, **cell}})
+    assert (attacker_of(record), own_kind(record)) == (name, own)

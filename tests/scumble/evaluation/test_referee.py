@@ -2,7 +2,8 @@
 
 import io
 import json
-from dataclasses import asdict, replace
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,15 +17,19 @@ from scumble.attacker import attacks
 from scumble.attacker.errors import AttackError
 from scumble.attacker.run import configure
 from scumble.cli import main
-from scumble.evaluation import commands
+from scumble.evaluation import checks, commands
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, read
 from scumble.evaluation.referee import Recorder, job, judge
-from scumble.evaluation.summary import best, load, summarise
+from scumble.evaluation.summary import best, cell_of, load, summarise
 from scumble.evaluation.tables import stolen
 from tests.app.access.test_admission import row
 
+OF_A_CELL = (
+    *("victim", "precision", "defense", "params", "url", "attack", "adapt", "changes", "budget"),
+    *("queries", "test", "profile", "recipe", "student", "test_images", "transport", "seed"),
+)
 SMALL = ("fit.epochs=1", "attack.curve=[]")
 
 
@@ -64,7 +69,7 @@ def test_a_cell_from_servers_to_pages(cell, tmp_path):
         record = judge(one, tmp_path / one.key, root=None, command=f"test {one.seed}")
         (tmp_path / "cells" / f"{one.key}.json").write_text(record.model_dump_json())
     record = read(tmp_path / cell.key / "record.json")
-    assert record.cell == json.loads(json.dumps(asdict(cell)))
+    assert record.cell == cell.described()
     assert record.attack.ledger.difference == 0
     assert record.attack.ledger.spent == 50
     assert record.transfer.images == 50
@@ -101,6 +106,21 @@ def test_a_cell_from_servers_to_pages(cell, tmp_path):
     report = (tmp_path / "docs" / "results" / "report.html").read_text()
     assert "src=" not in report  # nothing is loaded from elsewhere
     assert str(both.stolen) in report
+
+
+@pytest.mark.server
+def test_the_referee_tells_the_mask_where_the_truth_is(cell, tmp_path):
+    """The truth is asked outside of the budget, and is no part of the cell."""
+    wrong = Defended("round", {"decimals": 1})
+    seen = {}
+    for adapt in ((), ("oracle_mask",)):
+        one = replace(cell, defense=wrong, adapt=adapt, budget=60)
+        record = judge(one, tmp_path / one.key, root=None, command="test")
+        seen[adapt] = record
+    masked = seen["oracle_mask",]
+    assert masked.attack.adapt[0].settings["clean"].startswith("http://127.0.0.1:")
+    assert masked.attack.ledger.difference == 0
+    assert masked.cell["changes"] == seen[()].cell["changes"]
 
 
 @pytest.mark.server
@@ -263,6 +283,124 @@ def test_options_that_a_plan_would_ignore_are_refused(words, named, tmp_path):
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("profile", [lambda cell: cell, published], ids=["cpu", "paper"])
+def test_the_printed_command_of_a_cell_is_that_cell(plan, profile):
+    for cell in map(profile, PLANS[plan]()):
+        words = shlex.split(commands.command_of(cell))
+        assert words[:2] == ["scumble", "evaluate"]
+        with commands.evaluate.make_context("evaluate", words[2:]) as context:
+            given = context.params
+        assert commands.single(**{name: given[name] for name in OF_A_CELL}) == cell
+
+
+def test_commands_are_printed_and_nothing_is_run(tmp_path):
+    words = ["evaluate", "--plan", "ci", "--commands", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert len(done.output.splitlines()) == len(list(PLANS["ci"]()))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_plans_have_no_cell_twice(plan):
     keys = [cell.key for cell in PLANS[plan]()]
     assert len(set(keys)) == len(keys) > 2
+
+
+THEIRS = """
+from dataclasses import dataclass
+
+import numpy as np
+from helper import SHARE
+from scumble.attacker.adapt.base import Mapped
+from scumble.attacker.attacks.knockoff import Knockoff
+
+
+@dataclass(frozen=True)
+class Half(Knockoff):
+    share: float = SHARE
+
+    def _plan(self, oracle, pool, student):
+        plan = super()._plan(oracle, pool, student)
+        plan._order = plan._order[: int(self.share * oracle.remaining)]
+        return plan
+
+
+@dataclass(frozen=True)
+class Sharpen:
+    power: float = 2.0
+
+    def __call__(self, oracle, student):
+        def answer(rows, images):
+            sharp = rows ** self.power
+            return sharp / sharp.sum(axis=1, keepdims=True)
+        return Mapped(oracle, answer)
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """Files of a third party: an attack and a modifier in one, a neighbour that it imports."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "mine.py").write_text(THEIRS)
+    (folder / "helper.py").write_text("SHARE = 0.5")
+    return folder / "mine.py"
+
+
+@pytest.mark.server
+def test_attacks_and_modifiers_of_others_run_and_their_files_are_in_the_record(
+    cell, theirs, tmp_path
+):
+    one = replace(
+        cell,
+        attack=f"{theirs}:Half",
+        adapt=(f"{theirs}:Sharpen", "argmax"),
+        changes=(*SMALL, "Sharpen.power=3"),
+    )
+    hashed = checks.with_hashes(one)
+    record = judge(hashed, tmp_path / hashed.key, root=None, command="test")
+    assert record.attack.ledger.spent == 25
+    assert record.attack.adapt[0].settings == {"power": 3.0}
+    assert set(record.cell["files"]) == {str(theirs), str(theirs.parent / "helper.py")}
+    assert "-Half-Sharpen-" in hashed.key
+
+
+@pytest.mark.parametrize("edited", ["mine.py", "helper.py"])
+def test_an_edited_file_makes_another_cell(cell, theirs, edited):
+    one = replace(cell, attack=f"{theirs}:Half")
+    before = checks.with_hashes(one).key
+    assert checks.with_hashes(one).key == before
+    (theirs.parent / edited).write_text((theirs.parent / edited).read_text() + "\n# edited\n")
+    assert checks.with_hashes(one).key != before
+
+
+@pytest.mark.parametrize(
+    ("defense", "files"),
+    [
+        (Defended("dcp", {"beta": 1.2}), set()),
+        (Defended("codebook"), {"mnist/codebook.float32.json"}),
+        (Defended("mad", {"epsilon": 0.5}), {"mnist/surrogate.onnx"}),
+    ],
+    ids=str,
+)
+def test_what_a_defense_reads_from_the_bundle_is_part_of_the_cell(defense, files):
+    assert set(checks.with_hashes(Cell("mnist", defense)).files) == files
+
+
+def test_cells_without_such_files_keep_the_keys_of_their_records():
+    for record in load(results.CELLS):
+        assert (results.CELLS / f"{cell_of(record).key}.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.py:Attack", "nowhere.py cannot be loaded"),
+        ("{0}:Nothing", "has no class 'Nothing'"),
+        ("{0}:Sharpen", "is not an attack; needed: a dataclass with the field seed"),
+    ],
+)
+def test_a_file_without_an_attack_is_refused(name, message, theirs):
+    with pytest.raises(AttackError, match=message):
+        attacks.make(name.format(theirs))

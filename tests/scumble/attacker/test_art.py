@@ -1,0 +1,28 @@
+"""ART's attacks against an oracle; the same lines as in docs/reference/attacks.md."""
+
+import numpy as np
+import pytest
+import torch
+
+from scumble.attacker import art, students
+from tests.scumble.attacker.stand_ins import FunctionOracle, linear_victim, noise_pool
+
+extraction = pytest.importorskip(
+    "art.attacks.extraction", reason="ART is not installed: adversarial-robustness-toolbox"
+)
+
+
+@pytest.mark.parametrize("name", ["KnockoffNets", "CopycatCNN"])
+def test_an_attack_of_art_trains_a_copy_within_the_budget(name):
+    oracle = FunctionOracle(linear_victim(), 300)
+    student = students.make("small_cnn", oracle.shape, oracle.labels, seed=0)
+    before = [weight.clone() for weight in student.parameters()]
+    attack = getattr(extraction, name)(
+        art.black_box(oracle), batch_size_fit=32, batch_size_query=64, nb_epochs=2, nb_stolen=300
+    )
+    attack.extract(noise_pool().images, thieved_classifier=art.copy(student, oracle))
+    assert 0 < oracle.asked <= 300
+    assert any(
+        not torch.equal(old, new) for old, new in zip(before, student.parameters(), strict=True)
+    )
+    assert np.isfinite(students.predict(student, noise_pool(5).images)).all()

@@ -1,0 +1,85 @@
+"""Transfer sets: terms, variants, and sets that a program draws."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scumble.attacker import transfer
+from scumble.data.image_sets import DatasetError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A data set of 12 noisy pictures in two class folders."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for kind in ("one", "two"):
+        (root / kind).mkdir()
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(
+                root / kind / f"{i}.png"
+            )
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("terms", "images"),
+    [
+        ("{0}", 12),
+        ("{0}[:5]", 5),
+        ("{0}[4:6]", 2),
+        ("{0}[9:]", 3),
+        ("{0}@outlines[:5]", 5),
+        ("{0}, {0}@blended, {0}@posterised[:1]", 25),
+        ("{0}, digits:test[:7]", 19),
+        ("{0}[:2],fractal[:3],noise[:4]", 9),
+    ],
+)
+def test_terms_are_put_together(terms, images, folder):
+    found = transfer.data(terms.format(folder), "train", None)
+    assert found.images.shape == (images, 8, 8, 3)
+    assert found.images.dtype == np.uint8
+    assert len(found.labels) == len(found.groups) == images
+    assert found.labels.max() < len(found.classes)
+
+
+def test_parts_do_not_overlap(folder):
+    first = transfer.data(f"{folder}[:5]", "train", None).images
+    rest = transfer.data(f"{folder}[5:]", "train", None).images
+    whole = transfer.data(folder, "train", None).images
+    np.testing.assert_array_equal(np.concatenate([first, rest]), whole)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ("{0}@sepia", "is 'sepia'; allowed: outlines, posterised, blended"),
+        ("{0}[20:30]", "has no images"),
+        ("{0},nowhere", "no data set 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_read_is_said(terms, message, folder):
+    with pytest.raises(DatasetError, match=message):
+        transfer.data(terms.format(folder), "train", None)
+
+
+@pytest.mark.parametrize("name", transfer.POOLS)
+def test_drawn_pictures_are_varied_and_the_same_each_time(name):
+    found = transfer.drawn(name, 30)
+    again = transfer.drawn(name, 20)
+    np.testing.assert_array_equal(found.images[:20], again.images)
+    assert found.images.shape == (30, 32, 32, 3)
+    assert len(np.unique(found.images.reshape(30, -1), axis=0)) == 30
+    assert found.images.std() > 20
+
+
+def test_outlines_are_light_edges_on_black():
+    square = np.zeros((1, 9, 9, 1), np.uint8)
+    square[0, 3:, :] = 200
+    edges = transfer.outlines(square)[0, :, 4, 0]
+    assert edges.tolist() == [0, 0, 200, 200, 0, 0, 0, 0, 0]
+
+
+def test_posterised_pictures_have_four_levels():
+    ramp = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    assert sorted(set(transfer.posterised(ramp).ravel())) == [0, 85, 170, 255]
