@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from markdown import markdown
 
 from scumble.evaluation.claims import CLAIMS, Bench, Claim, advice, groups
 from scumble.evaluation.plots import PLOTS, save, svg
@@ -29,6 +31,7 @@ from scumble.evaluation.tables import (
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent
+README = DOCS.parent / "README.md"
 CELLS = DOCS / "results" / "records" / "cells"
 BENCH = DOCS / "results" / "records" / "bench.json"
 
@@ -94,40 +97,67 @@ def commands(records: Iterable[Record]) -> list[str]:
 
 
 def report(records: list[Record], bench: Bench) -> str:
-    """One page to look at: verdicts as marks, then plots, then all cells folded; self-contained."""
+    """One page: the recommendation, verdicts, plots, and all cells folded; self-contained."""
     lines = ordered(summarise(records))
     verdicts = "".join(card(claim, *claim(lines, bench)) for claim in CLAIMS)
+    names = victims(lines)
     figures = "".join(
-        f"<h2>{html.escape(victim)}</h2>"
+        f"<section id={victim}><h2>{html.escape(victim)}</h2>"
         + "".join(f"<figure>{svg(plot(lines, victim))}</figure>" for plot in PLOTS.values())
-        for victim in victims(lines)
+        + "</section>"
+        for victim in names
     )
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
+    head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in COLUMNS)
     body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell(line))}</td>' for cell in COLUMNS.values())}</tr>"
+        f"<tr>{''.join(f'<td>{inline(cell(line))}</td>' for cell in COLUMNS.values())}</tr>"
         for line in lines
     )
+    places = {"policy": "Which policy", "claims": "What held", **{name: name for name in names}}
+    places["cells"] = "All cells"
+    links = " ".join(f"<a href='#{place}'>{text}</a>" for place, text in places.items())
     style = (HERE / "report.css").read_text()
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width'><title>Scumble: results</title>"
-        f"<style>{style}</style><h1>What model stealing defenses are worth</h1>"
-        "<p>Every copy was stolen from a real server over HTTP. A point is the accuracy of a copy: "
-        "hollow for the published KnockoffNets, full for the best of all attackers that were "
-        "tried. The lower, the better the defense; left of the dotted line it beats giving out "
-        "nothing but labels.</p>"
-        f"<section class=claims>{verdicts}</section>{figures}"
-        f"<details><summary>All {len(lines)} cells</summary><div class=wide><table>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details></html>\n"
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>Scumble: results</title><style>{style}</style></head><body>"
+        f"<header><h1>What model stealing defenses are worth</h1><nav>{links}</nav></header><main>"
+        f"<section id=policy>{recommendation()}</section>"
+        "<section id=claims><h2>What held, what did not</h2>"
+        "<p>Every copy was stolen from a real server over HTTP. "
+        "<a href='../explanation/results.md'>Results</a> has the rules and all figures.</p>"
+        f"<div class=claims>{verdicts}</div></section>"
+        "<p>In the plots, a point is the accuracy of a copy: hollow for the published "
+        "KnockoffNets, full for the best of all attackers that were tried. The lower, the better "
+        "the defense; left of the dotted line it beats giving out nothing but labels.</p>"
+        f"{figures}<section id=cells><details><summary>All {len(lines)} cells</summary>"
+        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        "</details></section></main></body></html>\n"
     )
+
+
+def recommendation() -> str:
+    """The README's section on policies as HTML, with links that hold beside the report."""
+    title = "## Which policy should I run?"
+    section = README.read_text().partition(title)[2].partition("\n## ")[0]
+    section = re.sub(r"<!--.*?-->", "", section, flags=re.DOTALL).replace("](docs/", "](../")
+    made: str = markdown(title + section, extensions=["tables"])
+    return made.replace("<table>", "<div class=wide><table>").replace("</table>", "</table></div>")
+
+
+def inline(text: str) -> str:
+    """A line of Markdown as HTML without a paragraph around it."""
+    if "`" not in text and "](" not in text:
+        return html.escape(text)
+    made: str = markdown(html.escape(text, quote=False))
+    return made.removeprefix("<p>").removesuffix("</p>")
 
 
 def card(claim: Claim, said: str, figures: list[str]) -> str:
     """A claim and its verdict, to be opened to its figures."""
-    items = "".join(f"<li>{html.escape(figure)}</li>" for figure in figures)
+    items = "".join(f"<li>{inline(figure)}</li>" for figure in figures)
     return (
-        f"<details class='{said.replace(' ', '-')}'><summary>{html.escape(claim.words)} "
-        f"<b>{said}</b></summary><p>Rule: {html.escape(claim.rule)}.</p><ul>{items}</ul></details>"
+        f"<details class='{said.replace(' ', '-')}'><summary>{inline(claim.words)} "
+        f"<b>{said}</b></summary><p>Rule: {inline(claim.rule)}.</p><ul>{items}</ul></details>"
     )
 
 

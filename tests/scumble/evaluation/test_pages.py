@@ -190,6 +190,13 @@ def test_the_report_has_the_verdicts_of_the_records():
     for claim in CLAIMS:
         assert results.card(claim, *claim(lines, bench)) in report
     assert "src=" not in report
+    assert report.index("Which policy should I run?") < report.index("What held, what did not")
+    page = re.sub(r"<svg.*?</svg>", "", report, flags=re.DOTALL)
+    assert "`" not in page
+    for link in re.findall(r"href=['\"]([^'\"#]+)", page):
+        assert (results.DOCS / "results" / link).resolve().is_file(), link
+    for place in re.findall("href='#(\\w+)'", report):
+        assert f"id={place}>" in report
 
 
 def test_the_bench_is_of_this_form():
