@@ -18,6 +18,7 @@ from scumble.defenses.grad2 import Grad2
 from scumble.defenses.keep_top1 import KeepTop1
 from scumble.defenses.label import Label
 from scumble.defenses.mad import MAD
+from scumble.defenses.modelguard_w import ModelGuardW
 from scumble.defenses.none import NoDefense
 from scumble.defenses.random import Random
 from scumble.defenses.reverse_sigmoid import ReverseSigmoid
@@ -33,6 +34,7 @@ TABLE: dict[str, type[Defense]] = {
     "random": Random,
     "mad": MAD,
     "grad2": Grad2,
+    "modelguard_w": ModelGuardW,
     "round": Round,
     "top_k": TopK,
     "label": Label,

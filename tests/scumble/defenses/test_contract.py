@@ -80,6 +80,7 @@ ROWS = [
     Row("mad", {"epsilon": 1, "keep": "argmax"}, {"epsilon": 0, "keep": "argmax"}, True, True),
     Row("grad2", {"epsilon": 0.5}, {"epsilon": 0}, False, True),
     Row("grad2", {"epsilon": 2}, None, False, True),
+    Row("modelguard_w", {"epsilon": 1}, {"epsilon": 0}, True),
     Row("round", {"decimals": 2}, None, False),
     Row("round", {"decimals": 8}, None, False),
     Row("top_k", {"k": 3}, {"k": 200}, True),

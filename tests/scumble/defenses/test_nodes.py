@@ -32,6 +32,7 @@ BEHIND = {  # why not in the graph
     "random": {"epsilon": 0.5},  # a key
     "mad": {"epsilon": 0.5},  # another network
     "grad2": {"epsilon": 0.5},  # same
+    "modelguard_w": {"epsilon": 1},  # a search
     "round": {"decimals": 2},  # float64, and a sort of two keys
     "top_k": {"k": 2},  # the order of equal rows is an engine's own
     "withhold": {  # a key; without one: tests/scumble/defenses/test_withhold.py
