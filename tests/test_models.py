@@ -9,7 +9,7 @@ from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import AUXILIARY_FILES, Bundle, golden_inputs, open_bundle
 from app.inference.engines import load, resolve
 from app.inference.pipeline import self_test
-from docs.generators.bundles import codebooks, tables
+from docs.generators.bundles import codebooks, gates, tables
 from docs.generators.recommended import recommended
 from scumble.data.image_sets import load as load_data
 from scumble.defenses import make
@@ -156,6 +156,26 @@ def test_the_figures_in_the_docs_are_the_cards():
 def test_the_page_on_defenses_has_the_figures_of_the_codebooks():
     text = (ROOT / "docs" / "reference" / "defenses.md").read_text()
     assert codebooks(ROOT / "models") in text, "run: python -m docs.generators.bundles"
+
+
+def test_the_page_on_defenses_has_the_figures_of_the_gates():
+    text = (ROOT / "docs" / "reference" / "defenses.md").read_text()
+    assert gates(ROOT / "models") in text, "run: python -m docs.generators.bundles"
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_gate_loses_about_what_was_asked(precision):
+    calibrated = [card for name in LEAST if "gate" in (card := bundle(name).card).auxiliary]
+    assert calibrated
+    for card in calibrated:
+        made = card.auxiliary["gate"]
+        assert made["own"]["data"] != made["test"]["data"]
+        for row in (made[precision][kind]["0.01"] for kind in made[precision]):
+            assert row["own"] < 0.03
+        defense = make(
+            "withhold", bundle=Auxiliaries(bundle(card.name), precision=precision), loss=0.01
+        )
+        assert defense.needs >= {"energy"}
 
 
 @each_model

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 from app.inference.bundle import Bundle, Card
+from scumble.data.shifts import SHIFTS
+
+MEASURES_SHOWN = ("top", "energy", "residual", "vim", "energy+top", "vim+top")
 
 
 def tables(models: Path) -> str:
@@ -86,6 +89,30 @@ def codebooks(models: Path) -> str:
     return "\n".join(lines)
 
 
+def gates(models: Path) -> str:
+    """The table of docs/reference/defenses.md: which images `withhold` withholds, by the cards."""
+    lines = [
+        "| bundle | images | score | float32: at 1 % | at 2 % | at 5 % "
+        "| int8: at 1 % | at 2 % | at 5 % |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(models.glob("*/card.json")):
+        card = Bundle(path.parent).card
+        made = card.auxiliary.get("gate", {})
+        for images in ("own", "own, shifted", *made.get("foreign", {})):
+            for measure in MEASURES_SHOWN:
+                found = [made.get(precision, {}).get(measure) for precision in ("float32", "int8")]
+                if all(found):
+                    cells = [_share(row, images) for losses in found for row in losses.values()]
+                    lines.append(f"| {card.name} | {images} | {measure} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _share(row: dict[str, float], images: str) -> str:
+    shifted = sum(row[name] for name in SHIFTS) / len(SHIFTS)
+    return f"{100 * (shifted if images == 'own, shifted' else row[images]):.1f}"
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "models")
-    sys.stdout.write(f"{tables(folder)}\n\n{codebooks(folder)}\n")
+    sys.stdout.write(f"{tables(folder)}\n\n{codebooks(folder)}\n\n{gates(folder)}\n")

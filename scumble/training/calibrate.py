@@ -92,7 +92,9 @@ def ship(
     codebook, gate = dict(common), dict(common)
     gate["foreign"] = {name: describe(data) for name, data in foreign.items()}
     card = bundle.card
-    pictures = {name: as_input(data, card, MOST) for name, data in foreign.items()}
+    pictures = {
+        name: as_input(data, card.input, MOST, card.preprocessing) for name, data in foreign.items()
+    }
     for precision in PRECISIONS:
         if precision not in bundle.golden().probabilities:
             continue
@@ -109,7 +111,7 @@ def ship(
             continue
         found = fitted_gate(look, own.images)
         _write(bundle, GATE_FILE[precision], document(found, shares(forms, rows)))
-        gate[precision] = report(look, found, as_input(test, card, MOST), pictures)
+        gate[precision] = report(look, found, as_input(test, card.input, MOST), pictures)
     known = card.model_dump(exclude={"files", "format"})
     made = {**card.auxiliary, "codebook": codebook, "gate": gate}
     return write_card(bundle.folder, {**known, "auxiliary": made})

@@ -19,7 +19,16 @@ from scumble.training.command_options import (
     typed,
     version_option,
 )
-from scumble.training.measure import answers, card_accuracy, fitted, share_right, threads
+from scumble.training.exposure import Exposure
+from scumble.training.measure import (
+    answers,
+    as_input,
+    card_accuracy,
+    describe,
+    fitted,
+    share_right,
+    threads,
+)
 from scumble.training.qat import Tuning
 from scumble.training.quantize import METHODS, PRESETS, Candidate, Judge, candidates, ship
 from scumble.training.train import AUGMENTS, RECIPES
@@ -50,6 +59,18 @@ DATA_LICENCE = {
 @version_option
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option("--seed", type=int, help="Instead of the recipe's.")
+@click.option(
+    "--outliers",
+    help="Images that show none of the classes, of which the network should be unsure: a .parquet "
+    "file, a folder of class folders or a set.",
+)
+@click.option(
+    "--outlier-weight",
+    type=click.FloatRange(0, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Of their loss.",
+)
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -59,6 +80,8 @@ def train(
     version: str,
     epochs: int | None,
     seed: int | None,
+    outliers: str | None,
+    outlier_weight: float,
 ) -> None:
     """Train the victim NAME by its recipe and write it as a float bundle."""
     recipe = RECIPES[name]
@@ -72,8 +95,15 @@ def train(
         images = load(name, "train", root=data)
         test = load(name, "test", root=data)
         rest, held_out = images.split(recipe.holdout, recipe.seed)
-        network = fit(recipe, rest)
         height, width, channels = images.images.shape[1:]
+        shape = InputShape(height=height, width=width, channels=channels)
+        exposure, exposed = None, {}
+        if outliers is not None:
+            found_outliers = load(outliers, "train", root=data)
+            pixels = as_input(found_outliers, shape, len(found_outliers))
+            exposure = Exposure(pixels, outlier_weight, recipe.seed)
+            exposed = {"outliers": describe(found_outliers), "outlier_weight": outlier_weight}
+        network = fit(recipe, rest, exposure=exposure)
         card: dict[str, Any] = {
             "name": name,
             "version": version,
@@ -84,12 +114,12 @@ def train(
                 "recipe": asdict(recipe),
                 "images": len(rest),
                 "held_out": len(held_out),
+                **exposed,
                 "threads": threads(),
                 "torch": torch.__version__,
             },
         }
         folder = models / name
-        shape = InputShape(height=height, width=width, channels=channels)
         export_bundle(network, folder, shape, card, threads=threads())
         card["input"] = shape.model_dump()
         model = Bundle(folder).onnx("float32")

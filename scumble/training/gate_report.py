@@ -22,6 +22,7 @@ from scumble.training.measure import runner
 
 Images = npt.NDArray[np.uint8]
 REPORTED = (0.01, 0.02, 0.05)  # losses
+LEAST = 1000  # own images for a whitener
 MOST = 1000  # images of a set in the report
 FITTED_SEED, REPORTED_SEED = 0, 1  # of the shifts
 
@@ -39,6 +40,11 @@ class Ends:
     rows: Probs
     logits: Probs
     features: Probs | None
+
+    def every_other(self) -> Ends:
+        """Those of the second image, the fourth, and so on."""
+        features = None if self.features is None else self.features[1::2]
+        return Ends(self.rows[1::2], self.logits[1::2], features)
 
     def evidence(self, whitener: Whitener | None) -> Evidence:
         """The scores of these images."""
@@ -68,11 +74,16 @@ def looker(model: bytes, precision: Precision, classes: int) -> Look:
 
 
 def fitted_gate(look: Look, own: Images, seed: int = FITTED_SEED) -> Gate:
-    """The gate of a network, from own images as they are and under each mild shift."""
+    """The gate of a network, from own images as they are and under each mild shift.
+
+    A whitener is fitted to every other image, and the thresholds then to the rest: images that it
+    was fitted to have small residuals. Fewer than `LEAST` images suffice for no whitener.
+    """
     plain = look(own)
     whitener = None
-    if plain.features is not None:
-        whitener = fit_whitener(plain.features, plain.rows.argmax(axis=1))
+    if plain.features is not None and len(own) >= LEAST:
+        whitener = fit_whitener(plain.features[::2], plain.rows[::2].argmax(axis=1))
+        plain, own = plain.every_other(), own[1::2]
     shifted = [look(shift(name, own, seed)).evidence(whitener) for name in SHIFTS]
     return fit_gate(plain.evidence(whitener), shifted, whitener, plain.logits)
 

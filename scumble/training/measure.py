@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from app.inference.bundle import Accuracy, Card
+from app.inference.bundle import Accuracy, Card, InputShape, Preprocessing
 from app.inference.decode import to_pixels
 from app.inference.engines import Engine, EngineName, Probs, load, resolve
 from app.precision import Precision
@@ -18,6 +18,7 @@ from scumble.data.png import to_image
 from scumble.progress import bar
 
 BATCH = 250
+STRETCHED = Preprocessing()
 
 
 def threads() -> int:
@@ -77,13 +78,20 @@ def runner(
     return answer
 
 
-def as_input(data: Dataset, card: Card, most: int, seed: int = 0) -> npt.NDArray[np.uint8]:
-    """At most so many images of a set that may be foreign, as the network takes them.
+def as_input(
+    data: Dataset,
+    shape: InputShape,
+    most: int,
+    preprocessing: Preprocessing = STRETCHED,
+) -> npt.NDArray[np.uint8]:
+    """At most so many images of a set that may be foreign, as a network takes them.
 
-    They are drawn with the seed, and brought to the input's size and number of channels.
+    They are drawn with a fixed seed, and brought to the input's size and number of channels.
     """
-    rows = np.sort(np.random.default_rng(seed).permutation(len(data))[:most])
-    return np.stack([_fit(image, card) for image in data.images[rows]])
+    rows = np.sort(np.random.default_rng(0).permutation(len(data))[:most])
+    return np.stack(
+        [to_pixels(to_image(image), shape, preprocessing) for image in data.images[rows]]
+    )
 
 
 def share_right(probs: Probs, data: Dataset) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from scumble.data.image_sets import Dataset
 from scumble.progress import bar
 from scumble.training.autocast import autocast
+from scumble.training.exposure import Exposure
 from scumble.training.nets import NETS, Normalize
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -58,6 +59,7 @@ def train(
     *,
     targets: Tensor | None = None,
     loss: Loss = F.cross_entropy,
+    exposure: Exposure | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Fit a network to `data`.
@@ -67,6 +69,7 @@ def train(
         data: images and labels.
         targets: what to learn instead of the labels, such as probabilities (N, K).
         loss: of (logits (N, K), targets), a scalar.
+        exposure: outliers that the network should be unsure of.
         progress: whether a bar is shown.
 
     Returns:
@@ -93,10 +96,14 @@ def train(
     shown = bar(steps, f"train {data.name}", "step", shown=progress)
     net.train()
     for step, rows in enumerate(batches(len(data), recipe.batch, recipe.epochs, rng)):
-        x = augment(images[rows], rng).contiguous(memory_format=torch.channels_last)
+        x = augment(images[rows], rng)
+        if exposure is not None:
+            x = torch.cat([x, augment(exposure.draw(len(rows)), rng)])
         with autocast("cpu"):
-            logits = net(x)
-        value = loss(logits.float(), targets[rows])
+            logits = net(x.contiguous(memory_format=torch.channels_last)).float()
+        value = loss(logits[: len(rows)], targets[rows])
+        if exposure is not None:
+            value = value + exposure.loss(logits[len(rows) :])
         optimizer.zero_grad()
         value.backward()
         optimizer.step()

@@ -6,6 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from scumble.data.image_sets import Dataset
+from scumble.training.exposure import Exposure
 from scumble.training.train import AUGMENTS, Recipe, accuracy, as_tensors, train
 
 
@@ -47,3 +48,31 @@ def test_augment(name, digits):
     assert changed.max() <= 1 + 1e-6
     assert torch.equal(changed, x) == (name == "none")
     assert torch.equal(changed, AUGMENTS[name](x, torch.Generator().manual_seed(0)))
+
+
+def test_exposure_makes_the_network_unsure_of_outliers_and_no_worse(digits):
+    rest, held_out = digits.split(0.2, seed=0)
+    noise = np.random.default_rng(0).integers(0, 256, (400, 8, 8, 1), np.uint8)
+    fresh = torch.from_numpy(
+        np.random.default_rng(1).integers(0, 256, (200, 1, 8, 8), np.uint8) / np.float32(255)
+    )
+    sure = {}
+    for name, exposure in {"without": None, "with": Exposure(noise, 0.5)}.items():
+        net = train(RECIPE, rest, exposure=exposure, progress=False)
+        assert accuracy(net, held_out) > 0.9
+        with torch.inference_mode():
+            sure[name] = net(fresh).softmax(1).amax(1).mean().item()
+    assert sure["with"] < 0.3 < sure["without"]
+
+
+def test_exposure_has_a_least_loss_for_equal_logits():
+    exposure = Exposure(np.zeros((1, 8, 8, 1), np.uint8), weight=2.0)
+    even = exposure.loss(torch.zeros(3, 10))
+    assert even.item() == pytest.approx(2 * np.log(10))
+    assert exposure.loss(torch.eye(3, 10)) > even
+
+
+@pytest.mark.parametrize(("n", "weight"), [(0, 0.5), (1, 0), (1, -1), (1, float("nan"))])
+def test_no_outliers_or_no_weight_are_refused(n, weight):
+    with pytest.raises(ValueError, match="allowed: at least one, of a weight above 0"):
+        Exposure(np.zeros((n, 8, 8, 1), np.uint8), weight)
