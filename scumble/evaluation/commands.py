@@ -149,6 +149,12 @@ INTERRUPTED = 130
     help="Folder of the records; cells that have a record are not run.",
 )
 @click.option(
+    "--beside/--no-beside",
+    default=True,
+    show_default=True,
+    help="Also attack the undefended and a label-only service; not for plans.",
+)
+@click.option(
     "--i-have-the-owners-consent",
     "consented",
     is_flag=True,
@@ -170,6 +176,7 @@ def evaluate(
     jobs: int,
     threads: int,
     out: Path,
+    beside: bool,
     consented: bool,
     owner_token: Path | None,
     **options: str,
@@ -180,6 +187,8 @@ def evaluate(
         if options["url"]:
             headers = consent.check(options["url"], consent=consented, token=owner_token)
         cells = planned(ctx, plans, options) if plans else [single(**options)]
+        if beside and not plans:
+            cells = [*compared(cells[0]), *cells]
         cells = [with_hashes(cell) for cell in seeded(cells, seeds)]
         cells = list({cell.key: cell for cell in cells}.values())
         if commands:
@@ -404,6 +413,11 @@ def command_of(cell: Cell) -> str:
     for change in cell.changes:
         words += ["--set", change]
     return shlex.join(words)
+
+
+def compared(cell: Cell) -> list[Cell]:
+    """The same attack on the undefended service, and on one that answers with labels only."""
+    return [replace(cell, defense=Defended(name)) for name in ("none", "label")]
 
 
 def distinct(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-WORDS = ["evaluate", "--defense", "label", "--queries", "digits", "--test", "digits", "--jobs", "1"]
+WORDS = ["evaluate", "--defense", "label", "--queries", "digits", "--test", "digits", "--no-beside"]
+MORE = ["--jobs", "1", "--seeds", "3", "--budget", "100000"]
 LIMIT_S = 240
 
 pytestmark = [pytest.mark.server, pytest.mark.torch]
@@ -26,7 +27,18 @@ def descendants(pid):
 
 
 def test_ctrl_c_ends_the_evaluation_and_its_servers(tmp_path):
-    command = [sys.executable, "-m", "scumble.cli", *WORDS, "--seeds", "3", "--budget", "100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "scumble.cli",
+        *WORDS,
+        "--jobs",
+        "1",
+        "--seeds",
+        "3",
+        "--budget",
+        "100000",
+    ]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,

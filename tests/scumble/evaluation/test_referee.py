@@ -128,7 +128,7 @@ def test_evaluate_runs_cells_once(cell, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["evaluate", "--victim", cell.victim, "--defense", "dcp", "--params", '{"beta": 1.2}']
     words += ["--budget", "20", "--queries", str(folder), "--test", str(folder), "--seeds", "2"]
-    words += ["--out", str(tmp_path / "out"), "--jobs", "2"]
+    words += ["--out", str(tmp_path / "out"), "--jobs", "2", "--no-beside"]
     for change in SMALL:
         words += ["--set", change]
     done = CliRunner(env={"COLUMNS": "200"}).invoke(main, words)
@@ -140,6 +140,20 @@ def test_evaluate_runs_cells_once(cell, folder, tmp_path, monkeypatch):
     again = CliRunner().invoke(main, words)
     assert again.exit_code == 0, again.output
     assert [file.stat().st_mtime_ns for file in files] == times
+
+
+@pytest.mark.server
+def test_undefended_and_label_only_stand_beside_a_result(cell, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "--victim", cell.victim, "--defense", "dcp", "--params", '{"beta": 1.2}']
+    words += ["--budget", "20", "--queries", str(folder), "--test", str(folder), "--jobs", "1"]
+    for change in SMALL:
+        words += ["--set", change]
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(main, words)
+    assert done.exit_code == 0, done.output
+    for shown in ("none", "label", "dcp"):
+        assert f" {shown} " in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
 
 
 @pytest.mark.server
