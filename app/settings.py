@@ -434,10 +434,13 @@ def shown(settings: Settings, variable: str) -> str:
 def changed(settings: Settings) -> list[str]:
     """Those of `variables()` that do not have their default, in order."""
     plain = Settings.model_construct()  # without reading the environment again
-    secret = {f"{PREFIX}SECRET"} if "secret" in settings.model_fields_set else set()
-    others = variables().keys() - {f"{PREFIX}SECRET"}
-    differ = {name for name in others if shown(settings, name) != shown(plain, name)} | secret
-    return [name for name in variables() if name in differ]
+    given = {
+        f"{PREFIX}CONFIG": f"{PREFIX}CONFIG" in os.environ,
+        f"{PREFIX}SECRET": "secret" in settings.model_fields_set,
+    }
+    return [
+        name for name in variables() if given.get(name, shown(settings, name) != shown(plain, name))
+    ]
 
 
 def refuse_unknown(environ: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from app.errors import ConfigError
-from app.settings import Settings, load_settings, variables
+from app.settings import Settings, changed, load_settings, variables
 
 
 def test_environment_nested_and_json(monkeypatch):
@@ -153,3 +153,17 @@ def test_every_field_has_a_description():
 def test_workers_auto_is_the_number_of_cores():
     assert Settings(workers="auto").worker_count >= 1
     assert Settings(workers=3).worker_count == 3
+
+
+def test_what_differs_from_the_defaults(monkeypatch, tmp_path):
+    assert changed(load_settings()) == []
+    file = tmp_path / "scumble.toml"
+    file.write_text('model = "mnist"\nsecret = "0123456789abcdef"\n[batch]\nmax_size = 8\n')
+    monkeypatch.setenv("SCUMBLE_CONFIG", str(file))
+    monkeypatch.setenv("SCUMBLE_PORT", "8000")
+    assert changed(load_settings(workers=2)) == [
+        "SCUMBLE_CONFIG",
+        "SCUMBLE_WORKERS",
+        "SCUMBLE_SECRET",
+        "SCUMBLE_BATCH__MAX_SIZE",
+    ]
