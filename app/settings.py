@@ -86,14 +86,21 @@ class BatchSettings(Section):
 class LimitSettings(Section):
     """Limits that are checked before anything is decoded."""
 
-    max_body_bytes: int = Field(default=5 * 2**20, ge=1, description="bytes of a request body")
+    max_body_bytes: int = Field(default=10 * 2**20, ge=1, description="bytes of a request body")
     max_images: int = Field(default=32, ge=1, le=1024, description="encoded images per request")
-    max_tensor_images: int = Field(default=1024, ge=1, description="images of a tensor request")
+    max_tensor_images: int = Field(
+        default=1024, ge=1, description="images of a tensor request, if the body has room"
+    )
     max_pixels: int = Field(
-        default=4_000_000, ge=1, description="width x height, from the image header"
+        default=4_000_000, ge=1, description="width x height that is decoded of an image"
+    )
+    max_jpeg_pixels: int = Field(
+        default=25_000_000,
+        ge=1,
+        description="width x height of a JPEG that is decoded at a reduced size, if more than that",
     )
     max_request_pixels: int = Field(
-        default=8_000_000, ge=1, description="of all images of a request together"
+        default=8_000_000, ge=1, description="decoded, of all images of a request together"
     )
     max_decode_bytes: int = Field(
         default=64 * 2**20,

@@ -29,7 +29,14 @@ from app.inference.async_lazy import RETRY_S, AsyncLazy
 from app.inference.batching import Batcher, Batchers, BatchResult
 from app.inference.bundle import Card, InputShape, Preprocessing
 from app.inference.deadline import LATE, Deadline
-from app.inference.decode import Header, Pixels, decode, inspect
+from app.inference.decode import (
+    Header,
+    Pixels,
+    check_decoded,
+    decode,
+    decoded_pixels,
+    inspect,
+)
 from app.inference.engines import Batch, Probs
 from app.inference.executor import BoundedExecutor
 from app.request_context import ClientConnection, RequestContext, request_context
@@ -104,6 +111,7 @@ class Decoder(Protocol):
         preprocessing: Preprocessing,
         max_pixels: int,
         header: Header | None = None,
+        max_jpeg_pixels: int = 0,
     ) -> Pixels:
         """The pixels of one encoded image, uint8 (H, W, C)."""
         ...
@@ -249,11 +257,18 @@ class Service:
             TooLarge: one file, or all together, have too many pixels.
             Unprocessable: a file is not a supported image.
         """
-        max_pixels = self.limits.max_pixels
+        max_pixels, most = self.limits.max_pixels, self.limits.max_jpeg_pixels
         if len(images) == 1:
-            return [inspect(images[0], max_pixels)]
-        headers = [inspect(image, max_pixels) for image in images]
-        pixels = sum(header.pixels for header in headers)
+            header = inspect(images[0], max_pixels, most)
+            if header.pixels > max_pixels:
+                check_decoded(header, self.card.input, self.card.preprocessing, max_pixels)
+            return [header]
+        headers = [inspect(image, max_pixels, most) for image in images]
+        pixels = 0
+        for header in headers:
+            pixels += decoded_pixels(header, self.card.input, self.card.preprocessing)
+            if header.pixels > max_pixels:
+                check_decoded(header, self.card.input, self.card.preprocessing, max_pixels)
         if pixels > self.limits.max_request_pixels:
             raise TooLarge(
                 f"the {len(images)} images of the request have {pixels} pixels together; "
@@ -263,8 +278,15 @@ class Service:
 
     def _decode(self, image: bytes, header: Header) -> Pixels:
         """The pixels of one file, (H, W, C)."""
-        card = self.card
-        return self.decoder(image, card.input, card.preprocessing, self.limits.max_pixels, header)
+        card, limits = self.card, self.limits
+        return self.decoder(
+            image,
+            card.input,
+            card.preprocessing,
+            limits.max_pixels,
+            header,
+            limits.max_jpeg_pixels,
+        )
 
     async def _decode_all(
         self, images: Sequence[bytes], headers: Sequence[Header], deadline: Deadline

@@ -74,8 +74,10 @@ class LimitsInfo(BaseModel):
     max_body_bytes: int
     max_images: int
     max_pixels: int
+    max_jpeg_pixels: int
     max_request_pixels: int
     max_tensor_images: int
+    max_float_images: int
     deadline_ms: float
 
 

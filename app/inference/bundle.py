@@ -18,10 +18,10 @@ import errno
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from app.errors import BundleError
 from app.precision import Precision
@@ -71,14 +71,32 @@ class InputShape(Frozen):
 
 
 class Preprocessing(Frozen):
-    """How a decoded picture is resized to the input size, before the graph.
+    """How a decoded picture becomes pixels of the input size, before the graph.
 
-    `stretch` resizes to the input size. `crop` resizes so that the central `ratio` of the shorter
-    side fills the input, then crops the centre, as is usual for ImageNet networks.
+    Attributes:
+        fit: of pictures of another size. `stretch` resizes to the input size. `crop` resizes so
+            that the central `ratio` of the shorter side fills the input, then crops the centre.
+            `resize_crop` resizes the shorter side to `shorter` pixels, then crops the centre, with
+            torchvision's rounding. `letterbox` resizes so that the whole picture is inside the
+            input, centred on a ground of the level `fill`.
+        ratio: of `crop`.
+        shorter: of `resize_crop`.
+        fill: of `letterbox`.
+        interpolation: filter of the resizing; it covers all pixels when a picture is reduced.
+        orientation: turn the picture as its EXIF metadata say.
+        alpha: what transparent pixels lie on; `drop` takes the colours that are stored for them.
+        profile: of the colours of a picture that carries an ICC profile. `ignore` takes its numbers
+            as they are, as most training code does; `srgb` converts them.
     """
 
-    fit: Literal["stretch", "crop"] = "stretch"
+    fit: Literal["stretch", "crop", "resize_crop", "letterbox"] = "stretch"
     ratio: float = Field(default=1.0, gt=0, le=1)
+    shorter: int | None = Field(default=None, gt=0, le=65_500)
+    fill: int = Field(default=0, ge=0, le=255)
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
+    orientation: bool = True
+    alpha: Literal["white", "black", "drop"] = "white"
+    profile: Literal["ignore", "srgb"] = "ignore"
 
 
 class Accuracy(Frozen):
@@ -105,6 +123,17 @@ class Card(Frozen):
     auxiliary: dict[str, Any] = {}
     recommended: dict[str, Parameters] = {}
     data_licence: str = ""
+
+    @model_validator(mode="after")
+    def _shorter_covers_the_input(self) -> Self:
+        wanted = max(self.input.height, self.input.width)
+        shorter = self.preprocessing.shorter
+        if self.preprocessing.fit == "resize_crop" and (shorter is None or shorter < wanted):
+            raise ValueError(
+                f"fit is 'resize_crop' and shorter {shorter}; needed: {wanted} or more, the longer "
+                "side of the input"
+            )
+        return self
 
     def defense_params(self, defense: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """`given`, or the parameters that are recommended for the model if none are given."""

@@ -106,8 +106,14 @@ class Previewer:
         key = hashlib.blake2b(image, digest_size=16).digest()
         if key not in self._pictures:
             card = self._bundle.card
-            max_pixels = self._settings.limits.max_pixels
-            pixels = decode(image, card.input, card.preprocessing, max_pixels)[np.newaxis]
+            limits = self._settings.limits
+            pixels = decode(
+                image,
+                card.input,
+                card.preprocessing,
+                limits.max_pixels,
+                max_jpeg_pixels=limits.max_jpeg_pixels,
+            )[np.newaxis]
             self._pictures[key] = (pixels, self._clean(pixels))
         self._pictures.move_to_end(key)
         if len(self._pictures) > REMEMBERED:

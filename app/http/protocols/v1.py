@@ -14,6 +14,7 @@ from app.errors import Unprocessable
 from app.http import schemas
 from app.http.bodies import Headers, read_images, small_number
 from app.http.prediction import Flags, Service
+from app.http.protocols.v2_tensors import most_images
 from app.http.responses import json_response
 from app.http.routing import DEADLINE_PARAMETER, Route, problems
 from app.inference.bundle import Card
@@ -141,7 +142,11 @@ def routes(service: Service) -> list[Route]:
         "labels": card.labels,
         "input": card.input.model_dump(),
         "formats": sorted(FORMATS),
-        "limits": service.limits.model_dump(include=set(schemas.LimitsInfo.model_fields)),
+        "limits": {
+            **service.limits.model_dump(include=set(schemas.LimitsInfo.model_fields)),
+            "max_tensor_images": most_images("UINT8", card, service.limits),
+            "max_float_images": most_images("FP32", card, service.limits),
+        },
     }
     return [
         (

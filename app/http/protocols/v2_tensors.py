@@ -22,6 +22,7 @@ from app.settings import LimitSettings
 
 FILES, PIXELS = "image", "pixels"
 WIDTHS = {"UINT8": 1, "FP32": 4}  # bytes of an element
+HEAD = 1024  # bytes of a request beside its pixels
 PREFIX = 4  # bytes of the length before a file
 
 
@@ -29,6 +30,12 @@ def shapes(card: Card) -> dict[str, tuple[int, int, int]]:
     """The shape of an image for each datatype of `pixels`."""
     h, w, c = card.input.height, card.input.width, card.input.channels
     return {"UINT8": (h, w, c), "FP32": (c, h, w)}
+
+
+def most_images(datatype: str, card: Card, limits: LimitSettings) -> int:
+    """Images of `pixels` that a request may have: as many as its body has room for."""
+    image = math.prod(shapes(card)[datatype]) * WIDTHS[datatype]
+    return max(1, min(limits.max_tensor_images, (limits.max_body_bytes - HEAD) // image))
 
 
 def read_tensor(

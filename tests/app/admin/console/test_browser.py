@@ -381,7 +381,7 @@ def test_a_refused_picture_is_said_in_words_and_clears_the_bars(browser, server,
     expect(page.locator("#seen")).to_be_hidden()
     file.write_bytes(bytes(6 * 2**20))
     page.set_input_files("#file", file)
-    expect(page.locator("#refusal")).to_contain_text("allowed: 5242880")
+    expect(page.locator("#refusal")).to_contain_text("allowed: 10485760")
     page.locator("#golden button").first.click()
     shown(page)
     expect(page.locator("#refusal")).to_be_hidden()
