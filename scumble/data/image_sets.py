@@ -8,21 +8,27 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 from scumble.data.png import encode_png
 
 SPLITS = ("train", "test")
 CACHE = Path.home() / ".cache" / "scumble"  # of downloads
 DIGITS = "digits"  # comes with scikit-learn: no download
+_PARTS = re.compile(r"\d+|\D+")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".bmp")
+ROWS = 64  # of a Parquet file that are in memory as files at a time
+
+Pixels = npt.NDArray[np.uint8]
+Decoder = Callable[[bytes], Pixels]
+"""Makes (H, W, C) of one image file, all of one shape."""
 
 
 class DatasetError(ValueError):
@@ -37,7 +43,7 @@ class Dataset:
         name: what it was opened as.
         images: uint8 (N, H, W, C), C being 1 or 3.
         labels: int64 (N,).
-        classes: K class names.
+        classes: K class names; none if nobody labelled the images, whose labels are then 0.
         groups: one string per image; images of one group are near-duplicates (frames of one
             traffic sign) and must stay on one side of a validation split.
     """
@@ -53,6 +59,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the labels say anything."""
+        return bool(self.classes)
 
     def subset(self, rows: npt.NDArray[np.int64]) -> Dataset:
         """The images at `rows`, in that order."""
@@ -83,7 +94,14 @@ class Dataset:
         return self.subset(np.flatnonzero(~held)), self.subset(np.flatnonzero(held))
 
 
-def load(source: str, split: str = "train", *, root: Path | None = None) -> Dataset:
+def load(
+    source: str,
+    split: str = "train",
+    *,
+    root: Path | None = None,
+    decoder: Decoder | None = None,
+    unlabelled: bool = False,
+) -> Dataset:
     """Open a data set.
 
     Args:
@@ -92,6 +110,9 @@ def load(source: str, split: str = "train", *, root: Path | None = None) -> Data
         root: for a name: a folder that may hold `<name>_<split>.parquet`. Where it does not, the
             set is taken from `torchvision.datasets`, downloaded into `root` on first use; `digits`
             is always there.
+        decoder: reads the image files one by one; without it they are stretched to the size of the
+            first, and grey if all of them are.
+        unlabelled: a folder of images without class folders is accepted.
 
     Raises:
         DatasetError: nothing of that name, or the file is not an image set.
@@ -100,15 +121,15 @@ def load(source: str, split: str = "train", *, root: Path | None = None) -> Data
         raise DatasetError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
     path = Path(source)
     if path.suffix == ".parquet":
-        return _parquet(path)
+        return _parquet(path, decoder)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, decoder, unlabelled)
     if root is not None and (packed := root / f"{source}_{split}.parquet").is_file():
-        return _parquet(packed)
+        return _parquet(packed, decoder)
     if source == DIGITS:
         return _digits(split)
     if source in TORCHVISION:
-        return _torchvision(source, split, root or CACHE)
+        return _torchvision(source, split, root or CACHE, decoder)
     raise _unknown(source)
 
 
@@ -161,7 +182,13 @@ def write_parquet(
     )
 
 
-def _parquet(path: Path) -> Dataset:
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sorts numbers in names by their value: `2` before `10`."""
+    parts = [(int(p), "") if p.isdecimal() else (-1, p) for p in _PARTS.findall(name)]
+    return [*parts, (-1, name)]
+
+
+def _parquet(path: Path, decoder: Decoder | None) -> Dataset:
     """Hugging Face image layout: `image` = struct{bytes, path}, `label` = int64."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -170,46 +197,60 @@ def _parquet(path: Path) -> Dataset:
     if not path.is_file():
         raise DatasetError(f"no file {name!r}")
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
+        schema = file.schema_arrow
+        if not {"image", "label"} <= set(schema.names):
+            raise DatasetError(f"{name!r} has the columns {schema.names}; allowed: image and label")
+        image, label = schema.field("image").type, schema.field("label").type
+        if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+            raise DatasetError(f"{name!r}: image is {image}; allowed: a struct with bytes and path")
+        column = file.read(["label"])["label"]
     except pa.ArrowInvalid as exc:
         raise DatasetError(f"{name!r} is not a Parquet file: {exc}") from exc
-    if not {"image", "label"} <= set(table.column_names):
-        raise DatasetError(
-            f"{name!r} has the columns {table.column_names}; allowed: image and label"
-        )
-    image, label = table.schema.field("image").type, table.schema.field("label").type
-    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise DatasetError(f"{name!r}: image is {image}; allowed: a struct with bytes and path")
-    if not pa.types.is_integer(label) or table["label"].null_count or not len(table):
+    if not pa.types.is_integer(label) or column.null_count or not len(column):
         raise DatasetError(f"{name!r}: label is {label}; allowed: an integer for each image")
-    rows = [row or {} for row in table["image"].to_pylist()]
-    labels = table["label"].to_numpy().astype(np.int64)
-    meta = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    labels = column.to_numpy().astype(np.int64)
+    meta = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = meta.get("info", {}).get("features", {}).get("label", {})
     classes = feature.get("names") or [str(k) for k in range(int(labels.max()) + 1)]
     if labels.min() < 0 or labels.max() >= len(classes):
         raise DatasetError(
             f"{name!r} has labels from {labels.min()} to {labels.max()} for {len(classes)} classes"
         )
-    images = _stack(
-        path.name, (_decode(row.get("bytes"), f"{name!r}, row {i}") for i, row in enumerate(rows))
-    )
-    # The path may be missing, and then nothing is known to be a near-duplicate.
-    groups = (_group(row.get("path") or f"{path.stem}/{i}") for i, row in enumerate(rows))
+    groups: list[str] = []
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        for batch in file.iter_batches(ROWS, columns=["image"]):
+            for row in batch.column("image").to_pylist():
+                i, row = len(groups), row or {}
+                # The path may be missing, and then nothing is known to be a near-duplicate.
+                groups.append(_group(row.get("path") or f"{path.stem}/{i}"))
+                yield f"{name!r}, row {i}", row.get("bytes") or b""
+
+    images = _decoded(path.name, files(), len(labels), decoder)
     return Dataset(path.stem, images, labels, tuple(classes), tuple(groups))
 
 
-def _folder(path: Path) -> Dataset:
-    classes = sorted(p.name for p in path.iterdir() if p.is_dir())
-    files = [
-        f for c in classes for f in sorted((path / c).iterdir()) if f.suffix.lower() in SUFFIXES
-    ]
+def _folder(path: Path, decoder: Decoder | None, unlabelled: bool) -> Dataset:
+    classes = sorted((p.name for p in path.iterdir() if p.is_dir()), key=natural)
+    files = [f for name in classes for f in _images(path / name)]
+    if not files and unlabelled:
+        classes, files = [], _images(path)
     if not files:
-        raise DatasetError(f"{str(path)!r} has no class folders with {', '.join(SUFFIXES)} files")
-    images = _stack(path.name, (_decode(f.read_bytes(), repr(str(f))) for f in files))
-    labels = np.array([classes.index(f.parent.name) for f in files], np.int64)
+        inside = "images and no " if unlabelled else ""
+        raise DatasetError(
+            f"{str(path)!r} has no {inside}class folders with {', '.join(SUFFIXES)} files"
+        )
+    contents = ((repr(str(f)), f.read_bytes()) for f in files)
+    images = _decoded(path.name, contents, len(files), decoder)
+    number = {name: k for k, name in enumerate(classes)}
+    labels = np.array([number.get(f.parent.name, 0) for f in files], np.int64)
     groups = tuple(_group(f.as_posix()) for f in files)
     return Dataset(path.name, images, labels, tuple(classes), groups)
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
 
 
 def _unknown(source: str) -> DatasetError:
@@ -231,10 +272,13 @@ def _download(name: str, split: str, root: Path) -> Any:
         ) from exc
 
 
-def _torchvision(name: str, split: str, root: Path) -> Dataset:
+def _torchvision(name: str, split: str, root: Path, decoder: Decoder | None) -> Dataset:
     data = _download(name, split, root)
     pairs = list(data)
-    images = _stack(name, (image for image, _ in pairs))
+    contents = (
+        (f"{name!r}, image {i}", encode_png(image, 1)) for i, (image, _) in enumerate(pairs)
+    )
+    images = _decoded(name, contents, len(pairs), decoder)
     labels = np.array([label for _, label in pairs], np.int64)
     classes = getattr(data, "classes", None) or [str(k) for k in range(int(labels.max()) + 1)]
     # GTSRB alone has near-duplicates: its file names carry the track.
@@ -258,31 +302,45 @@ def _digits(split: str) -> Dataset:
     return train if split == "train" else test
 
 
-def _decode(content: bytes | None, where: str) -> Image.Image:
-    """One picture, decoded here and now, so that no thousands of files stay open."""
-    try:
-        picture = Image.open(io.BytesIO(content or b""))
-        picture.load()
-    except (OSError, SyntaxError, ValueError) as exc:  # all three are Pillow's for broken files
-        raise DatasetError(f"{where} is not a readable image: {exc}") from exc
-    return picture
-
-
-def _stack(name: str, pictures: Iterable[Image.Image]) -> npt.NDArray[np.uint8]:
-    """Grey sets become (N, H, W, 1), all others (N, H, W, 3); sizes are brought to the first's."""
+def _decoded(
+    name: str, files: Iterable[tuple[str, bytes]], count: int, decoder: Decoder | None
+) -> Pixels:
+    """uint8 (count, H, W, C) of image files, each read and decoded on its own."""
     # The original signs of GTSRB come in every size; the literature scales them to 32 pixels.
-    size = (32, 32) if name.startswith("gtsrb") else None
-    rows = []
-    for picture in pictures:
-        size = size or picture.size
-        rows.append(np.asarray(_fit(picture.convert("RGB"), size)))
-    images = np.stack(rows)
-    grey = bool((images == images[..., :1]).all())
-    return np.ascontiguousarray(images[..., :1]) if grey else images
+    decode = decoder or _Stretched((32, 32) if name.startswith("gtsrb") else None)
+    images = np.empty((0, 0, 0, 0), np.uint8)
+    for i, (where, content) in enumerate(files):
+        try:
+            pixels = decode(content)
+        except (OSError, SyntaxError, ValueError) as exc:  # all three are Pillow's for broken files
+            raise DatasetError(f"{where} is not a readable image: {exc}") from exc
+        if i == 0:
+            images = np.empty((count, *pixels.shape), np.uint8)
+        images[i] = pixels
+    if decoder is None and bool((images == images[..., :1]).all()):
+        return np.ascontiguousarray(images[..., :1])
+    return images
 
 
-def _fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.BILINEAR)
+class _Stretched:
+    """Decodes to RGB of one size, that of the first image if none is given."""
+
+    def __init__(self, size: tuple[int, int] | None) -> None:
+        self.size = size
+
+    def __call__(self, content: bytes) -> Pixels:
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255
+            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+            picture = Image.alpha_composite(ground, picture)
+        picture = picture.convert("RGB")
+        self.size = self.size or picture.size
+        if picture.size != self.size:
+            picture = picture.resize(self.size, Image.Resampling.BILINEAR)
+        return np.asarray(picture)
 
 
 def _group(path: str) -> str:

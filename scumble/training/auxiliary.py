@@ -28,8 +28,18 @@ from scumble.training.bundle_export import to_onnx
 from scumble.training.command_options import models_option, plain_errors, typed
 from scumble.training.commands import data_option
 from scumble.training.dual import WithScores, fused
-from scumble.training.measure import answers, describe, fitted, gap, share_right, threads
+from scumble.training.measure import (
+    answers,
+    decoder_of,
+    describe,
+    fitted,
+    gap,
+    open_set,
+    share_right,
+    threads,
+)
 from scumble.training.nets import Normalize, small_cnn
+from scumble.training.staging import staged
 from scumble.training.train import Recipe, train
 
 SURROGATE, MISINFORMATION = "surrogate.onnx", "misinformation.onnx"
@@ -115,11 +125,11 @@ def ship(
     victim = bundle.read("float32.onnx")
     clean = answers(victim, test.images, "float32")
 
-    def written(file: str, model: onnx.ModelProto, data: Dataset) -> dict[str, Any]:
+    def written(file: Path, model: onnx.ModelProto, data: Dataset) -> dict[str, Any]:
         content = model.SerializeToString()
-        recipe = asdict(recipes[file])
+        recipe = asdict(recipes[file.name])
         del recipe["holdout"]  # nothing is held out, as nothing is chosen
-        (bundle.folder / file).write_bytes(content)
+        file.write_bytes(content)
         probs = answers(single_output(content, "probabilities"), test.images, "float32")
         return {
             "recipe": recipe,
@@ -134,16 +144,19 @@ def ship(
     surrogate = train_surrogate(recipes[SURROGATE], victim, sets.transfer, progress=progress)
     with_scores = to_onnx(WithScores(surrogate), card.input, [SCORES])
     liar = train_misinformation(recipes[MISINFORMATION], sets.train, progress=progress)
-    figures = {
-        "command": command,
-        "threads": threads(),
-        "torch": torch.__version__,
-        "test": {"images": len(test), "data": describe(test)},
-        "surrogate": written(SURROGATE, with_scores, sets.transfer),
-        "misinformation": written(MISINFORMATION, to_onnx(liar, card.input), sets.train),
-    }
-    known = card.model_dump(exclude={"files", "format"})
-    return write_card(bundle.folder, {**known, "auxiliary": {**card.auxiliary, **figures}})
+    with staged(bundle.folder) as folder:
+        figures = {
+            "command": command,
+            "threads": threads(),
+            "torch": torch.__version__,
+            "test": {"images": len(test), "data": describe(test)},
+            "surrogate": written(folder / SURROGATE, with_scores, sets.transfer),
+            "misinformation": written(
+                folder / MISINFORMATION, to_onnx(liar, card.input), sets.train
+            ),
+        }
+        known = card.model_dump(exclude={"files", "format"})
+        return write_card(folder, {**known, "auxiliary": {**card.auxiliary, **figures}})
 
 
 @click.command()
@@ -184,12 +197,12 @@ def auxiliary(
     }
     with plain_errors():
         bundle = open_bundle(models, name)
+        card = bundle.card
+        queries = load(transfer, "train", root=data, decoder=decoder_of(card))
         sets = Sets(
-            _queries(load(transfer, "train", root=data), bundle.card, images, seed),
-            fitted(
-                _some(load(train_source or name, "train", root=data), images, seed), bundle.card
-            ),
-            fitted(load(test_source or name, "test", root=data), bundle.card),
+            _queries(queries, card, images, seed),
+            _some(open_set(train_source or name, "train", data, card), images, seed),
+            open_set(test_source or name, "test", data, card),
         )
         command = typed(ctx, "python -m scumble.training.auxiliary")
         card = ship(bundle, sets, recipes, command)
@@ -207,7 +220,8 @@ def _some(data: Dataset, most: int, seed: int) -> Dataset:
 
 def _queries(data: Dataset, card: Card, most: int, seed: int) -> Dataset:
     """Up to `most` images as the victim takes them, to be sorted into its classes."""
-    return fitted(replace(_some(data, most, seed), classes=tuple(card.labels)), card)
+    unlabelled = replace(_some(data, most, seed), classes=())
+    return replace(fitted(unlabelled, card), classes=tuple(card.labels))
 
 
 if __name__ == "__main__":

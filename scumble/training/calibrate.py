@@ -36,7 +36,8 @@ from scumble.training.commands import data_option
 from scumble.training.confidence import calibration_error, ranking
 from scumble.training.gate import document
 from scumble.training.gate_report import MOST, fitted_gate, looker, report, shares
-from scumble.training.measure import answers, as_input, describe, fitted, gap, threads
+from scumble.training.measure import answers, as_input, decoder_of, describe, gap, open_set, threads
+from scumble.training.staging import staged
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
 
@@ -95,30 +96,32 @@ def ship(
     pictures = {
         name: as_input(data, card.input, MOST, card.preprocessing) for name, data in foreign.items()
     }
-    for precision in PRECISIONS:
-        if precision not in bundle.golden().probabilities:
-            continue
-        model = bundle.onnx(precision)
-        rows = answers(model, own.images, precision)
-        forms = fit(rows.astype(np.float64), own.labels)
-        _write(bundle, CODEBOOK_FILE[precision], {"format": "scumble-codebook/1", "forms": forms})
-        codebook[precision] = _figures(forms, answers(model, test.images, precision), test)
-        try:
-            look = looker(model, precision, len(card.labels))
-        except ConfigError as error:
-            gate[precision] = {"none": str(error)}
-            (bundle.folder / GATE_FILE[precision]).unlink(missing_ok=True)
-            continue
-        found = fitted_gate(look, own.images)
-        _write(bundle, GATE_FILE[precision], document(found, shares(forms, rows)))
-        gate[precision] = report(look, found, as_input(test, card.input, MOST), pictures)
-    known = card.model_dump(exclude={"files", "format"})
-    made = {**card.auxiliary, "codebook": codebook, "gate": gate}
-    return write_card(bundle.folder, {**known, "auxiliary": made})
+    with staged(bundle.folder) as folder:
+        for precision in PRECISIONS:
+            if precision not in bundle.golden().probabilities:
+                continue
+            model = bundle.onnx(precision)
+            rows = answers(model, own.images, precision)
+            forms = fit(rows.astype(np.float64), own.labels)
+            shown = {"format": "scumble-codebook/1", "forms": forms}
+            _write(folder / CODEBOOK_FILE[precision], shown)
+            codebook[precision] = _figures(forms, answers(model, test.images, precision), test)
+            try:
+                look = looker(model, precision, len(card.labels))
+            except ConfigError as error:
+                gate[precision] = {"none": str(error)}
+                (folder / GATE_FILE[precision]).unlink(missing_ok=True)
+                continue
+            found = fitted_gate(look, own.images)
+            _write(folder / GATE_FILE[precision], document(found, shares(forms, rows)))
+            gate[precision] = report(look, found, as_input(test, card.input, MOST), pictures)
+        known = card.model_dump(exclude={"files", "format"})
+        made = {**card.auxiliary, "codebook": codebook, "gate": gate}
+        return write_card(folder, {**known, "auxiliary": made})
 
 
-def _write(bundle: Bundle, file: str, content: Any) -> None:
-    (bundle.folder / file).write_bytes(orjson.dumps(content) + b"\n")
+def _write(file: Path, content: Any) -> None:
+    file.write_bytes(orjson.dumps(content) + b"\n")
 
 
 def _figures(forms: dict[str, Any], clean: Probs, test: Dataset) -> dict[str, Any]:
@@ -169,15 +172,18 @@ def calibrate(
     with plain_errors():
         bundle = open_bundle(models, name)
         require_writable(bundle.folder)
-        own = load(own_source or name, "train", root=data)
-        test = fitted(load(test_source or name, "test", root=data), bundle.card)
+        own = open_set(own_source or name, "train", data, bundle.card)
+        test = open_set(test_source or name, "test", data, bundle.card)
         if own_source is None:
             recipe = bundle.card.training.get("recipe", {})
             _, own = own.split(recipe.get("holdout", 0.05), recipe.get("seed", 0))
-        own = fitted(own, bundle.card)
         if describe(own) == describe(test):
             raise click.UsageError("--own and --test are the same images; allowed: two sets")
-        foreign = {Path(name).stem: load(name, "test", root=data) for name in foreign_sources}
+        decoder = decoder_of(bundle.card)
+        foreign = {
+            Path(name).stem: load(name, "test", root=data, decoder=decoder)
+            for name in foreign_sources
+        }
         card = ship(bundle, own, test, foreign, typed(ctx))
     console = Console()
     console.print(_answers_table(card, f"{bundle.folder}: fitted to {len(own):,} images"))

@@ -25,12 +25,21 @@ from scumble.training.measure import (
     as_input,
     card_accuracy,
     describe,
-    fitted,
+    open_set,
     share_right,
     threads,
 )
 from scumble.training.qat import Tuning
-from scumble.training.quantize import METHODS, PRESETS, Candidate, Judge, candidates, ship
+from scumble.training.quantize import (
+    METHODS,
+    PRESETS,
+    Candidate,
+    Judge,
+    Skipped,
+    candidates,
+    ship,
+)
+from scumble.training.staging import staged
 from scumble.training.train import AUGMENTS, RECIPES
 from scumble.training.train import train as fit
 
@@ -40,6 +49,8 @@ data_option = click.option(
     help="Folder with NAME_train.parquet and NAME_test.parquet. Without it the images are "
     "downloaded by torchvision into ~/.cache/scumble; digits come with scikit-learn.",
 )
+
+OWN_HOLDOUT = 0.2  # of images of one's own, where nothing else is there to compare the files on
 
 # What the sources state; see docs/how-to/training.md. Only weights are shipped, never an image.
 DATA_LICENCE = {
@@ -119,16 +130,17 @@ def train(
                 "torch": torch.__version__,
             },
         }
-        folder = models / name
-        export_bundle(network, folder, shape, card, threads=threads())
-        card["input"] = shape.model_dump()
-        model = Bundle(folder).onnx("float32")
-        found = card_accuracy(answers(model, test.images, "float32"), test)
-        validation = share_right(answers(model, held_out.images, "float32"), held_out)
-        card["training"]["validation"] = round(validation, 6)
-        finish(folder, {**card, "accuracy": {"float32": found.model_dump()}}, threads=threads())
+        with staged(models / name) as folder:
+            export_bundle(network, folder, shape, card, threads=threads())
+            card["input"] = shape.model_dump()
+            model = Bundle(folder).onnx("float32")
+            found = card_accuracy(answers(model, test.images, "float32"), test)
+            validation = share_right(answers(model, held_out.images, "float32"), held_out)
+            card["training"]["validation"] = round(validation, 6)
+            accuracy = {"float32": found.model_dump()}
+            finish(folder, {**card, "accuracy": accuracy}, threads=threads())
     click.echo(
-        f"{folder}: accuracy {found.value:.2%} on {len(test):,} test images "
+        f"{models / name}: accuracy {found.value:.2%} on {len(test):,} test images "
         f"and {validation:.2%} on {len(held_out):,} held-out images"
     )
 
@@ -136,8 +148,17 @@ def train(
 @click.command()
 @click.argument("name")
 @data_option
-@click.option("--train", "train_source", help="A .parquet file or a folder of class folders.")
-@click.option("--test", "test_source", help="The same, for the reported figures.")
+@click.option(
+    "--train",
+    "train_source",
+    help="A .parquet file, a folder of class folders, or a folder of images without labels.",
+)
+@click.option(
+    "--test",
+    "test_source",
+    help="The same, for the reported figures. Without it, where --train is given, they are those "
+    "of the held-out images.",
+)
 @click.option("--method", type=click.Choice([*METHODS, "both"]), default="both", show_default=True)
 @click.option("--preset", type=click.Choice([*PRESETS, "both"]), default="both", show_default=True)
 @click.option("--epochs", type=click.IntRange(1), default=Tuning.epochs, show_default=True)
@@ -171,10 +192,12 @@ def quantize(
         bundle = open_bundle(models, name)
         require_writable(bundle.folder)
         recipe = bundle.card.training.get("recipe", {})
-        images = load(train_source or name, "train", root=data)
-        test = fitted(load(test_source or name, "test", root=data), bundle.card)
-        rest, held_out = images.split(recipe.get("holdout", 0.05), recipe.get("seed", 0))
-        rest, held_out = fitted(rest, bundle.card), fitted(held_out, bundle.card)
+        images = open_set(train_source or name, "train", data, bundle.card, unlabelled=True)
+        share = recipe.get("holdout", 0.05) if test_source or not train_source else OWN_HOLDOUT
+        rest, held_out = images.split(share, recipe.get("seed", 0))
+        test = held_out
+        if test_source or not train_source:
+            test = open_set(test_source or name, "test", data, bundle.card, unlabelled=True)
         augment = augment or recipe.get("augment", "none")
         tuning = Tuning(epochs=epochs, lr=lr, augment=augment, seed=seed)
         judge = Judge(bundle.read("float32.onnx"), held_out, test)
@@ -191,14 +214,19 @@ def quantize(
             click.echo(_line(candidate))
         card = ship(bundle, found, judge, tuning, typed(ctx))
     chosen = card.quantization
+    best = chosen["candidates"][f"{chosen['method']}-{chosen['preset']}"]
     click.echo(
         f"{bundle.folder}: {chosen['method']}-{chosen['preset']} shipped, accuracy "
-        f"{card.accuracy['int8'].value:.2%} (float {card.accuracy['float32'].value:.2%}), "
+        f"{best['test']:.2%} (float {chosen['float32']['test']:.2%}), "
         f"{chosen['ratio']:.2f} times the size of the float file"
     )
+    if not judge.labelled:
+        click.echo("the images have no labels: right is what the float network says")
 
 
-def _line(candidate: Candidate) -> str:
+def _line(candidate: Candidate | Skipped) -> str:
+    if isinstance(candidate, Skipped):
+        return f"{candidate.name:11} skipped: {candidate.reason}"
     return (
         f"{candidate.name:11} validation {candidate.validation:.2%}  test {candidate.test:.2%}  "
         f"L1 to float {candidate.test_l1:.4f}  {len(candidate.file):,} bytes"

@@ -28,6 +28,7 @@ from scumble.training.command_options import (
     typed,
     version_option,
 )
+from scumble.training.staging import staged, write_file
 
 
 @click.command()
@@ -156,7 +157,7 @@ def write_defended(
     content = defended(model, chosen, described)
     if content is None:
         raise refusal
-    out.write_bytes(content)
+    write_file(out, content)
     sha256 = hashlib.sha256(content).hexdigest()
     return f"{out}: {name} {precision} with {chosen!r}, {len(content):,} bytes, sha256 {sha256}"
 
@@ -246,6 +247,9 @@ def write_bundle(
         "training": {"command": command, "torch": torch.__version__},
         "data_licence": licence,
     }
-    with elapsed(f"writing {name} as ONNX and testing it; a large network takes minutes"):
-        export_bundle(network, models / name, shape, card, threads=threads())
+    with (
+        elapsed(f"writing {name} as ONNX and testing it; a large network takes minutes"),
+        staged(models / name) as folder,
+    ):
+        export_bundle(network, folder, shape, card, threads=threads())
     return f"{models / name}: {count} classes, {size}x{size} pixels, {channels} channels"

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image, ImageOps
 
+from app.errors import RequestError
 from app.inference.bundle import Accuracy, Card, InputShape, Preprocessing
-from app.inference.decode import to_pixels
-from app.inference.engines import Engine, EngineName, Probs, load, resolve
+from app.inference.decode import Pixels, decode, to_pixels
+from app.inference.engine_selection import resolve
+from app.inference.engines import Engine, EngineName, Probs, load
+from app.inference.formats import SIGNATURE
 from app.precision import Precision
-from scumble.data.image_sets import Dataset, DatasetError
+from scumble.data import image_sets
+from scumble.data.image_sets import Dataset, DatasetError, Decoder
 from scumble.data.png import to_image
 from scumble.progress import bar
 
-BATCH = 250
+BATCH_VALUES = 250 * 32 * 32 * 3  # levels of the images in a batch: 250 small ones or 5 photos
+MOST_PIXELS = 10**9  # of an image of the owner's
 STRETCHED = Preprocessing()
 
 
@@ -26,28 +35,92 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def fitted(data: Dataset, card: Card) -> Dataset:
-    """`data` with pictures of the card's input size, checked against its classes.
+def decoder_of(card: Card) -> Decoder:
+    """Reads image files as the service of the bundle does, and also those of other formats."""
+    shape, preprocessing = card.input, card.preprocessing
+
+    def read(content: bytes) -> Pixels:
+        try:
+            if SIGNATURE.match(content):
+                return decode(content, shape, preprocessing, MOST_PIXELS)
+            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+            return to_pixels(picture, shape, preprocessing)
+        except RequestError as exc:
+            raise ValueError(str(exc)) from exc
+
+    return read
+
+
+def open_set(
+    source: str, split: str, root: Path | None, card: Card, *, unlabelled: bool = False
+) -> Dataset:
+    """A data set as the network of `card` sees it, with the numbers of its labels.
 
     Raises:
-        DatasetError: other labels than the card's, or colour where the network takes grey.
+        DatasetError: no such set, or other classes than the card's.
+    """
+    data = image_sets.load(
+        source, split, root=root, decoder=decoder_of(card), unlabelled=unlabelled
+    )
+    return fitted(data, card)
+
+
+def fitted(data: Dataset, card: Card) -> Dataset:
+    """`data` with pictures of the card's input size and the numbers of its labels.
+
+    Raises:
+        DatasetError: other classes than the card's.
     """
     want = card.input
-    if len(data.classes) != len(card.labels):
-        raise DatasetError(
-            f"{data.name} has {len(data.classes)} classes, the bundle {len(card.labels)}"
-        )
-    if data.images.shape[3] > want.channels:
-        raise DatasetError(f"{data.name} is in colour, the bundle takes grey")
-    if data.images.shape[1:] == (want.height, want.width, want.channels):
-        return data
-    images = np.stack([_fit(image, card) for image in data.images])
-    return Dataset(data.name, images, data.labels, data.classes, data.groups)
+    images, labels = data.images, data.labels
+    if data.labelled:
+        labels = np.array(class_numbers(data.name, data.classes, card.labels), np.int64)[labels]
+    if images.shape[1:] != (want.height, want.width, want.channels):
+        images = fit_images(images, want, card.preprocessing)
+    classes = tuple(card.labels) if data.labelled else ()
+    return Dataset(data.name, images, labels, classes, data.groups)
 
 
-def _fit(image: npt.NDArray[np.uint8], card: Card) -> npt.NDArray[np.uint8]:
-    """One picture, brought to size as the service does it."""
-    return to_pixels(to_image(image), card.input, card.preprocessing)
+def fit_images(
+    images: npt.NDArray[np.uint8], shape: InputShape, preprocessing: Preprocessing
+) -> npt.NDArray[np.uint8]:
+    """Images in memory, brought to the input as the service does it."""
+    return np.stack([to_pixels(to_image(image), shape, preprocessing) for image in images])
+
+
+def class_numbers(name: str, classes: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """The number of each class of a data set among the labels of a bundle.
+
+    Classes may be named after labels, in any order and not all of them, or numbered from 0. As many
+    classes as there are labels, under other names, are taken in their order.
+
+    Raises:
+        DatasetError: none of these.
+    """
+    known: dict[str, int] = {}
+    for k, label in enumerate(labels):
+        known[_plain(label)] = -1 if _plain(label) in known else k
+    named = [known.get(_plain(each), -1) for each in classes]
+    if min(named) >= 0:
+        return named
+    if all(each.isdecimal() and int(each) < len(labels) for each in classes):
+        return [int(each) for each in classes]
+    if len(classes) == len(labels):
+        return list(range(len(labels)))
+    strange = next(each for each, k in zip(classes, named, strict=True) if k < 0)
+    raise DatasetError(
+        f"{name} has {len(classes)} classes, the bundle {len(labels)}, none or two of them named "
+        f"{strange!r}; needed: classes with the names of labels, or with their numbers from 0"
+    )
+
+
+def _plain(label: str) -> str:
+    return label.strip().casefold()
+
+
+def batch_size(image: tuple[int, ...], values: int = BATCH_VALUES) -> int:
+    """Images (H, W, C) in a batch of `values` levels: large images need no more memory."""
+    return max(1, values // math.prod(image))
 
 
 def answers(
@@ -68,10 +141,10 @@ def runner(
     run: Engine = load(chosen, model, threads=threads(), precision=precision)
 
     def answer(images: npt.NDArray[np.uint8]) -> Probs:
-        found = []
-        with bar(len(images), f"{precision} answers", "img", shown=len(images) > BATCH) as shown:
-            for i in range(0, len(images), BATCH):
-                found.append(run(images[i : i + BATCH]))
+        found, size = [], batch_size(images.shape[1:])
+        with bar(len(images), f"{precision} answers", "img", shown=len(images) > size) as shown:
+            for i in range(0, len(images), size):
+                found.append(run(images[i : i + size]))
                 shown.update(len(found[-1]))
         return np.concatenate(found)
 
@@ -89,9 +162,7 @@ def as_input(
     They are drawn with a fixed seed, and brought to the input's size and number of channels.
     """
     rows = np.sort(np.random.default_rng(0).permutation(len(data))[:most])
-    return np.stack(
-        [to_pixels(to_image(image), shape, preprocessing) for image in data.images[rows]]
-    )
+    return fit_images(data.images[rows], shape, preprocessing)
 
 
 def share_right(probs: Probs, data: Dataset) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,8 +30,16 @@ from app.inference.engines import EngineName, Probs
 from app.inference.graph import parse
 from scumble.data.image_sets import Dataset
 from scumble.training.bundle_export import engines, finish
-from scumble.training.measure import answers, card_accuracy, describe, gap, share_right
+from scumble.training.measure import (
+    answers,
+    batch_size,
+    card_accuracy,
+    describe,
+    gap,
+    share_right,
+)
 from scumble.training.qat import Tuning, tune
+from scumble.training.staging import staged
 
 Method = Literal["ptq", "qat"]
 Preset = Literal["server", "mobile"]
@@ -39,6 +47,7 @@ PER_CHANNEL: dict[Preset, bool] = {"server": True, "mobile": False}
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 METHODS: tuple[Method, ...] = get_args(Method)
 CALIBRATION_IMAGES = 512
+CALIBRATION_VALUES = 64 * 32 * 32 * 3  # levels of the images in a batch: 64 small ones or a photo
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
@@ -76,12 +85,20 @@ class Candidate:
 
 
 class Judge:
-    """Compares quantized files with the float file, on held-out and on test images."""
+    """Compares quantized files with the float file, on held-out and on test images.
+
+    Where nobody has labelled the images, the float network's own classes count as right.
+
+    Attributes:
+        labelled: somebody has labelled the test images.
+    """
 
     def __init__(self, original: bytes, held_out: Dataset, test: Dataset) -> None:
-        self.held_out, self.test = held_out, test
         self.validation = answers(original, held_out.images, "float32")
         self.reported = answers(original, test.images, "float32")
+        self.held_out = _as_answered(held_out, self.validation)
+        self.test = _as_answered(test, self.reported)
+        self.labelled = test.labelled
 
     def rank(self, file: bytes) -> tuple[float, float]:
         """(share right, minus L1 distance) on the held-out images."""
@@ -96,6 +113,14 @@ class Judge:
         return Candidate(method, preset, file, *shares)
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A file that could not be made, and why."""
+
+    name: str
+    reason: str
+
+
 def candidates(
     original: bytes,
     train: Dataset,
@@ -103,22 +128,39 @@ def candidates(
     tuning: Tuning,
     methods: Sequence[Method] = METHODS,
     presets: Sequence[Preset] = PRESETS,
-) -> Iterator[Candidate]:
-    """Make and measure each combination; `train` calibrates all and trains those of qat."""
+) -> Iterator[Candidate | Skipped]:
+    """Make and measure each combination; `train` calibrates all and trains those of qat.
+
+    What cannot be trained on is skipped, and the file that it starts from is there instead.
+    """
     images = calibration_sample(train, tuning.seed)
+    if not train.labelled and "qat" in methods:
+        train = _as_answered(train, answers(original, train.images, "float32"))
     for preset in presets:
         start = ptq(original, images, preset)
+        untrained = judge.candidate("ptq", preset, start)
         if "ptq" in methods:
-            yield judge.candidate("ptq", preset, start)
+            yield untrained
         if "qat" in methods:
-            tuned = tune(start, original, train, tuning, judge.rank)
-            yield judge.candidate("qat", preset, tuned)
+            try:
+                tuned = tune(start, original, train, tuning, judge.rank)
+            except Exception as exc:  # noqa: BLE001  # of torch, for operators that it lacks
+                yield Skipped(f"qat-{preset}", " ".join(str(exc).split()) or repr(exc))
+                if "ptq" not in methods:
+                    yield untrained
+            else:
+                yield judge.candidate("qat", preset, tuned)
 
 
 def ship(
-    bundle: Bundle, found: Sequence[Candidate], judge: Judge, tuning: Tuning, command: str
+    bundle: Bundle,
+    made: Sequence[Candidate | Skipped],
+    judge: Judge,
+    tuning: Tuning,
+    command: str,
 ) -> Card:
-    """Write the best of `found` as `int8.onnx`, with golden outputs and a card that knows it."""
+    """Write the best of `made` as `int8.onnx`, with golden outputs and a card that knows it."""
+    found = [each for each in made if isinstance(each, Candidate)]
     best = max(found, key=lambda c: c.rank)
     size = len(bundle.read("float32.onnx"))
     probs = {e: answers(best.file, judge.test.images, "int8", e) for e in engines("int8")}
@@ -133,6 +175,8 @@ def ship(
         "preset": best.preset,
         "ratio": round(len(best.file) / size, 4),
         "candidates": {c.name: c.figures() for c in found},
+        "skipped": {each.name: each.reason for each in made if isinstance(each, Skipped)},
+        "right_is": "the label" if judge.labelled else "the class that the float network gives",
         "float32": {
             "validation": round(share_right(judge.validation, judge.held_out), 6),
             "test": round(share_right(judge.reported, judge.test), 6),
@@ -145,17 +189,17 @@ def ship(
         "agreement": agreement,
         "command": command,
     }
-    (bundle.folder / "int8.onnx").write_bytes(best.file)
-    for calibrated in (CODEBOOK_FILE["int8"], GATE_FILE["int8"]):  # to another int8 file
-        (bundle.folder / calibrated).unlink(missing_ok=True)
-    accuracy = {
-        "float32": card_accuracy(judge.reported, judge.test).model_dump(),
-        "int8": card_accuracy(
-            answers(best.file, judge.test.images, "int8"), judge.test
-        ).model_dump(),
-    }
     card = bundle.card.model_dump(exclude={"files", "format"})
-    return finish(bundle.folder, {**card, "accuracy": accuracy, "quantization": quantization})
+    card["accuracy"].pop("int8", None)  # of the file before
+    if judge.labelled:
+        shown = {"float32": judge.reported, "int8": answers(best.file, judge.test.images, "int8")}
+        for precision, rows in shown.items():
+            card["accuracy"][precision] = card_accuracy(rows, judge.test).model_dump()
+    with staged(bundle.folder) as folder:
+        (folder / "int8.onnx").write_bytes(best.file)
+        for calibrated in (CODEBOOK_FILE["int8"], GATE_FILE["int8"]):  # to another int8 file
+            (folder / calibrated).unlink(missing_ok=True)
+        return finish(folder, {**card, "quantization": quantization})
 
 
 def ptq(original: bytes, images: npt.NDArray[np.uint8], preset: Preset) -> bytes:
@@ -181,6 +225,14 @@ def ptq(original: bytes, images: npt.NDArray[np.uint8], preset: Preset) -> bytes
         return _with_float_logits(parse(out.read_bytes())).SerializeToString()
 
 
+def _as_answered(data: Dataset, probs: Probs) -> Dataset:
+    """`data`, if need be with the labels that a network gave it."""
+    if data.labelled:
+        return data
+    classes = tuple(str(k) for k in range(probs.shape[1]))
+    return replace(data, labels=probs.argmax(1).astype(np.int64), classes=classes)
+
+
 def calibration_sample(train: Dataset, seed: int) -> npt.NDArray[np.uint8]:
     """Up to `CALIBRATION_IMAGES` training images."""
     rows = np.random.default_rng(seed).permutation(len(train))[:CALIBRATION_IMAGES]
@@ -188,9 +240,10 @@ def calibration_sample(train: Dataset, seed: int) -> npt.NDArray[np.uint8]:
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime has no types
-    """Hands the images over in batches."""
+    """Hands the images over in batches; all activations of a batch are in memory at once."""
 
-    def __init__(self, images: npt.NDArray[np.uint8], size: int = 64) -> None:
+    def __init__(self, images: npt.NDArray[np.uint8]) -> None:
+        size = batch_size(images.shape[1:], CALIBRATION_VALUES)
         self._batches = iter([images[i : i + size] for i in range(0, len(images), size)])
 
     def get_next(self) -> dict[str, npt.NDArray[np.uint8]] | None:

@@ -317,3 +317,50 @@ def test_the_digits_are_there_without_a_download():
     assert (len(train), len(test)) == (1348, 449)
     assert train.images.shape[1:] == (28, 28, 1)
     assert not set(train.groups) & set(test.groups)
+
+
+# A decoder of one's own
+
+
+def test_files_are_read_one_after_the_other(tmp_path):
+    """The second file is rewritten while the first is decoded, and its new content is read."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(encoded(picture()))
+
+    def decoder(content):
+        (tmp_path / "b" / "x.png").write_bytes(b"new")
+        return np.full((2, 2, 1), len(content) == 3, np.uint8)
+
+    found = load(str(tmp_path), decoder=decoder)
+    assert found.images[:, 0, 0, 0].tolist() == [0, 1]
+    assert found.images.shape == (2, 2, 2, 1)
+
+
+def test_a_decoder_reads_the_rows_of_a_parquet_file(write_parquet):
+    pictures = [picture(seed=i) for i in range(70)]
+    found = load(
+        write_parquet(pictures, [0] * 70),
+        decoder=lambda content: np.full((1, 1, 3), len(content) % 256, np.uint8),
+    )
+    sizes = [len(encoded(p, "WEBP", lossless=True)) % 256 for p in pictures]
+    assert found.images[:, 0, 0, 0].tolist() == sizes
+
+
+def test_class_folders_are_in_natural_order(tmp_path):
+    for name in ("10", "9", "a2", "a10", "02"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(encoded(picture()))
+    assert load(str(tmp_path)).classes == ("a2", "a10", "02", "9", "10")
+
+
+def test_a_folder_of_images_alone_is_unlabelled_where_that_is_enough(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encoded(picture(seed=i)))
+    found = load(str(tmp_path), unlabelled=True)
+    assert (found.labelled, len(found), found.classes) == (False, 3, ())
+    with pytest.raises(DatasetError, match="has no class folders"):
+        load(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="has no images and no class folders"):
+        load(str(tmp_path / "empty"), unlabelled=True)

@@ -8,11 +8,12 @@ import torch
 from click.testing import CliRunner
 from sklearn.datasets import load_digits
 
-from app.inference.bundle import Bundle, golden_inputs
+from app.inference.bundle import Bundle, Preprocessing, golden_inputs
 from app.inference.engines import load
 from scumble.data.image_sets import write_parquet
 from scumble.training.commands import quantize, train
 from scumble.training.export_command import export
+from tests.pictures import encoded, picture
 
 OWN = """
 import torch
@@ -96,7 +97,7 @@ def test_export_own_module_with_labels_and_weights(tmp_path):
     assert done.exit_code == 0, done.output
     bundle = Bundle(tmp_path / "models" / "own")
     assert bundle.card.labels == ["cat", "dog", "bird"]
-    assert bundle.card.preprocessing.model_dump() == {"fit": "crop", "ratio": 0.9}
+    assert bundle.card.preprocessing == Preprocessing(fit="crop", ratio=0.9)
     x = golden_inputs(bundle.card.input)
     planar = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).float() / 255
     with torch.inference_mode():
@@ -110,7 +111,7 @@ def test_export_torchvision_has_imagenet_defaults(tmp_path):
     done = CliRunner().invoke(export, [*words, "--models", str(tmp_path)], prog_name="export")
     assert done.exit_code == 0, done.output
     bundle = Bundle(tmp_path / "sq")
-    assert bundle.card.preprocessing.model_dump() == {"fit": "crop", "ratio": 0.875}
+    assert bundle.card.preprocessing == Preprocessing(fit="crop", ratio=0.875)
     assert bundle.card.labels == ["0", "1", "2", "3", "4"]
     assert len(bundle.golden().probabilities["float32"][0]) == 5
 
@@ -149,14 +150,103 @@ def test_one_line_for_a_mistake(command, words, message, data, tmp_path, monkeyp
     assert not (tmp_path.parent / "x").exists()
 
 
-def test_other_data_than_the_bundle_takes(models, data, tmp_path):
-    colour = np.zeros((8, 6, 6, 3), np.uint8)
-    colour[..., 0] = 200
-    write_parquet(tmp_path / "colour.parquet", colour, np.arange(8) % 10)
-    write_parquet(tmp_path / "few.parquet", colour[..., 0], np.arange(8) % 3)
-    for file, message in (("few", "3 classes, the bundle 10"), ("none", "no file")):
+def test_other_classes_than_the_bundle_has(models, data, tmp_path):
+    grey = np.full((8, 6, 6), 200, np.uint8)
+    write_parquet(tmp_path / "many.parquet", grey, np.arange(8) + 4)
+    for file, message in (("many", "12 classes, the bundle 10"), ("none", "no file")):
         words = ["mnist", "--models", str(models), "--data", str(data)]
         words += ["--test", str(tmp_path / f"{file}.parquet")]
         done = CliRunner().invoke(quantize, words, prog_name="quantize")
         assert done.exit_code == 1
         assert message in done.output
+
+
+# -- images of one's own, for a network whose operators torch's interpreter lacks --
+
+HARD = """
+import torch
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Hardswish(), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.Sigmoid(), torch.nn.Linear(3, 3))
+"""
+
+
+@pytest.fixture
+def hard(tmp_path):
+    """A model folder with such a bundle, of 12 x 10 pixels."""
+    (tmp_path / "hard.py").write_text(HARD)
+    (tmp_path / "labels.txt").write_text("ant\nbee\ncow\n")
+    words = f"hard --module {tmp_path}/hard.py:net --size 12 --labels {tmp_path}/labels.txt"
+    done = CliRunner().invoke(export, [*words.split(), "--models", str(tmp_path / "models")])
+    assert done.exit_code == 0, done.output
+    return tmp_path / "models"
+
+
+def photos(folder, counts):
+    """Photos of different sizes in class folders, or without any (`.`)."""
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            content = encoded(picture(17 + i, 30 - i, seed=i), "JPEG")
+            (folder / name / f"{i}.jpg").write_bytes(content)
+    return folder
+
+
+def run_quantize(models, *words):
+    return CliRunner().invoke(quantize, ["hard", "--models", str(models), *words])
+
+
+def test_what_cannot_be_trained_on_is_skipped_and_the_file_without_is_kept(hard, tmp_path):
+    folder = photos(tmp_path / "photos", {"ant": 4, "bee": 4, "cow": 4})
+    done = run_quantize(hard, "--train", str(folder), "--test", str(folder))
+    assert done.exit_code == 0, done.output
+    assert "qat-server  skipped: " in done.output
+    card = Bundle(hard / "hard").card
+    assert card.quantization["method"] == "ptq"
+    assert set(card.quantization["skipped"]) == {"qat-server", "qat-mobile"}
+    assert set(card.quantization["candidates"]) == {"ptq-server", "ptq-mobile"}
+    assert card.accuracy["int8"].images == 12
+
+
+@pytest.mark.parametrize("method", ["ptq", "qat", "both"])
+def test_images_without_labels_are_enough(hard, tmp_path, method):
+    folder = photos(tmp_path / "photos", {".": 10})
+    words = ["--train", str(folder), "--preset", "server", "--method", method]
+    done = run_quantize(hard, *words)
+    assert done.exit_code == 0, done.output
+    assert "the images have no labels: right is what the float network says" in done.output
+    card = Bundle(hard / "hard").card
+    assert card.accuracy == {}
+    assert card.quantization["right_is"] == "the class that the float network gives"
+    assert card.quantization["float32"]["test"] == 1.0
+    assert card.quantization["candidates"]["ptq-server"]["test"] >= 0.5
+    assert set(Bundle(hard / "hard").golden().probabilities) == {"float32", "bf16", "int8"}
+
+
+def test_some_of_the_classes_are_enough(hard, tmp_path):
+    folder = photos(tmp_path / "photos", {"cow": 4, "Bee ": 5})
+    words = ["--train", str(folder), "--test", str(folder), "--method", "ptq"]
+    done = run_quantize(hard, *words, "--preset", "server")
+    assert done.exit_code == 0, done.output
+    assert Bundle(hard / "hard").card.accuracy["int8"].images == 9
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (quantize, "hard --train {photos} --test {photos}/none"),
+        (export, "hard --module {folder}/hard.py:net --size 1"),
+        (export, "hard --module {folder}/hard.py:net --size 12 --classes 9"),
+        (export, "hard --module {folder}/hard.py:fails"),
+    ],
+)
+def test_a_command_that_fails_leaves_the_bundle_as_it_was(hard, tmp_path, command, words):
+    folder = photos(tmp_path / "photos", {"ant": 4})
+    before = {p.name: p.read_bytes() for p in (hard / "hard").iterdir()}
+    typed = words.format(photos=folder, folder=tmp_path).split()
+    done = CliRunner().invoke(command, [*typed, "--models", str(hard)])
+    assert done.exit_code == 1
+    assert {p.name: p.read_bytes() for p in (hard / "hard").iterdir()} == before
+    assert [p.name for p in hard.iterdir()] == ["hard"]
