@@ -64,7 +64,7 @@ def test_whatever_fails_the_bundle_is_what_it_was(folder, name):
 
 def test_a_bundle_that_is_being_made_is_in_no_list(folder):
     with staged(folder) as work:
-        with pytest.raises(BundleError, match=r"there: tiny$"):
+        with pytest.raises(BundleError, match=r"available: tiny$"):
             open_bundle(folder.parent, "none")
         changed(work)
 
