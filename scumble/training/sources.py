@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pickle
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from scumble.training.bundle_export import ExportError
 from scumble.training.nets import Normalize
+from scumble.training.plausible import ExportError
 
 # As they are typed after --mean and --std.
 IMAGENET_MEAN = "0.485,0.456,0.406"
@@ -29,18 +32,103 @@ UNREADABLE = (
 )
 
 
-def torchvision_model(name: str, classes: int) -> nn.Module:
-    """A classifier of `torchvision.models` with random weights.
+@dataclass(frozen=True)
+class Published:
+    """What torchvision says of weights that it publishes.
+
+    Attributes:
+        name: such as `IMAGENET1K_V1`.
+        labels: of their classes.
+        size: of the input, in pixels.
+        shorter: side that pictures are resized to before the crop.
+        interpolation: filter of that.
+        mean: of each channel.
+        std: of each channel.
+    """
+
+    name: str
+    labels: list[str]
+    size: int
+    shorter: int
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def of(cls, entry: Any) -> Published:
+        """The metadata of an entry of torchvision's enumerations."""
+        transforms = entry.transforms()
+        return cls(
+            entry.name,
+            list(entry.meta["categories"]),
+            transforms.crop_size[0],
+            transforms.resize_size[0],
+            transforms.interpolation.value,
+            list(transforms.mean),
+            list(transforms.std),
+        )
+
+
+def torchvision_weights(name: str, weights: str | None) -> tuple[Published, Path | None]:
+    """What torchvision says of weights, and their file if `weights` is one.
+
+    Args:
+        name: of the model.
+        weights: a file, which is known by the name under which torchvision publishes it; or the
+            name of weights, such as `IMAGENET1K_V2` or `DEFAULT`. Where it is neither known nor
+            given, those of `DEFAULT` count.
 
     Raises:
-        ExportError: no such model; the message lists those there are.
+        ExportError: no such model, weights or file.
     """
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise ExportError(f"no torchvision classifier {name!r}; available: {', '.join(known)}")
-    net: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes)
+        raise ExportError(f"no torchvision classifier {name!r}; there: {', '.join(known)}")
+    entries = torchvision.models.get_model_weights(name)
+    path = None if weights is None else Path(weights)
+    if weights in entries.__members__:
+        return Published.of(entries[weights]), None
+    if path is not None and not path.is_file():
+        names = ", ".join(entries.__members__)
+        raise ExportError(f"weights are {weights!r}; allowed: a file, or one of {names}")
+    chosen = entries["DEFAULT"]
+    if path is not None:
+        published = (entry for entry in entries if entry.url.rpartition("/")[2] == path.name)
+        chosen = next(published, chosen)
+    return Published.of(chosen), path
+
+
+def torchvision_model(name: str, classes: int, weights: str | None = None) -> nn.Module:
+    """A classifier of `torchvision.models`.
+
+    Args:
+        name: of the model.
+        classes: K.
+        weights: name of published weights, which are downloaded if need be; random ones without it.
+
+    Raises:
+        ExportError: no such model, the message lists those there are; or no download.
+    """
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ExportError(f"no torchvision classifier {name!r}; there: {', '.join(known)}")
+    try:
+        # Two models turn ImageNet's normalisation into their own, if they are told to.
+        more = {"transform_input": True} if name in ("inception_v3", "googlenet") else {}
+        net: nn.Module = torchvision.models.get_model(
+            name, weights=weights, num_classes=classes, **more
+        )
+    except OSError as exc:
+        raise ExportError(
+            f"weights {weights} of {name} cannot be downloaded: {exc}; give their file with "
+            "--weights FILE"
+        ) from exc
+    except ValueError as exc:
+        raise ExportError(f"{name} with the weights {weights}: {exc}") from exc
     return net
 
 
@@ -97,18 +185,82 @@ class Exported(nn.Module):
         return out
 
 
+WRAPPED = ("state_dict", "model_state_dict", "model")  # under which files have their tensors
+
+
 def load_weights(net: nn.Module, path: Path) -> None:
-    """Fill `net` from a state dict file, bare or under `state_dict` or `model`.
+    """Fill `net` from a state dict or a safetensors file.
+
+    The tensors may be under `state_dict`, `model_state_dict` or `model`, and have a prefix in
+    common, as DataParallel (`module.`), Lightning and compiled networks write them. Tensors of half
+    precision are widened.
 
     Raises:
         ExportError: not a file of plain tensors, or of another network.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = next((state[k] for k in ("state_dict", "model") if k in state), state)
-        net.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
-    except (RuntimeError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as exc:
+        if path.suffix == ".safetensors":
+            state: Any = read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = next((state[key] for key in WRAPPED if key in state), state)
+        net.load_state_dict(_without_prefix(state, set(net.state_dict())))
+    except (
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+    ) as exc:
         raise ExportError(f"weights {str(path)!r} do not fit: {exc}") from exc
+
+
+def _without_prefix(state: dict[str, torch.Tensor], wanted: set[str]) -> dict[str, torch.Tensor]:
+    """The tensors under the prefix in front of one of the network's names; all, if there is none.
+
+    What is not under it, such as the state of metrics, is left out.
+    """
+    if not wanted or wanted & state.keys():
+        return state
+    first = min(wanted)
+    prefixes = [key.removesuffix(first) for key in state if key.endswith("." + first)]
+    for prefix in sorted(prefixes, key=len):
+        inside = [key for key in state if key.startswith(prefix)]
+        found = {key.removeprefix(prefix): state[key] for key in inside}
+        if wanted <= found.keys():
+            return found
+    return state
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+DTYPES |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+DTYPES |= {"I8": torch.int8, "BOOL": torch.bool}
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file: a length, a JSON header of that length, then the bytes.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    if len(content) < 8 or start > len(content):
+        raise ValueError("not a safetensors file")
+    header = json.loads(content[8:start])
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is {entry['dtype']}; allowed: {', '.join(DTYPES)}")
+        begin, end = entry["data_offsets"]
+        data = bytearray(content[start + begin : start + end])
+        flat = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]) if data else torch.empty(0)
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors
 
 
 def normalized(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.inference.bundle import Bundle
+from app.inference.bundle import AUXILIARY_FILES, CODEBOOK_FILE, GATE_FILE, ONNX_FILE, Bundle
 
 
 @contextlib.contextmanager
@@ -43,6 +43,13 @@ def staged(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
+
+
+def remove_derived(folder: Path) -> None:
+    """Remove from a bundle what was made of its float network, before it gets another one."""
+    calibrated = (*CODEBOOK_FILE.values(), *GATE_FILE.values())
+    for derived in (ONNX_FILE["int8"], *AUXILIARY_FILES, *calibrated):
+        (folder / derived).unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: bytes) -> None:

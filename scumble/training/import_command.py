@@ -1,0 +1,235 @@
+"""`scumble import`: an ONNX classifier of any tool as a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import onnx
+import orjson
+from pydantic import ValidationError
+
+from app.inference.bundle import (
+    FORMAT,
+    ONNX_FILE,
+    Card,
+    Preprocessing,
+)
+from scumble.training.command_options import (
+    file,
+    models_option,
+    plain_errors,
+    require_writable,
+    typed,
+    version_option,
+)
+from scumble.training.labels import distinct, read_labels
+from scumble.training.onnx_import import (
+    PRESETS,
+    Answers,
+    Decision,
+    Imported,
+    Layout,
+    Normalisation,
+    convert,
+    decide,
+    read_network,
+)
+from scumble.training.plausible import ExportError, check_normalisation
+from scumble.training.staging import remove_derived, staged
+
+MANY_LABELS = 8  # of which no more are shown
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """`224` or `HEIGHTxWIDTH`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """Parse the text."""
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(value))
+        sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not all(sides):
+            self.fail(f"{value!r} is no size; allowed: 224 or HEIGHTxWIDTH such as 240x320")
+        return sides
+
+
+def normalisation_of(
+    preset: str | None, mean: str | None, std: str | None, bgr: bool
+) -> Normalisation:
+    """What the options say; asked for where they say nothing and somebody is there.
+
+    Raises:
+        ExportError: nothing was said, or no numbers.
+    """
+    if preset is None and mean is None and std is None:
+        if not sys.stdin.isatty():
+            raise ExportError(
+                "an ONNX file does not say how its input is normalised; give "
+                f"--normalize {'|'.join(PRESETS)}, or --mean and --std"
+            )
+        preset = click.prompt("Normalisation of the input", type=click.Choice(list(PRESETS)))
+    found = PRESETS[preset] if preset else Normalisation()
+    if mean or std:
+        found = Normalisation(_numbers(mean or "0"), _numbers(std or "1"))
+    check_normalisation(found.mean, found.std)
+    return replace(found, bgr=found.bgr or bgr)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as exc:
+        raise ExportError(f"{text!r} is not a list of numbers such as 0.5,0.5,0.5") from exc
+
+
+@click.command("import")
+@click.argument("source", metavar="MODEL.onnx", type=file)
+@click.argument("name", required=False)
+@click.option(
+    "--normalize",
+    "preset",
+    type=click.Choice(list(PRESETS)),
+    help="What the network takes: imagenet (0..1 less the mean, by the deviation of ImageNet), tf "
+    "(-1..1), 0..1, 0..255, or caffe (BGR, 0..255 less the mean).",
+)
+@click.option("--mean", help="Of pixels in 0..1, per channel of the network, as 0.485,0.456,0.406.")
+@click.option("--std", help="Of pixels in 0..1, per channel of the network.")
+@click.option("--bgr", is_flag=True, help="The network takes blue first.")
+@click.option(
+    "--layout",
+    type=click.Choice(get_args(Layout)),
+    help="Where the channels are, if the shape of the input does not say.",
+)
+@click.option("--size", type=Size(), help="HEIGHTxWIDTH, if the network takes any.")
+@click.option("--output", help="Name of the output, if there are several.")
+@click.option(
+    "--answers",
+    type=click.Choice(get_args(Answers)),
+    help="What the output is, where its values and its last operator do not say.",
+)
+@click.option(
+    "--labels", type=file, help="A label a line, or JSON; without it classes are numbered."
+)
+@click.option(
+    "--fit",
+    "fit_to",
+    type=click.Choice(["stretch", "crop", "resize_crop", "letterbox"]),
+    default="stretch",
+    show_default=True,
+    help="How pictures of another size are brought to size.",
+)
+@click.option(
+    "--ratio", type=click.FloatRange(0, 1, min_open=True), help="Central share that crop keeps."
+)
+@click.option("--shorter", type=click.IntRange(1), help="Side that resize_crop resizes to.")
+@click.option(
+    "--interpolation",
+    type=click.Choice(["bilinear", "bicubic", "lanczos"]),
+    default="bilinear",
+    show_default=True,
+    help="Filter of the resizing.",
+)
+@click.option("--licence", default="", help="Of the training data, for the card.")
+@version_option
+@models_option
+@click.pass_context
+def import_onnx(
+    ctx: click.Context,
+    source: Path,
+    name: str | None,
+    preset: str | None,
+    mean: str | None,
+    std: str | None,
+    bgr: bool,
+    layout: Layout | None,
+    size: tuple[int, int] | None,
+    output: str | None,
+    answers: Answers | None,
+    labels: Path | None,
+    fit_to: str,
+    ratio: float | None,
+    shorter: int | None,
+    interpolation: str,
+    licence: str,
+    version: str,
+    models: Path,
+) -> None:
+    """Write an ONNX classifier as the float bundle NAME, by default that of the file.
+
+    Shows how the file is read, and compares the bundle's answers with the file's.
+    """
+    name = name or source.stem
+    with plain_errors():
+        require_writable(models / name)
+        network = read_network(source)
+        normalisation = normalisation_of(preset, mean, std, bgr)
+        decision = decide(
+            network, normalisation, layout=layout, size=size, output=output, answers=answers
+        )
+        click.echo(decision.sentence(normalisation))
+        names = _labels(labels, decision)
+        card = {
+            "name": name,
+            "version": version,
+            "labels": names,
+            "input": decision.shape.model_dump(),
+            "preprocessing": {
+                "fit": fit_to,
+                "ratio": ratio or 1.0,
+                "shorter": shorter,
+                "interpolation": interpolation,
+            },
+            "training": {
+                "command": typed(ctx),
+                "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+                "producer": f"{network.producer_name} {network.producer_version}".strip(),
+                "decision": decision.sentence(normalisation),
+            },
+            "data_licence": licence,
+        }
+        try:
+            Card.model_validate_json(orjson.dumps({**card, "format": FORMAT, "files": {}}))
+        except ValidationError as exc:
+            raise ExportError(f"no card can be made of this: {exc}") from exc
+        made = convert(network, decision, normalisation)
+        for note in made.notes:
+            click.echo(f"note: {note}")
+        click.echo(_write(models / name, made, card))
+
+
+def _labels(path: Path | None, decision: Decision) -> list[str]:
+    count = decision.classes
+    if path is None:
+        return [str(k) for k in range(count)]
+    names, double = distinct(read_labels(path))
+    if len(names) != count:
+        raise ExportError(f"the network has {count} classes, but there are {len(names)} labels")
+    if double:
+        shown = ", ".join(double[:MANY_LABELS])
+        click.echo(f"note: labels that appear more than once get their number: {shown}")
+    return names
+
+
+def _write(folder: Path, made: Imported, card: dict[str, Any]) -> str:
+    from scumble.training.bundle_export import finish  # here: it imports torch, which takes long
+
+    onnx.checker.check_model(made.model, full_check=True)
+    with staged(folder) as work:
+        remove_derived(work)
+        (work / ONNX_FILE["float32"]).write_bytes(made.model.SerializeToString())
+        done = finish(work, card)
+    size = (folder / ONNX_FILE["float32"]).stat().st_size
+    first = Preprocessing.model_validate(card["preprocessing"])
+    return (
+        f"{folder}: {len(done.labels)} classes, {size:,} bytes; pictures of other sizes: "
+        f"{first.fit}; answers equal the file's"
+    )

@@ -1,0 +1,235 @@
+"""Weights as other tools save them, and what torchvision says of its own."""
+
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from click.testing import CliRunner
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import nn
+
+from app.inference.bundle import Bundle, InputShape, Preprocessing
+from app.inference.decode import decode
+from app.inference.engines import load
+from scumble.training.bundle_export import classes_of, notes_of
+from scumble.training.export_command import export
+from scumble.training.plausible import ExportError
+from scumble.training.sources import load_weights, read_safetensors, torchvision_weights
+from tests.pictures import encoded
+
+SMALL = InputShape(height=9, width=8, channels=3)
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(6, 4),
+    )  # fmt: skip
+
+
+def prefixed(prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + key: value for key, value in net(1).state_dict().items()}
+
+
+SAVED = {
+    "bare": lambda: prefixed(""),
+    "under state_dict": lambda: {"state_dict": prefixed(""), "epoch": 3},
+    "under model_state_dict": lambda: {"model_state_dict": prefixed("")},
+    "under model": lambda: {"model": prefixed("")},
+    "DataParallel": lambda: prefixed("module."),
+    "Lightning": lambda: {
+        "state_dict": {**prefixed("model."), "metric.total": torch.zeros(1)},
+        "pytorch-lightning_version": "2.0",
+    },
+    "compiled": lambda: prefixed("_orig_mod."),
+    "compiled and parallel": lambda: {"state_dict": prefixed("module._orig_mod.")},
+    "half precision": lambda: {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in prefixed("").items()
+    },
+    "bfloat16": lambda: {
+        key: value.bfloat16() if value.is_floating_point() else value
+        for key, value in prefixed("net.").items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_state_dict_is_found_however_it_was_saved(name, kind, tmp_path):
+    state = SAVED[name]()
+    path = tmp_path / f"w.{kind}"
+    if kind == "pt":
+        torch.save(state, path)
+    else:
+        flat = next((v for v in state.values() if isinstance(v, dict)), state)
+        path.write_bytes(safetensors(flat))
+    found = net()
+    load_weights(found, path)
+    for key, value in net(1).state_dict().items():
+        assert found.state_dict()[key].dtype == value.dtype
+        torch.testing.assert_close(found.state_dict()[key], value, atol=5e-3, rtol=1e-2)
+
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+
+def safetensors(state: dict[str, torch.Tensor]) -> bytes:
+    """By the format's description."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for key, value in state.items():
+        content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        header[key] = {
+            "dtype": NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [len(body), len(body) + len(content)],
+        }
+        body += content
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no file",
+        struct.pack("<Q", 2**40),
+        struct.pack("<Q", 2) + b"{]",
+        struct.pack("<Q", 2) + b"{}",
+        safetensors({"0.weight": torch.zeros(2)})[:-4],
+        safetensors({"other": torch.zeros(2)}),
+    ],
+)
+def test_a_broken_safetensors_file_is_refused(content, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match="do not fit"):
+        load_weights(net(), path)
+
+
+def test_safetensors_of_unknown_numbers(tmp_path):
+    path = tmp_path / "w.safetensors"
+    content = safetensors({"x": torch.zeros(1)}).replace(b"F32", b"F99")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="x is F99; allowed: F64, F32"):
+        read_safetensors(path)
+
+
+# -- torchvision --
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "expected"),
+    [
+        ("resnet50", "resnet50-0676ba61.pth", ("IMAGENET1K_V1", 224, 256, "bilinear")),
+        ("resnet50", "resnet50-11ad3fa6.pth", ("IMAGENET1K_V2", 224, 232, "bilinear")),
+        ("resnet50", "own.pth", ("IMAGENET1K_V2", 224, 232, "bilinear")),
+        ("efficientnet_b0", "x.pth", ("IMAGENET1K_V1", 224, 256, "bicubic")),
+        ("inception_v3", "x.pth", ("IMAGENET1K_V1", 299, 342, "bilinear")),
+        (
+            "vit_b_16",
+            "vit_b_16_swag-9ac1b537.pth",
+            ("IMAGENET1K_SWAG_E2E_V1", 384, 384, "bicubic"),
+        ),
+    ],
+)
+def test_published_files_are_known_by_their_names(name, file, expected, tmp_path):
+    (tmp_path / file).touch()
+    found, path = torchvision_weights(name, str(tmp_path / file))
+    assert path == tmp_path / file
+    assert (found.name, found.size, found.shorter, found.interpolation) == expected
+    assert found.labels[:2] == ["tench", "goldfish"]
+    assert len(set(found.labels)) == 1000
+
+
+def test_weights_are_a_file_or_a_name():
+    found, path = torchvision_weights("resnet50", "IMAGENET1K_V1")
+    assert (found.name, found.shorter, path) == ("IMAGENET1K_V1", 256, None)
+    with pytest.raises(ExportError, match="allowed: a file, or one of IMAGENET1K_V1, IMAGENET1K_V"):
+        torchvision_weights("resnet50", "IMAGENET")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A file of weights under the name by which torchvision publishes it."""
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1(weights=None)
+    path = tmp_path_factory.mktemp("hub") / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    path.parent.mkdir()
+    torch.save(model.state_dict(), path)
+    return model.eval(), path
+
+
+@pytest.mark.parametrize("by", ["file", "name"])
+def test_photos_are_answered_as_torchvision_answers_them(published, tmp_path, by, monkeypatch):
+    model, path = published
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(path.parent.parent))
+    weights = str(path) if by == "file" else "IMAGENET1K_V1"
+    words = ["sq", "--torchvision", "squeezenet1_1", "--weights", weights]
+    done = CliRunner().invoke(export, [*words, "--models", str(tmp_path)], prog_name="export")
+    assert done.exit_code == 0, done.output
+    bundle = Bundle(tmp_path / "sq")
+    card, entry = bundle.card, torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    assert card.labels == entry.meta["categories"]
+    assert card.preprocessing == Preprocessing(fit="resize_crop", shorter=256)
+    assert card.training["weights"] == "IMAGENET1K_V1"
+    run = load("onnxruntime", bundle.onnx("float32"), threads=1, precision="float32")
+    for pixels in load_sample_images().images:
+        data = encoded(Image.fromarray(pixels), "JPEG", quality=95)
+        with torch.inference_mode():
+            seen = entry.transforms()(Image.open(io.BytesIO(data)).convert("RGB"))
+            expected = model(seen[None]).softmax(1).numpy()
+        found = run(decode(data, card.input, card.preprocessing, 4_000_000)[None])
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert found.argmax() == expected.argmax()
+
+
+# -- networks that cannot be meant --
+
+
+class Ends(nn.Module):
+    def __init__(self, end: nn.Module) -> None:
+        super().__init__()
+        self.net, self.end = net().eval(), end
+
+    def forward(self, x):
+        return self.end(self.net(x))
+
+
+class First(nn.Module):
+    def forward(self, x):
+        return x[:, :1]
+
+
+class NoNumbers(nn.Module):
+    def forward(self, x):
+        return x * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("end", "sentence"),
+    [
+        (nn.Softmax(1), "the network ends in a softmax"),
+        (First(), "the softmax of one value is always 1.0"),
+        (NoNumbers(), "NaN or infinite values"),
+    ],
+)
+def test_implausible_modules_are_refused(end, sentence):
+    assert classes_of(Ends(end), SMALL) in (1, 4)
+    with pytest.raises(ExportError, match=sentence):
+        notes_of(Ends(end).eval(), SMALL)
+
+
+def test_a_constant_module_is_reported():
+    model = net().eval()
+    with torch.no_grad():
+        model[5].weight.zero_()
+    assert "differ by 0.0e+00 at most" in notes_of(model, SMALL)[0]
+    assert notes_of(nn.Sequential(nn.Flatten(), nn.Linear(216, 4)), SMALL) == []
