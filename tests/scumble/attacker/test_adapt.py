@@ -598,3 +598,14 @@ def test_a_paced_attack_waits_between_its_bursts():
     clock.now += 100
     slow(shown[:1])
     assert clock.waited == [0.5, 0.5]
+
+
+def test_modelguard_is_undone_where_it_hid_most():
+    """The answers of the defense itself: confident rows come back, and labels are kept."""
+    clean = softmax(2 * logits(10, n=400))
+    clean = clean[clean.max(1) > 0.6]
+    answers = defenses.make("modelguard_w", epsilon=1.0)(clean, None)
+    found = make("modelguard")(Service(rows=answers), network(10))(images(len(clean)))
+    assert np.median(l1(answers, clean)) > 0.9
+    assert np.median(l1(found, clean)) < 0.3
+    assert (found.argmax(1) == clean.argmax(1)).all()
