@@ -44,7 +44,7 @@ WRONG = {
         "[Errno 2] No such file or directory: ",
     ),
     "attack url": (["attack", "nope", *ATTACK[2:], *DIGITS], "the URL is 'nope'; allowed: "),
-    "attack queries": (ATTACK, "knockoff needs images to query: give a data set with --queries"),
+    "attack queries": (ATTACK, "the attack needs images to query: give a data set with --queries"),
     "attack budget": (
         ["attack", URL, "--attack", "dfme", "--budget", "9", "--test", "digits"],
         "the budget is 9; one iteration of dfme costs ",
