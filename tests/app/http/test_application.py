@@ -97,7 +97,7 @@ REFUSALS = {
     "type": ("POST", "/v1/predict", {"content": b"x"}, 415),
     "framing": ("POST", "/v1/predict", {"json": {}}, 400),
     "image": ("POST", "/v1/predict", {"content": b"x", "headers": HEADERS}, 422),
-    "size": ("POST", "/v1/predict", {"content": bytes(6 * 2**20), "headers": HEADERS}, 413),
+    "size": ("POST", "/v1/predict", {"content": bytes(11 * 2**20), "headers": HEADERS}, 413),
     "top_k 0": ("POST", "/v1/predict?top_k=0", {"content": PNG, "headers": HEADERS}, 422),
     "top_k text": ("POST", "/v1/predict?top_k=two", {"content": PNG, "headers": HEADERS}, 422),
     "top_k too large": ("POST", "/v1/predict?top_k=5", {"content": PNG, "headers": HEADERS}, 422),

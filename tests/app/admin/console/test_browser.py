@@ -379,7 +379,7 @@ def test_a_refused_picture_is_said_in_words_and_clears_the_bars(browser, server,
     expect(page.locator("#bars li")).to_have_count(0)
     expect(page.locator("#l1")).to_have_text("–")
     expect(page.locator("#seen")).to_be_hidden()
-    file.write_bytes(bytes(6 * 2**20))
+    file.write_bytes(bytes(11 * 2**20))
     page.set_input_files("#file", file)
     expect(page.locator("#refusal")).to_contain_text("allowed: 10485760")
     page.locator("#golden button").first.click()

@@ -240,7 +240,7 @@ BAD = {
     "no image": (NONE, b"", KIND, 422),
     "noise": (NONE, bytes(range(256)) * 40, KIND, 422),
     "cut off": (NONE, PNG[:-60], KIND, 422),
-    "too many bytes": (NONE, bytes(6 * 2**20), KIND, 413),
+    "too many bytes": (NONE, bytes(11 * 2**20), KIND, 413),
     "too many pixels": (NONE, encoded(picture(2500, 2000)), KIND, 413),
     "another type": (NONE, PNG, {**MARK, "Content-Type": "text/plain"}, 415),
     "no mark": (NONE, PNG, {"Content-Type": "image/png"}, 403),
