@@ -92,7 +92,7 @@ def test_a_killed_worker_is_replaced_and_counters_never_fall(serve):
 
 def test_sigterm_says_so_answers_on_and_loses_nothing(serve):
     """As behind a load balancer, which turns away once `/readyz` says 503."""
-    server = serve(workers=2, drain_delay_s=1.0)
+    server = serve(workers=2, drain_delay_s=3.0)
     codes = []
     turned_away = threading.Event()
 
@@ -107,8 +107,9 @@ def test_sigterm_says_so_answers_on_and_loses_nothing(serve):
     server.process.send_signal(signal.SIGTERM)
     while httpx2.get(f"{server.admin}/readyz").status_code == 200:
         time.sleep(0.01)
-    before = len(codes)
-    time.sleep(0.2)
+    before, deadline = len(codes), time.monotonic() + 2
+    while len(codes) <= before + 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
     turned_away.set()
     for thread in threads:
         thread.join(10)
