@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SUFFIXES = {"", ".css", ".html", ".js", ".onnx", ".py", ".svg", ".typed"}
-BUNDLE = {"card.json", "codebook.float32.json", "codebook.int8.json", "golden.json"}
+BUNDLE = {"card.json", "golden.json"} | {
+    f"{part}.{precision}.json" for part in ("codebook", "gate") for precision in ("float32", "int8")
+}
 
 
 @pytest.fixture(scope="session")
