@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SUFFIXES = {"", ".css", ".html", ".js", ".onnx", ".py", ".svg", ".typed"}
+SUFFIXES = {"", ".css", ".html", ".js", ".onnx", ".py", ".svg", ".toml", ".typed"}
 BUNDLE = {"card.json", "golden.json"} | {
     f"{part}.{precision}.json" for part in ("codebook", "gate") for precision in ("float32", "int8")
 }
