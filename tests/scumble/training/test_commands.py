@@ -43,7 +43,7 @@ def models(data, tmp_path_factory):
     words = ["mnist", "--data", str(data), "--models", str(folder), "--epochs", "30"]
     done = CliRunner().invoke(train, words, prog_name="train")
     assert done.exit_code == 0, done.output
-    assert "of 300 test images" in done.output
+    assert "on 300 test images" in done.output
     return folder
 
 
