@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-MOST_BYTES = 5 * 2**20
+MOST_BYTES = 10 * 2**20  # what SCUMBLE_LIMITS__MAX_BODY_BYTES allows
 SIDE = 2000  # its square is the default limit of pixels
 
 
@@ -229,7 +229,7 @@ JPEGS: dict[str, Callable[[], bytes]] = {
     "jpeg-two-frames": lambda: jpeg(before=[frame(0xC0, 30_000, 30_000)]),
     "jpeg-frame-after-the-scan": lambda: jpeg(scan_data=frame(0xC0, 30_000, 30_000)),
     "jpeg-62000-empty-segments": lambda: b"\xff\xd8" + segment(0xE1) * 62_000 + b"\xff\xd9",
-    "jpeg-empty-segments-5-mib": lambda: jpeg(before=_until_full(segment(0xE1))),
+    "jpeg-empty-segments-full-body": lambda: jpeg(before=_until_full(segment(0xE1))),
     "jpeg-fill-bytes": lambda: jpeg(before=[b"\xff" * 5_000_000]),
     "jpeg-stuffed-scan": lambda: jpeg(scan_data=b"\xff\x00" * 2_500_000),
     "jpeg-restarts-in-the-scan": lambda: jpeg(scan_data=b"\xff\xd0" * 2_500_000),

@@ -3,7 +3,7 @@
     python -m loadtest.bombs                    writes loadtest/bombs.json
 
 A real server with one worker gets each file of `loadtest/bomb_files.py`, and forms, JSON and V2
-requests with many of them, none longer than 5 MiB. While a request runs, another connection sends
+requests with many of them, none longer than 10 MiB. While a request runs, another connection sends
 `/livez` to the same worker every 2 ms. The longest answer minus the median of an idle worker is a
 bound on how long the event loop was blocked. The increase of the worker's peak resident memory is
 what the request needed; the processor time of the loop's thread is what it took there, `/livez`

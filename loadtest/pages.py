@@ -394,7 +394,7 @@ def promises(
         rows.append(
             [
                 "bombs",
-                f"{bombs['requests']} requests of at most 5 MiB, made to cost much; one worker",
+                f"{bombs['requests']} requests of at most 10 MiB, made to cost much; one worker",
                 f"event loop held {worst['hold_ms']:g} ms at most, `/livez` in "
                 f"{worst['livez_ms']:g} ms, {worst['memory_mib']:g} MiB of memory",
                 "[bombs.json](../../loadtest/bombs.json)",

@@ -104,7 +104,7 @@ REFUSED = {
         png-palette-5-mib png-two-headers png-empty-idats png-empty-texts png-huge-chunk-length
         png-apng-frames jpeg-2500-scans jpeg-100000-scans jpeg-repeated-baseline-scan
         jpeg-two-headers jpeg-frame-after-the-scan jpeg-62000-empty-segments
-        jpeg-empty-segments-5-mib jpeg-fill-bytes jpeg-ff-in-the-scan jpeg-arithmetic
+        jpeg-empty-segments-full-body jpeg-fill-bytes jpeg-ff-in-the-scan jpeg-arithmetic
         jpeg-lossless-arithmetic jpeg-lossless jpeg-12-bit jpeg-255-components jpeg-height-later
         jpeg-lines-after-the-scan jpeg-hierarchical jpeg-10000-huffman-tables
         jpeg-10000-quantizations webp-small-canvas webp-large-canvas webp-metadata-chunks
