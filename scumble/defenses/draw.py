@@ -29,7 +29,7 @@ class Draw:
 
     Attributes:
         secret: the server's key, any length.
-        version: of the model: another one draws anew.
+        version: of the model; another version gives other draws.
         defense: a codebook, whose prototypes are drawn, or one-hot labels.
         shares: {form: {cells: (rows, cells)}}, how often own images fall into each cell: drawn
             confidences are as high as those of own images.

@@ -37,7 +37,7 @@ class Withhold(Defense):
         defense: what answers the other images; a user writes `answers: [name, {parameter: value}]`.
         gate: the thresholds; from the bundle.
         version: of the model, which draws are made for; from the bundle.
-        secret: the server's key, any length. Without it whoever reads this file can draw.
+        secret: the server's key, any length. Without it, anyone who reads this file can draw.
 
     Raises:
         DefenseError: a parameter is not allowed, or keyed rows of a defense that has no prototypes.

@@ -1,8 +1,8 @@
 """The worst case of a defense that withholds: an attacker who is told which answers are true.
 
 Whatever such a defense hides, it cannot do worse than here: the copy learns from clean labels, and
-only the choice of queries is left to the attacker. It is a bound, not an attack that a stranger can
-run: it takes the address of the undefended service, which `scumble evaluate` gives it.
+only the choice of queries is left to the attacker. It is a bound, not an attack that outsiders
+can run: it takes the address of the undefended service, which `scumble evaluate` gives it.
 """
 
 from __future__ import annotations
