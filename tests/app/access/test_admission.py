@@ -291,6 +291,8 @@ def test_what_a_client_gets_is_counted_under_his_name(keyed, keys_file):
         'scumble_client_refused_total{"client": "acme"}': 1,
         'scumble_client_budget_images{"budget": "total", "client": "acme"}': 5,
         'scumble_client_budget_left_images{"budget": "total", "client": "acme"}': 1,
+        'scumble_client_withheld_images_total{"client": "acme"}': 0,
+        'scumble_client_withheld_images_total{"client": "other"}': 0,
     }
 
 
