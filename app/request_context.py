@@ -38,6 +38,7 @@ class RequestContext:
         id: the client's `X-Request-ID`, or a random one.
         traceparent: the client's W3C trace context, if it sent one and logs or spans link to it.
         images: how many the request holds; 0 until they are counted.
+        withheld: how many of their answers the defense withheld.
         refusal: the reason label of the error that was sent instead of an answer.
         admission: the client's grant and charge; None without keys and budgets.
         stages: the times of the stages, for spans; None unless the request was traced and answered.
@@ -47,6 +48,7 @@ class RequestContext:
     id: str = ""
     traceparent: str | None = None
     images: int = 0
+    withheld: int = 0
     refusal: str | None = None
     admission: Admission | None = None
     stages: Stages | None = None

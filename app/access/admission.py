@@ -34,6 +34,7 @@ from app.system.file_watcher import WatchedFile
 from app.telemetry.client_usage import ClientUsage
 
 OPEN = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+REFUNDS = 1000  # of withheld answers, at a time
 log = logging.getLogger("scumble")
 
 
@@ -121,8 +122,8 @@ class Access:
                 response.headers.update(admission.headers)
             if context.images and admission.grant.client:
                 self.clients.answered(admission.grant.client, context.images)
-            if admission.withheld:
-                self._note_withheld(admission)
+            if context.withheld:
+                self._note_withheld(admission, context.withheld)
             return response
 
         return guarded
@@ -158,14 +159,22 @@ class Access:
             await asyncio.gather(*self._refunds)
             await self.store.close()
 
-    def _note_withheld(self, admission: Admission) -> None:
-        """Count it, and refund it beside the answer: its time must not tell what is withheld."""
+    def _note_withheld(self, admission: Admission, images: int) -> None:
+        """Count them, and refund them beside the answer: its time must not tell what is withheld.
+
+        Beyond `REFUNDS` at a time, which only a store that hangs can cause, none is made: the
+        client loses images, the worker no memory.
+        """
         if admission.grant.client:
-            self.clients.withheld(admission.grant.client, admission.withheld)
-        if any(bucket.clean for bucket in admission.grant.buckets):
-            refund = asyncio.get_running_loop().create_task(admission.refund_withheld())
-            self._refunds.add(refund)
-            refund.add_done_callback(self._refunds.discard)
+            self.clients.withheld(admission.grant.client, images)
+        if not any(bucket.clean for bucket in admission.grant.buckets):
+            return
+        if len(self._refunds) >= REFUNDS:
+            self.note_store_failure(StoreError(f"{REFUNDS} refunds are waiting"))
+            return
+        refund = asyncio.get_running_loop().create_task(admission.refund_withheld(images))
+        self._refunds.add(refund)
+        refund.add_done_callback(self._refunds.discard)
 
     def _all(self) -> list[Grant]:
         return [self._keyless] if self._keys is None else list(self._keys.value.values())

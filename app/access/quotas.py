@@ -63,7 +63,6 @@ class Admission:
         charged: by the store; None before the charge and after a refund.
         left: images left of the client's budgets, by name; None before the store has responded.
         headers: RateLimit fields of the response.
-        withheld: images of the request whose answer the defense withheld.
     """
 
     grant: Grant
@@ -74,7 +73,6 @@ class Admission:
     charged: Charge | None = None
     left: dict[str, int] | None = None
     headers: dict[str, str] = field(default_factory=dict)
-    withheld: int = 0
 
     async def charge(self, images: int) -> None:
         """Take the images from the budgets.
@@ -102,13 +100,13 @@ class Admission:
             raise OverBudget(*refusal(buckets, charge, images))
         self.images, self.charged = images, charge
 
-    async def refund_withheld(self) -> None:
-        """Give back what was withheld to the buckets that count clean answers.
+    async def refund_withheld(self, images: int) -> None:
+        """Give back images whose answers were withheld to the buckets that count clean answers.
 
         All images were charged first, so requests at the same time get no more than the budget. A
         refund that is lost costs the client some answers.
         """
-        if self.charged is None or not self.withheld:
+        if self.charged is None or not images:
             return
         pairs = zip(self.grant.buckets, self.charged.levels, strict=True)
         clean = [(bucket, level) for bucket, level in pairs if bucket.clean]
@@ -117,12 +115,12 @@ class Admission:
         buckets, levels = zip(*clean, strict=True)
         charge = Charge(granted=True, levels=levels)
         try:
-            await self.store.refund(buckets, self.withheld, charge)
+            await self.store.refund(buckets, images, charge)
         except StoreError as exc:
             self.on_store_failure(exc)
             return
         for name, bucket, left in by_client(buckets, charge):
-            self._show(name, bucket, min(bucket.limit, left + self.withheld))
+            self._show(name, bucket, min(bucket.limit, left + images))
 
     async def refund(self) -> None:
         """Give back what was charged, because the client got no answer for it."""

@@ -201,6 +201,8 @@ class Audit:
             entry |= {"client": admission.grant.client or None, "policy": admission.grant.policy}
             if admission.left is not None:
                 entry["left"] = admission.left
+        if context.withheld:
+            entry["withheld"] = context.withheld
         if refusal is not None:
             entry["refusal"] = refusal
         if context.traceparent is not None:

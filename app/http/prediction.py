@@ -190,8 +190,7 @@ class Service:
         abstained = None
         if marks is not None:
             abstained = marks == ABSTAINED
-            if context.admission is not None:
-                context.admission.withheld = int(np.count_nonzero(marks))
+            context.withheld = int(np.count_nonzero(marks))
         if probabilities.size <= INLINE_VALUES:
             response = codec.write(asked, probabilities, context.id, abstained)
         else:

@@ -60,6 +60,7 @@ PRECISIONS = ("float32", "int8")
 # attack -> queries as published
 BUDGETS = {
     "knockoff": 50_000,  # the transfer set of the defenses' papers, the training part of CIFAR
+    "mask_seeking": 50_000,
     "dfme": 20_000_000,  # on CIFAR-10
     "maze": 5_000_000,  # the default of its authors' code
 }
@@ -100,6 +101,7 @@ def published(cell: Cell) -> Cell:
         profile="paper",
         budget=BUDGETS[cell.attack],
         student="auto",
+        recipe=None,
         test_images=0,
         changes=tuple(kept),
     )
@@ -201,6 +203,47 @@ def strong(precision: str, defenses: Iterable[Defended]) -> Iterator[Cell]:
         yield from adapted(cell, "invert")
 
 
+OUTLINED = "fashion_mnist[:10000],fashion_mnist@outlines[10000:20000]"
+LARGER = "fashion_mnist[:30000],fashion_mnist@outlines[30000:60000]"
+CODEBOOK = Defended("codebook", {"cells": 4})
+WITHHOLD = Defended("withhold", {"loss": 0.01, "answers": ["codebook", {"cells": 4}]})
+
+
+ITERATED = (
+    *("invert.defense=dcp", "invert.beta=1.2", f"invert.gamma={GAMMA}"),
+    *("invert.prior=student", "attack.rounds=2", "fit.epochs=8"),
+)
+
+
+def tuned() -> Iterator[Cell]:
+    """The best attackers on mnist: tuned recipes, and a transfer set half of which is outlined.
+
+    A seed comes after the other, so that every row is there once before any is there twice.
+    """
+
+    def against(defense: Defended, kind: str, *adapt: str, own: tuple[str, ...] = ()) -> Cell:
+        return Cell(
+            "mnist",
+            defense,
+            queries=OUTLINED,
+            adapt=adapt,
+            changes=("attack.curve=[]", *own),
+            recipe=f"mnist-{kind}",
+        )
+
+    rows = (
+        against(LABEL, "labels"),
+        against(CODEBOOK, "mixed"),
+        against(WITHHOLD, "mixed", "answered"),
+        replace(against(WITHHOLD, "mixed"), attack="mask_seeking", queries=LARGER),
+        against(dcp(1.2), "labels", "margin_filter", "argmax"),
+        against(dcp(1.2), "soft", "invert", own=ITERATED),
+        against(NONE, "soft"),
+    )
+    for seed in (0, 1, 2):
+        yield from (replace(row, seed=seed) for row in rows)
+
+
 PLANS: dict[str, Callable[[], Iterator[Cell]]] = {
     "ci": ci,
     "colour": colour,
@@ -209,4 +252,5 @@ PLANS: dict[str, Callable[[], Iterator[Cell]]] = {
     "hungry": hungry,
     "adaptive": adaptive,
     "frontier": frontier,
+    "tuned": tuned,
 }

@@ -29,6 +29,9 @@ class Utility(Part):
     `l1_*`, `kl` (nats) and `top1_changed` compare served and clean rows; `calibration_error` is of
     the served rows, `clean_*` of the undefended ones. Milliseconds are of single requests over
     `png`, taken by turns from both servers; `added` is the difference of the percentiles.
+    A withheld answer is never right; `answered` is the share of the others, and what is said of
+    confidence is said of them. `ranking` is the probability that a right answer is more confident
+    than a wrong one, None where all are right. Older records lack the last three members.
     """
 
     images: Count
@@ -42,16 +45,28 @@ class Utility(Part):
     clean_calibration_error: Share
     latency_ms: dict[Percentile, float]
     added_ms: dict[Percentile, float]
+    answered: Share = 1.0
+    ranking: Share | None = None
+    clean_ranking: Share | None = None
 
 
 class Transfer(Part):
-    """What the attacker got: on a sample of its queries."""
+    """What the attacker got: on a sample of its queries.
+
+    `answered` is the share of answers that were not withheld, `true` of those that have the clean
+    answer's label, `agreement` of those that have the copy's. `bits` is the entropy of the distinct
+    answers: what one of them can tell at most, and at most log2 of the sample. Older records lack
+    `answered`, `true` and `bits`.
+    """
 
     images: Count
     l1_mean: Distance
     l1_max: Distance
     top1_changed: Share
     agreement: Share
+    answered: Share = 1.0
+    true: Share | None = None
+    bits: float | None = None
 
 
 class Record(Part):

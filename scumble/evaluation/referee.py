@@ -14,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from scumble.attacker import consent, students
+from scumble.attacker.adapt.answered import withheld
 from scumble.attacker.oracle import HttpOracle, Oracle
 from scumble.attacker.pool import pool
 from scumble.attacker.run import Job, data, run
@@ -31,6 +33,7 @@ from scumble.progress import reporting, to_file
 
 SAMPLE = 2000  # of the queries, for what the attacker was told
 PROGRESS = "progress"  # file in the cell's folder: how far it has come
+Marked = npt.NDArray[np.bool_]
 PERCENTILES: tuple[Percentile, ...] = ("p50", "p99")
 REQUESTS = 200  # for the latency, to each server
 UNTIMED = 10  # before them
@@ -102,6 +105,8 @@ def judge(
     )  # fmt: skip
     copied = students.predict(copy, pool(test, result.victim.shape).images)
     distances = scores.l1(answers, truth)
+    said = ~withheld(answers)
+    true = share(said, answers, truth)
     record = Record(
         command=command,
         cell=cell.described(),
@@ -113,8 +118,11 @@ def judge(
             images=len(images),
             l1_mean=float(distances.mean()),
             l1_max=float(distances.max()),
-            top1_changed=1 - scores.agreement(answers, truth),
-            agreement=scores.agreement(students.predict(copy, images), answers),
+            top1_changed=1 - true,
+            agreement=share(said, students.predict(copy, images), answers),
+            answered=float(said.mean()),
+            true=true,
+            bits=scores.bits(answers),
         ),
         attack=result,
         attack_failed=failure(copied, test.labels, result.curve),
@@ -206,20 +214,29 @@ def compare(url: str, clean_url: str, test: Dataset, headers: dict[str, str] | N
         clean = oracle(images)
     rows = ask(url, images, headers)
     distances = scores.l1(rows, clean)
+    said = ~withheld(rows)
     latency = latencies({"served": url, "clean": clean_url}, test, REQUESTS, headers=headers)
     return Utility(
         images=len(test),
-        accuracy=scores.accuracy(rows, test.labels),
+        accuracy=float((said & (rows.argmax(1) == test.labels)).mean()),
         clean_accuracy=scores.accuracy(clean, test.labels),
-        top1_changed=1 - scores.agreement(rows, clean),
+        top1_changed=1 - share(said, rows, clean),
         l1_mean=float(distances.mean()),
         l1_max=float(distances.max()),
         kl=scores.kl(rows, clean),
-        calibration_error=scores.calibration_error(rows, test.labels),
+        calibration_error=scores.calibration_error(rows[said], test.labels[said]),
         clean_calibration_error=scores.calibration_error(clean, test.labels),
         latency_ms=latency["served"],
         added_ms={p: latency["served"][p] - latency["clean"][p] for p in PERCENTILES},
+        answered=float(said.mean()),
+        ranking=scores.ranking(rows[said], test.labels[said]),
+        clean_ranking=scores.ranking(clean, test.labels),
     )
+
+
+def share(said: Marked, one: Probs, other: Probs) -> float:
+    """Share of all rows that are marked and have the same label in both."""
+    return float((said & (one.argmax(1) == other.argmax(1))).mean())
 
 
 def latencies(

@@ -19,6 +19,7 @@ __all__ = [
     "Spread",
     "accuracy",
     "agreement",
+    "bits",
     "calibration_error",
     "kl",
     "l1",
@@ -76,3 +77,13 @@ def kl(served: Rows, clean: Rows) -> float:
     p, y = np.float64(clean), np.float64(served)
     terms = p * (np.log(np.maximum(p, TINY)) - np.log(np.maximum(y, TINY)))
     return float(terms.sum(1).mean())
+
+
+def bits(answers: Rows) -> float:
+    """Entropy of the distinct rows, in bits: what one answer can tell at most.
+
+    At most log2 N, so a sample says "at least" where most rows are distinct.
+    """
+    _, counts = np.unique(answers, axis=0, return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log2(shares)).sum()) + 0.0

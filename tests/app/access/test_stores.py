@@ -8,15 +8,19 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
+from starlette.requests import Request
+from starlette.responses import Response
 
+from app.access.admission import REFUNDS, Access
 from app.access.grants import Grant
 from app.access.keys import KeyLimits
 from app.access.quotas import Admission, client_buckets, fields, refusal
-from app.access.stores import Bucket, StoreError, open_store
+from app.access.stores import Bucket, Charge, Level, StoreError, open_store
 from app.access.stores.memory import MemoryStore
 from app.access.stores.sqlite import SqliteStore
 from app.errors import ConfigError, OverBudget
+from app.request_context import ensure_context, request_context
 from app.telemetry.client_usage import ClientUsage
 from tests.redis_server import RedisServer, needs_redis
 
@@ -380,16 +384,54 @@ async def test_what_is_withheld_is_given_back_to_budgets_of_clean_answers_only(o
     ]
     first = admit(store)
     await first.charge(6)
-    first.withheld = 4
-    await first.refund_withheld()
+    await first.refund_withheld(4)
     levels = (await store.charge((total, window, clean), 0)).levels
     assert [level.used for level in levels] == [6, 2, 2]
     second = admit(store)
     await second.charge(4)
-    await second.refund_withheld()
+    await second.refund_withheld(0)
     await second.refund()
     levels = (await store.charge((total, window, clean), 0)).levels
     assert levels[0].used == 6
+
+
+class RefundsHang:
+    """A store that charges at once and returns from no refund until it is `released`."""
+
+    def __init__(self):
+        self.released, self.refunds = asyncio.Event(), 0
+
+    async def charge(self, buckets, images):
+        return Charge(granted=True, levels=tuple(Level(images, 0, 0) for _ in buckets))
+
+    async def refund(self, buckets, images, charge):
+        self.refunds += 1
+        await self.released.wait()
+
+    async def close(self):
+        pass
+
+
+async def test_a_store_that_hangs_gathers_a_limited_number_of_refunds():
+    store, failures = RefundsHang(), Counter("failures", "of a store", registry=None)
+    clients = ClientUsage(CollectorRegistry())
+    grant = Grant(client="a", buckets=client_buckets("a", CLEAN))
+    access = Access(None, keyless=grant, store=store, failures=failures, clients=clients)
+
+    async def withhold(request):
+        context = request_context(request.scope)
+        context.images = context.withheld = 1
+        await context.admission.charge(1)
+        return Response()
+
+    async with access.running():
+        for _ in range(REFUNDS + 5):
+            scope = {"type": "http", "path": "/v1/predict", "headers": []}
+            ensure_context(scope)
+            await access.guard("/v1/predict", withhold)(Request(scope))
+        await asyncio.sleep(0)
+        assert (store.refunds, failures.collect()[0].samples[0].value) == (REFUNDS, 5)
+        store.released.set()
 
 
 async def test_a_thief_gets_no_more_clean_answers_than_the_budget(opened):
@@ -404,9 +446,9 @@ async def test_a_thief_gets_no_more_clean_answers_than_the_budget(opened):
             except OverBudget:
                 continue
             await asyncio.sleep(0)
-            admission.withheld = int(number % 4 > 0)
-            served.append(1 - admission.withheld)
-            await admission.refund_withheld()
+            withheld = int(number % 4 > 0)
+            served.append(1 - withheld)
+            await admission.refund_withheld(withheld)
 
     await asyncio.gather(*(steal(number) for number in range(8)))
     assert sum(served) <= 10

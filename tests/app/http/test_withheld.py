@@ -116,6 +116,20 @@ def test_a_keyed_answer_looks_like_any_other(open_client):
     assert "ratelimit" not in keyed.headers
 
 
+def test_the_audit_log_counts_what_was_withheld(open_client, tmp_path):
+    keys = (
+        row("withheld", defense="withhold", defense_params=ALL),
+        row("passes", defense="withhold", defense_params=NOTHING),
+    )
+    client = open_client(*keys, audit_file=tmp_path / "audit", audit_on_failure="closed")
+    for key, n in (("withheld", 2), ("passes", 1)):
+        assert ask(client, key, n).status_code == 200
+    (file,) = tmp_path.glob("audit.worker-*")
+    lines = map(orjson.loads, file.read_bytes().splitlines())
+    found = [(e["client"], e.get("withheld")) for e in lines if e["kind"] == "prediction"]
+    assert found == [("withheld", 2), ("passes", None)]
+
+
 def test_what_is_withheld_is_not_counted_as_an_answer(open_client):
     limits = {"total_clean": 3, "total_images": 100}
     client = open_client(

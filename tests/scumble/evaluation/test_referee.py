@@ -81,6 +81,9 @@ def test_a_cell_from_servers_to_pages(cell, tmp_path):
     bare = read(tmp_path / cells[3].key / "record.json")
     assert bare.served.l1_max == pytest.approx(0, abs=1e-5)
     assert bare.served.accuracy == bare.served.clean_accuracy
+    assert bare.served.ranking == bare.served.clean_ranking
+    assert (bare.served.answered, bare.transfer.answered, bare.transfer.true) == (1, 1, 1)
+    assert record.transfer.bits == pytest.approx(np.log2(50))
     # The clean side is the same model, whatever defends it.
     assert bare.served.clean_accuracy == record.served.clean_accuracy
 

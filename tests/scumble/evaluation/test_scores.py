@@ -80,3 +80,11 @@ def test_nothing_is_lost_without_a_defense(raw):
     assert scores.l1(rows, rows).max() == 0
     assert scores.kl(rows, rows) == pytest.approx(0, abs=1e-12)
     assert 0 <= scores.calibration_error(rows, np.zeros(5, np.int64)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "bits"),
+    [([[1, 0]], 0), ([[1, 0]] * 9, 0), ([[1, 0], [0, 1]] * 3, 1), (np.eye(8), 3)],
+)
+def test_an_answer_tells_as_much_as_there_are_answers(rows, bits):
+    assert scores.bits(np.asarray(rows, np.float32)) == pytest.approx(bits)

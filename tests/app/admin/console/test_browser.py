@@ -133,7 +133,10 @@ def test_an_image_that_was_chosen_before_the_page_was_ready_is_shown(browser, se
         held.append(route)
 
     page.route("**/console/about", hold)
-    page.goto(server.admin)
+    with page.expect_request("**/console/about"):
+        page.goto(server.admin)
+    while not held:  # the request was made; its handler runs while the page waits
+        page.wait_for_timeout(10)
     page.set_input_files("#file", image)
     held[0].continue_()
     shown(page)
