@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import AUXILIARY_FILES, Bundle, golden_inputs, open_bundle
+from app.inference.defense_artifacts import DefenseArtifacts
 from app.inference.engines import load, resolve
 from app.inference.pipeline import self_test
 from docs.generators.bundles import codebooks, gates, tables
@@ -95,7 +95,7 @@ def test_auxiliary_models_are_small_and_answer(name):
         ("grad2", {"epsilon": 1}),
     ):
         both = [
-            make(defense, bundle=Auxiliaries(found, engine), **params)(clean, inputs)
+            make(defense, bundle=DefenseArtifacts(found, engine), **params)(clean, inputs)
             for engine in ("openvino", "onnxruntime")
             for inputs in (pixels, planar)
         ]
@@ -122,7 +122,7 @@ def test_shipped_scores_are_the_derivatives(name):
 
     found = bundle(name)
     pixels = golden_inputs(found.card.input)
-    scores = Auxiliaries(found).auxiliary("surrogate.onnx", "scores")(pixels)
+    scores = DefenseArtifacts(found).auxiliary("surrogate.onnx", "scores")(pixels)
     x = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float64) / 255)
     expected = grad2_scores(surrogate_of(found).double(), x).numpy()
     np.testing.assert_allclose(scores, expected, atol=1e-4 * abs(expected).max())
@@ -173,7 +173,7 @@ def test_a_gate_loses_about_what_was_asked(precision):
         for row in (made[precision][kind]["0.01"] for kind in made[precision]):
             assert row["own"] < 0.03
         defense = make(
-            "withhold", bundle=Auxiliaries(bundle(card.name), precision=precision), loss=0.01
+            "withhold", bundle=DefenseArtifacts(bundle(card.name), precision=precision), loss=0.01
         )
         assert defense.needs >= {"energy"}
 
@@ -189,7 +189,7 @@ def test_a_codebook_keeps_labels_and_confidences(name, precision):
     assert best["l1"] <= 0.15
     assert best["ece"] <= clean["ece"] + 0.005
     assert best["auc"] >= clean["auc"] - 0.03
-    defense = make("codebook", bundle=Auxiliaries(bundle(name), precision=precision))
+    defense = make("codebook", bundle=DefenseArtifacts(bundle(name), precision=precision))
     assert len(defense.stored.borders[0]) == 3
 
 

@@ -26,7 +26,7 @@ from app.access.grants import Grant, Grants
 from app.access.keys import digest
 from app.access.quotas import Admission
 from app.access.stores import StateStore, StoreError
-from app.endpoint import Endpoint
+from app.endpoint_type import Endpoint
 from app.errors import OverBudget, Unauthorized, Unavailable
 from app.request_context import request_context
 from app.system.background import Throttle

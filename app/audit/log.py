@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from app.endpoint import Endpoint
+from app.endpoint_type import Endpoint
 from app.errors import Internal, RequestError, Unavailable
 from app.request_context import request_context
 from app.system.background import Throttle

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors
 from app.access import admission
-from app.endpoint import Endpoint
+from app.endpoint_type import Endpoint
 from app.http import schemas
 from app.http.middleware import Dispatch, Observe
 from app.http.prediction import Service

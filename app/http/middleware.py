@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.endpoint import Endpoint
+from app.endpoint_type import Endpoint
 from app.request_context import ensure_context
 from app.telemetry.metrics import Metrics
 from app.telemetry.traceparent import read_traceparent

@@ -21,7 +21,7 @@ from starlette.responses import Response
 
 from app.access.admission import Access
 from app.audit.log import Audit
-from app.endpoint import Endpoint
+from app.endpoint_type import Endpoint
 from app.errors import ClientGone, TooLarge, TooLate, Unavailable, Unprocessable
 from app.http.bodies import Headers, small_number
 from app.http.responses import health, json_response

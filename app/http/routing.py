@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.endpoint import Endpoint
+from app.endpoint_type import Endpoint
 from app.errors import MEDIA_TYPE, RequestError
 
 # Path, method, endpoint and OpenAPI description.

@@ -15,10 +15,10 @@ from PIL import Image
 
 from app.errors import ConfigError
 from app.inference import engines
-from app.inference.auxiliary import Auxiliaries
 from app.inference.batching import Batcher, Batchers
 from app.inference.bundle import ONNX_FILE, Bundle, InputShape, Preprocessing, golden_inputs
 from app.inference.decode import decode
+from app.inference.defense_artifacts import DefenseArtifacts
 from app.inference.engines import EngineName, Probs
 from app.inference.graph import tensor_input
 from app.inference.pipeline import Composed, Composer, Fused, self_test
@@ -68,7 +68,7 @@ def configure_defense(
     return defenses.configure(
         name,
         bundle.card.defense_params(name, params),
-        bundle=Auxiliaries(bundle, settings.engine, settings.precision),
+        bundle=DefenseArtifacts(bundle, settings.engine, settings.precision),
         secret=settings.secret.get_secret_value().encode(),
     )
 
@@ -206,7 +206,7 @@ def load_model(
 def _whitener(settings: Settings, bundle: Bundle) -> Whitener | None:
     """What the score `residual` needs; None for a bundle that was not calibrated."""
     try:
-        return Auxiliaries(bundle, settings.engine, settings.precision).gate().whitener
+        return DefenseArtifacts(bundle, settings.engine, settings.precision).gate().whitener
     except defenses.DefenseError:
         return None
 

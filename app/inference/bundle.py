@@ -4,7 +4,7 @@
     float32.onnx    uint8 pixels (N, H, W, C) -> probabilities float32 (N, K)
     int8.onnx       the same, quantized in QDQ form
     golden.json     outputs for a few synthetic inputs, checked at every load
-    surrogate.onnx, misinformation.onnx    optional, for some defenses (`app.inference.auxiliary`)
+    surrogate.onnx, misinformation.onnx    optional, for some defenses
     codebook.float32.json, codebook.int8.json    optional, what the defense `codebook` serves
     gate.float32.json, gate.int8.json    optional, below which scores `withhold` withholds
 

@@ -75,8 +75,8 @@ def configure(
     Args:
         name: one of `available()`, or `FILE.py:Class` for your own defense.
         params: the defense's parameters, and `keep_top1: true` to wrap it in `KeepTop1`.
-        bundle: the source of auxiliary networks: an `app.inference.auxiliary.Auxiliaries`, or
-            any object with the same methods.
+        bundle: the source of auxiliary networks, codebook and thresholds: an
+            `app.inference.defense_artifacts.DefenseArtifacts`, or any object with its methods.
         secret: the server's key, for defenses that draw at random.
 
     Raises:

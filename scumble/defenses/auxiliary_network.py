@@ -42,7 +42,11 @@ class AuxiliaryNetworkDefense(Defense):
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:
-        """Make the defense with a network of `bundle`, an `app.inference.auxiliary.Auxiliaries`.
+        """Make the defense with a network of `bundle`.
+
+        Args:
+            bundle: an `app.inference.defense_artifacts.DefenseArtifacts`.
+            params: of the defense.
 
         Raises:
             DefenseError: a parameter is not allowed, or the bundle lacks the network.
@@ -51,7 +55,7 @@ class AuxiliaryNetworkDefense(Defense):
         if not hasattr(bundle, "auxiliary"):
             raise DefenseError(
                 f"{cls.__name__} needs {cls.file} of a bundle; pass "
-                f"bundle=app.inference.auxiliary.Auxiliaries(bundle), got {bundle!r}"
+                f"bundle=app.inference.defense_artifacts.DefenseArtifacts(bundle), got {bundle!r}"
             )
         try:
             return replace(defense, network=bundle.auxiliary(cls.file, cls.output))

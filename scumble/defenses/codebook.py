@@ -93,7 +93,11 @@ class Codebook(Defense):
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:
-        """Make the defense with its rows from `bundle`, an `app.inference.auxiliary.Auxiliaries`.
+        """Make the defense with the codebook of `bundle`.
+
+        Args:
+            bundle: an `app.inference.defense_artifacts.DefenseArtifacts`.
+            params: of the defense.
 
         Raises:
             DefenseError: a parameter is not allowed, or the bundle lacks the rows.
@@ -102,7 +106,7 @@ class Codebook(Defense):
         if not hasattr(bundle, "codebook"):
             raise DefenseError(
                 "Codebook needs the codebook of a bundle; pass "
-                f"bundle=app.inference.auxiliary.Auxiliaries(bundle), got {bundle!r}"
+                f"bundle=app.inference.defense_artifacts.DefenseArtifacts(bundle), got {bundle!r}"
             )
         try:
             codebook = bundle.codebook()

@@ -18,10 +18,10 @@ import numpy as np
 
 from scumble.defenses.base import Defense, DefenseError, Inputs, Nodes, Probs
 from scumble.defenses.codebook import Codebook
-from scumble.defenses.draw import Draw
 from scumble.defenses.evidence import ABSTAINED, ANSWERED, DRAWN, Answered, Evidence, Marks, Score
 from scumble.defenses.gate import MEASURES, NEEDS, Gate, Measure
 from scumble.defenses.label import Label
+from scumble.defenses.pseudorandom_rows import PseudorandomRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,11 @@ class Withhold(Defense):
 
     @classmethod
     def build(cls, bundle: Any, **params: Any) -> Self:
-        """The defense with the thresholds of `bundle`, as `app.inference.auxiliary` has them.
+        """Make the defense with the thresholds of `bundle`.
+
+        Args:
+            bundle: an `app.inference.defense_artifacts.DefenseArtifacts`.
+            params: of the defense.
 
         Raises:
             DefenseError: a parameter is not allowed, or the bundle has no such thresholds.
@@ -87,7 +91,7 @@ class Withhold(Defense):
         if not hasattr(bundle, "gate"):
             raise DefenseError(
                 "Withhold: needs the thresholds of a bundle; give "
-                f"bundle=app.inference.auxiliary.Auxiliaries(bundle), not {bundle!r}"
+                f"bundle=app.inference.defense_artifacts.DefenseArtifacts(bundle), not {bundle!r}"
             )
         match defense.answers:
             case [str() as name, Mapping() as given]:
@@ -142,7 +146,9 @@ class Withhold(Defense):
             # For all rows, withheld or not, so that time does not tell.
             if inputs is None:
                 raise ValueError("Withhold needs the images behind the rows, got None")
-            draw = Draw(self.secret, self.version, self._defense(), self._gate().shares or {})
+            draw = PseudorandomRows(
+                self.secret, self.version, self._defense(), self._gate().shares or {}
+            )
             instead, mark = draw(probs, inputs), DRAWN
         else:
             instead, mark = np.full_like(rows, 1 / max(rows.shape[1], 1)), ABSTAINED

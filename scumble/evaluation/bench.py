@@ -29,8 +29,8 @@ import torch
 
 from app.errors import ConfigError
 from app.inference import engines
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import Bundle, open_bundle
+from app.inference.defense_artifacts import DefenseArtifacts
 from app.inference.engines import Batch
 from app.inference.graph import with_l1_output
 from app.precision import Precision
@@ -145,7 +145,7 @@ def measure(
     clean = engine(images)
     calls: dict[str, Callable[[], object]] = {"inference": lambda: engine(images)}
     for compared in COMPARED:
-        defense = configure(compared.name, compared.params, bundle=Auxiliaries(bundle))
+        defense = configure(compared.name, compared.params, bundle=DefenseArtifacts(bundle))
         calls[compared.name] = lambda defense=defense: defense(clean, images)  # type: ignore[misc] # its default is the defense
     graph = with_l1_output(model, configure(COMPARED[0].name, COMPARED[0].params))
     assert graph is not None  # noqa: S101  # dcp can be written as nodes

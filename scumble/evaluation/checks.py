@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import cast
 
 from app.errors import ConfigError
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import ONNX_FILE, Bundle, open_bundle
+from app.inference.defense_artifacts import DefenseArtifacts
 from app.precision import Precision
 from app.settings import default_model_dir
 from scumble import defenses
@@ -63,11 +63,11 @@ def check_victim(cell: Cell) -> dict[str, str]:
     if ONNX_FILE[precision] not in bundle.card.files:
         raise ConfigError(f"{cell.victim} has no {precision} file; it has {there(bundle)}")
     if cell.defense.url is None:
-        auxiliaries = Auxiliaries(bundle, precision=precision)
+        artifacts = DefenseArtifacts(bundle, precision=precision)
         name = cell.defense.name
         try:
             params = bundle.card.defense_params(name, cell.defense.params)
-            defenses.configure(name, params, bundle=auxiliaries, secret=SECRET)
+            defenses.configure(name, params, bundle=artifacts, secret=SECRET)
         except defenses.DefenseError as exc:
             raise ConfigError(f"--defense: {exc}") from exc
     return bundle.hashes

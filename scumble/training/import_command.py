@@ -40,7 +40,7 @@ from scumble.training.onnx_import import (
     decide,
     read_network,
 )
-from scumble.training.plausible import ExportError, check_normalisation
+from scumble.training.sanity_checks import ExportError, check_normalisation
 from scumble.training.staging import remove_derived, staged
 
 MANY_LABELS = 8  # of which no more are shown

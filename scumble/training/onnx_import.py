@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from app.inference.bundle import InputShape, golden_inputs
 from app.inference.graph import OPSET, TENSOR
-from scumble.training.plausible import (
+from scumble.training.sanity_checks import (
     ExportError,
     check_logits,
     check_normalisation,

@@ -25,9 +25,9 @@ from PIL import Image
 from app.admin.console.preview_request import PreviewRequest
 from app.errors import ConfigError, Internal, RequestError, Unavailable, Unprocessable
 from app.inference import engines
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import Bundle, golden_inputs, open_bundle
 from app.inference.decode import Pixels, decode
+from app.inference.defense_artifacts import DefenseArtifacts
 from app.inference.engines import Engine, Probs
 from app.settings import Settings
 from app.telemetry import logs
@@ -50,7 +50,7 @@ class Previewer:
             threads=1,
             precision=settings.precision,
         )
-        self._auxiliaries = Auxiliaries(self._bundle, settings.engine, settings.precision)
+        self._artifacts = DefenseArtifacts(self._bundle, settings.engine, settings.precision)
         golden = golden_inputs(self._bundle.card.input)
         self._golden = (golden, self._clean(golden))
         self._pictures: OrderedDict[bytes, tuple[Pixels, Probs]] = OrderedDict()
@@ -95,7 +95,7 @@ class Previewer:
             return defenses.configure(
                 request.defense,
                 self._bundle.card.defense_params(request.defense, request.params),
-                bundle=self._auxiliaries,
+                bundle=self._artifacts,
                 secret=self._settings.secret.get_secret_value().encode(),
             )
         except defenses.DefenseError as exc:

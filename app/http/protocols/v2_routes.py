@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.endpoint import Endpoint
+from app.endpoint_type import Endpoint
 from app.errors import Unavailable
 from app.http import schemas
 from app.http.prediction import Service

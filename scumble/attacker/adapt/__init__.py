@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from scumble.attacker import third_party
-from scumble.attacker.adapt.answered import Answered
+from scumble.attacker.adapt.abstention_filter import AbstentionFilter
 from scumble.attacker.adapt.argmax import Argmax
 from scumble.attacker.adapt.average import Average
 from scumble.attacker.adapt.base import Mapped, Modifier
@@ -36,7 +36,7 @@ MODIFIERS: dict[str, Callable[..., Modifier]] = {
     "margin_filter": MarginFilter,
     "modelguard": Modelguard,
     "consistency_filter": ConsistencyFilter,
-    "answered": Answered,
+    "abstention_filter": AbstentionFilter,
     "oracle_mask": OracleMask,
     "diluted": Diluted,
     "paced": Paced,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from scumble.attacker.adapt.answered import withheld
+from scumble.attacker.adapt.abstention_filter import withheld
 from scumble.attacker.adapt.base import Mapped, ModifierParameters
 from scumble.attacker.errors import AttackError
 from scumble.attacker.oracle import HttpOracle, Oracle

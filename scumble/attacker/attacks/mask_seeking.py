@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import nn
 
 from scumble.attacker import students
-from scumble.attacker.adapt.answered import withheld
+from scumble.attacker.adapt.abstention_filter import withheld
 from scumble.attacker.attacks import knockoff
 from scumble.attacker.attacks.knockoff import Knockoff, Rows
 from scumble.attacker.errors import AttackError

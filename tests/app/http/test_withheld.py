@@ -8,8 +8,8 @@ import orjson
 import pytest
 
 from app.access.keys import KeyFile, write_keys
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import Bundle, write_card
+from app.inference.defense_artifacts import DefenseArtifacts
 from scumble.training.codebook import fit
 from tests.app.access.test_admission import IMAGE, ask, row
 from tests.pictures import PNG
@@ -39,7 +39,7 @@ def calibrated(models, tmp_path_factory):
     write_card(
         folder / "tiny", Bundle(folder / "tiny").card.model_dump(exclude={"files", "format"})
     )
-    assert Auxiliaries(Bundle(folder / "tiny")).gate().best == "energy"
+    assert DefenseArtifacts(Bundle(folder / "tiny")).gate().best == "energy"
     return folder
 
 

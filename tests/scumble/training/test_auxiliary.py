@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import AUXILIARY_FILES, Bundle, InputShape, golden_inputs
+from app.inference.defense_artifacts import DefenseArtifacts
 from scumble.data.digits import digits
 from scumble.defenses import make
 from scumble.evaluation.reference import grad2_reference, grad2_scores, mad_reference
@@ -76,7 +76,7 @@ def test_the_weights_come_back_and_give_the_files_answers(bundle):
     net = surrogate_of(bundle)
     pixels = golden_inputs(SHAPE)
     x = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float() / 255
-    networks = Auxiliaries(bundle)
+    networks = DefenseArtifacts(bundle)
     probs = networks.auxiliary("surrogate.onnx", "probabilities")(pixels)
     np.testing.assert_allclose(probs, net(x).softmax(1).detach(), atol=1e-5)
     scores = networks.auxiliary("surrogate.onnx", "scores")(pixels)
@@ -92,7 +92,7 @@ def test_served_defense_equals_the_published_form(bundle, name, reference):
     pixels = test.images[:40]
     x = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float() / 255
     p = np.random.default_rng(0).dirichlet(np.ones(10), len(x)).astype(np.float32)
-    y = make(name, epsilon=0.8, bundle=Auxiliaries(bundle))(p, pixels)
+    y = make(name, epsilon=0.8, bundle=DefenseArtifacts(bundle))(p, pixels)
     expected = reference(surrogate_of(bundle), x, torch.from_numpy(p), 0.8).detach().numpy()
     # Two of its classes may be equal up to float32, and then either is right.
     same = abs(y - expected).max(1) < 1e-4

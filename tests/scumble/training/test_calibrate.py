@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Bundle, InputShape
+from app.inference.defense_artifacts import DefenseArtifacts
 from scumble.data.digits import digits
 from scumble.data.image_sets import write_parquet
 from scumble.defenses import DefenseError, make
@@ -141,7 +141,7 @@ def noise(folder):
 def test_the_command_writes_codebook_and_gate_and_says_what_they_cost(models, tmp_path):
     bundle = Bundle(models / "own")
     with pytest.raises(DefenseError, match="scumble calibrate own"):
-        make("codebook", bundle=Auxiliaries(bundle))
+        make("codebook", bundle=DefenseArtifacts(bundle))
     words = ["own", "--own", "digits", "--test", "digits", "--foreign", str(noise(tmp_path))]
     words += ["--models", str(models)]
     done = CliRunner().invoke(calibrate, words)
@@ -163,15 +163,15 @@ def test_the_command_writes_codebook_and_gate_and_says_what_they_cost(models, tm
     assert found["vim"]["0.01"]["own"] <= found["vim"]["0.05"]["own"] < 0.1
     assert found["vim"]["0.01"]["own"] <= found["vim"]["0.05"]["own"]
     assert "vim+top 5%" in done.output
-    gate = Auxiliaries(bundle).gate()
+    gate = DefenseArtifacts(bundle).gate()
     assert gate.whitener.mean.shape == (28 * 28,)
     assert gate.shares["pooled"]["4"].sum() == pytest.approx(1)
     with pytest.raises(DefenseError, match="too coarse for thresholds; allowed: float32, int8"):
-        Auxiliaries(bundle, precision="bf16").gate()
+        DefenseArtifacts(bundle, precision="bf16").gate()
 
     p = np.full((1, 10), 0.02)
     p[0, 3] = 0.82
-    served = make("codebook", bundle=Auxiliaries(bundle))(p, None)
+    served = make("codebook", bundle=DefenseArtifacts(bundle))(p, None)
     assert served.argmax() == 3
 
     again = CliRunner().invoke(calibrate, words)

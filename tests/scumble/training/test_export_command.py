@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from app.inference import engines
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import golden_inputs, open_bundle
+from app.inference.defense_artifacts import DefenseArtifacts
 from app.settings import default_model_dir
 from scumble.defenses import make
 from scumble.training.export_command import export
@@ -42,8 +42,8 @@ def test_the_file_answers_as_the_service_does(name, defense, params, precision, 
     bundle = open_bundle(MODELS, name)
     images = golden_inputs(bundle.card.input)
     load = lambda model: engines.load(engine, model, threads=1, precision=precision)  # noqa: E731  # one argument of three
-    auxiliaries = Auxiliaries(bundle, precision=precision)
-    defend = make(defense, bundle=auxiliaries, **params)
+    artifacts = DefenseArtifacts(bundle, precision=precision)
+    defend = make(defense, bundle=artifacts, **params)
     expected = defend(load(bundle.onnx(precision))(images), images)
     found = load(out.read_bytes())(images)
     np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -15,7 +15,7 @@ from app.inference.decode import decode
 from app.inference.engines import load
 from scumble.training.import_command import import_onnx
 from scumble.training.onnx_import import PRESETS, convert, decide, read_network, samples
-from scumble.training.plausible import ExportError
+from scumble.training.sanity_checks import ExportError
 from tests.pictures import encoded, picture
 
 HEIGHT, WIDTH, CLASSES = 10, 12, 4

@@ -18,7 +18,7 @@ from app.inference.decode import decode
 from app.inference.engines import load
 from scumble.training.bundle_export import classes_of, notes_of
 from scumble.training.export_command import export
-from scumble.training.plausible import ExportError
+from scumble.training.sanity_checks import ExportError
 from scumble.training.sources import load_weights, read_safetensors, torchvision_weights
 from tests.pictures import encoded
 

@@ -1,6 +1,6 @@
-"""Only answers: what a service withholds is not learned.
+"""Discards abstentions, so that the copy does not learn them.
 
-A service that withholds an answer gives the same probability to every class.
+A service that abstains gives every class the same probability.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from scumble.attacker.transports import Probs
 
 
 @dataclass(frozen=True)
-class Answered(ModifierParameters):
-    """Rows whose entries differ by at most `spread` become NaN. They are paid for.
+class AbstentionFilter(ModifierParameters):
+    """Replaces rows whose entries differ by at most `spread` with NaN. They still cost a query.
 
     Attributes:
         spread: 0 to 1.
@@ -32,13 +32,13 @@ class Answered(ModifierParameters):
         self._check_number("spread", 0, 1)
 
     def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
-        """The oracle without what is withheld."""
+        """The oracle without abstentions."""
         del student
         return Mapped(oracle, lambda rows, images: without_withheld(rows, self.spread))
 
 
 def withheld(rows: Probs, spread: float = 1e-4) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Which rows (N, K) say nothing."""
+    """Which rows (N, K) are abstentions."""
     found: np.ndarray[tuple[int], np.dtype[np.bool_]] = (
         rows.max(axis=1) - rows.min(axis=1) <= spread
     )
@@ -46,5 +46,5 @@ def withheld(rows: Probs, spread: float = 1e-4) -> np.ndarray[tuple[int], np.dty
 
 
 def without_withheld(rows: Probs, spread: float = 1e-4) -> Probs:
-    """The rows with NaN in place of those that say nothing."""
+    """The rows, with NaN in place of abstentions."""
     return np.where(withheld(rows, spread)[:, None], np.float32(np.nan), rows)

@@ -1,8 +1,8 @@
-"""Rows that look like answers and are none: class and cell are drawn by a keyed hash of the image.
+"""Pseudorandom rows in place of withheld answers: a keyed hash of the image picks class and cell.
 
-The class is one of all K: one that is never the right one would tell which it is not. The hash is
-of the 256-level grid of the image, so each repetition draws the same, on every replica with the
-secret.
+The class is any of the K, the right one included: otherwise the answer would rule a class out.
+The hash covers the image on a grid of 256 levels, so a repeated image gets the same row from every
+replica with the same secret.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from scumble.defenses.codebook import Codebook, Indices
 
 Shares = Mapping[str, Mapping[str, npt.NDArray[np.float64]]]
 
-_PURPOSE = b"scumble.withhold"  # the secret may serve other uses; their hashes must not meet
+_PURPOSE = b"scumble.withhold"  # separates these hashes from other uses of the secret
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Draws rows of a defense that has few different ones.
+class PseudorandomRows:
+    """Draws rows from the few that a defense can serve.
 
     Attributes:
         secret: the server's key, any length.
-        version: of the model; another version gives other draws.
-        defense: a codebook, whose prototypes are drawn, or one-hot labels.
-        shares: {form: {cells: (rows, cells)}}, how often own images fall into each cell: drawn
-            confidences are as high as those of own images.
+        version: of the model; another version gives other rows.
+        defense: a codebook, whose rows are drawn, or `Label`, whose rows are one-hot.
+        shares: {form: {cells: (rows, cells)}}, how often in-distribution images fall into each
+            cell, so that drawn confidences have the same distribution.
     """
 
     secret: bytes
@@ -41,10 +41,10 @@ class Draw:
     shares: Shares
 
     def __call__(self, like: Probs, inputs: Inputs) -> Probs:
-        """A row for each image (N, K), of the shape and type of `like`.
+        """A row for each image (N, K), with the shape and type of `like`.
 
         Raises:
-            ValueError: `inputs` has another length than `like`.
+            ValueError: `inputs` and `like` differ in length.
         """
         images = canonical(inputs)
         n, classes = like.shape

@@ -1,4 +1,4 @@
-"""Networks that cannot be meant: refused with a sentence, or reported where it is not certain."""
+"""Checks that a network makes sense: errors are refused, doubtful outputs are reported."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SUM_TOLERANCE = 1e-3
 
 
 class ExportError(ScumbleError):
-    """A network cannot become a bundle."""
+    """A network cannot be made into a bundle."""
 
 
 def check_weights(model: onnx.ModelProto) -> None:
-    """Refuse weights that no training leaves.
+    """Refuse weights that are not finite.
 
     Raises:
         ExportError: a weight is NaN or infinite.
@@ -47,13 +47,13 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
 
 
 def check_logits(logits: npt.NDArray[np.floating]) -> list[str]:
-    """Refuse logits that a softmax makes useless.
+    """Refuse outputs that are not useful logits.
 
     Args:
-        logits: (N, K) of different pictures.
+        logits: (N, K), of different images.
 
     Returns:
-        Sentences about what is possible but seldom meant.
+        Warnings about what is possible but rarely intended.
 
     Raises:
         ExportError: one class, values that are not finite, or probabilities.

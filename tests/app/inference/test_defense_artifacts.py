@@ -6,8 +6,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.errors import BundleError, ConfigError
-from app.inference.auxiliary import Auxiliaries
 from app.inference.bundle import Bundle, golden_inputs
+from app.inference.defense_artifacts import DefenseArtifacts
 from app.main import create_app
 from app.settings import Settings
 from scumble.defenses import DefenseError, make
@@ -113,7 +113,7 @@ def test_guard_and_chain_pass_the_images_on(equipped, name):
 @pytest.mark.parametrize("engine", ["auto", "openvino", "onnxruntime", "torch"])
 @pytest.mark.parametrize("name", FILES)
 def test_both_forms_give_the_files_rows_whatever_the_batch(equipped, bundle, engine, name):
-    network = Auxiliaries(bundle, engine).auxiliary(*FILES[name])
+    network = DefenseArtifacts(bundle, engine).auxiliary(*FILES[name])
     expected = straight(equipped, *FILES[name])
     scale = abs(expected).max()
     for batch in (PIXELS, PLANAR, PLANAR.astype(np.float64)):
@@ -130,7 +130,7 @@ def test_a_bundle_without_the_file_says_how_to_make_it(models, name):
     ):
         served(models, name, by_images, defense_params=PARAMS[name])
     with pytest.raises(DefenseError, match=file):
-        make(name, bundle=Auxiliaries(Bundle(models / "tiny")), **PARAMS[name])
+        make(name, bundle=DefenseArtifacts(Bundle(models / "tiny")), **PARAMS[name])
 
 
 def test_a_tampered_file_is_refused(tmp_path):
@@ -143,10 +143,10 @@ def test_a_tampered_file_is_refused(tmp_path):
 
 def test_an_output_that_is_not_there_is_named(bundle):
     with pytest.raises(ConfigError, match=r"no output 'scores'; available: probabilities"):
-        Auxiliaries(bundle).auxiliary("misinformation.onnx", "scores")
+        DefenseArtifacts(bundle).auxiliary("misinformation.onnx", "scores")
 
 
 def test_golden_pictures_reach_the_network(bundle):
-    network = Auxiliaries(bundle).auxiliary("surrogate.onnx", "probabilities")
+    network = DefenseArtifacts(bundle).auxiliary("surrogate.onnx", "probabilities")
     rows = network(golden_inputs(SHAPE))
     np.testing.assert_allclose(rows.sum(1), 1, atol=1e-5)

@@ -1,7 +1,7 @@
-"""The parts of a bundle that defenses use: auxiliary networks, the codebook and thresholds.
+"""What defenses need from a bundle: auxiliary networks, the codebook and the gate's thresholds.
 
-The networks run in the server's engine on one thread, in the order of the requests. A form
-(pixels or float tensors) is loaded with its first batch, which is when the service warms up.
+The networks run in the engine of the server, on one thread, in the order of the requests. Each
+input form (pixels or float tensors) is loaded with its first batch, during the warm-up.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from app.precision import Precision
 from scumble.defenses.base import DefenseError, Inputs, Probs
 from scumble.defenses.gate import Gate, read_gate
 
-# The torch engine is an oracle of the victims' operators and lacks those of the scores.
-STAND_IN = {"torch": "auto"}
+# The torch engine has the operators of the victims, not those of the auxiliary scores.
+SUBSTITUTE = {"torch": "auto"}
 
 
-class Auxiliary:
-    """One output of one network: images in, rows float32 (N, K) out.
+class AuxiliaryNetwork:
+    """One output of an auxiliary network: images in, float32 rows (N, K) out.
 
     Takes uint8 (N, H, W, C) pixels and float (N, C, H, W) in [0, 1] alike.
     """
@@ -46,29 +46,29 @@ class Auxiliary:
         return self._forms[pixels](batch)
 
 
-class Auxiliaries:
+class DefenseArtifacts:
     """The auxiliary networks, the codebook and the thresholds of one bundle.
 
     Args:
-        bundle: that is served.
-        engine: of the networks.
-        precision: that is served, which decides codebook and thresholds.
+        bundle: the bundle that is served.
+        engine: runs the networks.
+        precision: the precision that is served; codebook and thresholds depend on it.
     """
 
     def __init__(
         self, bundle: Bundle, engine: str = "auto", precision: Precision = "float32"
     ) -> None:
         self._bundle = bundle
-        self._engine = STAND_IN.get(engine, engine)
+        self._engine = SUBSTITUTE.get(engine, engine)
         self._precision = precision
 
-    def auxiliary(self, file: str, output: str) -> Auxiliary:
-        """The network of `file`, as far as `output` needs it.
+    def auxiliary(self, file: str, output: str) -> AuxiliaryNetwork:
+        """The part of the network in `file` that computes `output`.
 
         Raises:
-            DefenseError: the bundle has no such file; says how it is made.
+            DefenseError: the bundle lacks the file; the message says how to make it.
             BundleError: the file is not the one that the card lists.
-            ConfigError: it has no such output, or no such engine is installed.
+            ConfigError: the network lacks the output, or the engine is not installed.
         """
         card = self._bundle.card
         if file not in card.files:
@@ -77,18 +77,18 @@ class Auxiliaries:
                 f"`python -m scumble.training.auxiliary {card.name}`"
             )
         model = single_output(self._bundle.read(file), output)
-        return Auxiliary(model, engines.resolve(self._engine))
+        return AuxiliaryNetwork(model, engines.resolve(self._engine))
 
     @property
     def version(self) -> str:
-        """Name and version of the model, which keyed draws are made for."""
+        """Name and version of the model; pseudorandom rows depend on it."""
         return f"{self._bundle.card.name} {self._bundle.card.version}"
 
     def codebook(self) -> dict[str, Any]:
-        """The rows that the defense `codebook` may serve: {form: {cells: {borders, rows}}}.
+        """The rows of the defense `codebook`: {form: {cells: {borders, rows}}}.
 
         Raises:
-            DefenseError: the bundle has none for this precision; says how it is made.
+            DefenseError: the bundle has none for this precision; the message says how to make it.
             BundleError: the file is not the one that the card lists.
         """
         file = CODEBOOK_FILE[self._precision]
@@ -103,7 +103,7 @@ class Auxiliaries:
         """The thresholds of the defense `withhold`.
 
         Raises:
-            DefenseError: the bundle has none for this precision; says how they are made.
+            DefenseError: the bundle has none for this precision; the message says how to make them.
             BundleError: the file is not the one that the card lists.
         """
         file = GATE_FILE.get(self._precision)

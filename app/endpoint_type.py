@@ -1,4 +1,4 @@
-"""What answers a request: the type that routes, access and the audit log share."""
+"""The type of an endpoint, which routes, access and the audit log share."""
 
 from __future__ import annotations
 
