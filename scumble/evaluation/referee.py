@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scumble.attacker import consent, students
-from scumble.attacker.adapt.answered import withheld
+from scumble.attacker.adapt.abstention_filter import withheld
 from scumble.attacker.oracle import HttpOracle, Oracle
 from scumble.attacker.pool import pool
 from scumble.attacker.run import Job, data, run
