@@ -36,7 +36,7 @@ MODIFIERS: dict[str, Callable[..., Modifier]] = {
     "margin_filter": MarginFilter,
     "modelguard": Modelguard,
     "consistency_filter": ConsistencyFilter,
-    "abstention_filter": AbstentionFilter,
+    "answered": AbstentionFilter,
     "oracle_mask": OracleMask,
     "diluted": Diluted,
     "paced": Paced,

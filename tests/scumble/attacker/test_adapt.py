@@ -28,7 +28,7 @@ ROWS = [
     ("margin_filter", {"share": 0.3}),
     ("modelguard", {}),
     ("consistency_filter", {"repeats": 2}),
-    ("abstention_filter", {}),
+    ("answered", {}),
     ("paced", {"rate": 1e6}),
 ]
 every_modifier = pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_labels_that_a_small_change_changes_are_discarded():
 def test_what_is_withheld_is_discarded():
     rows = softmax(logits(10, n=20))
     rows[5:9] = 0.1
-    found = make("abstention_filter")(Service(rows=rows), network(10))(images(20))
+    found = make("answered")(Service(rows=rows), network(10))(images(20))
     assert np.flatnonzero(np.isnan(found).any(1)).tolist() == [5, 6, 7, 8]
 
 
