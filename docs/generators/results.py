@@ -27,6 +27,7 @@ from scumble.evaluation.tables import (
     everything,
     latency,
     ordered,
+    policies,
 )
 
 HERE = Path(__file__).parent
@@ -46,6 +47,9 @@ def results(records: list[Record], bench: Bench) -> str:
         "## Which strength to take",
         (HERE / "results.advice.md").read_text().rstrip(),
         advised(advice(lines)),
+        "## The best attackers",
+        (HERE / "results.best.md").read_text().rstrip(),
+        policies(lines),
         "## Every defense against every attacker",
         "Accuracy of the copy on the victim's test set; the best attacker on each defense is bold.",
         *(part for group in groups(lines) for part in (heading(group[0]), compared(group))),

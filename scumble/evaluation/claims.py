@@ -20,6 +20,7 @@ Finding = tuple[bool | None, str]
 
 ANSWERS = {True: "yes", False: "no", None: "attack failed"}
 POINT = 0.01
+TIE = 2 * POINT  # less than this between two copies of one seed each says nothing
 REDUCED = 10 * POINT  # a copy that falls by less has not been defended against
 
 
@@ -117,12 +118,53 @@ def below_labels(lines: list[Line], bench: Bench) -> list[Finding]:
                 continue
             found.append(
                 (
-                    line.stolen.mean < reference.stolen.mean,
+                    line.stolen.mean < reference.stolen.mean - noise(line, reference),
                     f"{model(line)}, {line.defense}: {line.stolen} by {line.attacker}, the best of "
-                    f"{len(tried)} attackers; labels only {reference.stolen}",
+                    f"{len(tried)} attackers; labels only {reference.stolen}{tie(line, reference)}",
                 )
             )
     return found
+
+
+def noise(one: Line, other: Line) -> float:
+    """How far two copies may be apart by the seeds alone."""
+    return max(one.stolen.half or 0, other.stolen.half or 0, TIE)
+
+
+def tie(one: Line, other: Line) -> str:
+    """The words ", a tie" where the seeds explain the difference; empty where they do not."""
+    apart = abs(one.stolen.mean - other.stolen.mean)
+    return f", a tie (within {noise(one, other):.1%})" if apart <= noise(one, other) else ""
+
+
+def policy(name: str, share: float, *, slack: bool) -> Callable[[list[Line], Bench], list[Finding]]:
+    """Whether the best attacker with a recipe gets at most `share` of what labels give.
+
+    Args:
+        name: of the defense.
+        share: of the copy made of labels alone, by the best attacker with a recipe.
+        slack: add what the seeds may explain.
+    """
+
+    def judge(lines: list[Line], bench: Bench) -> list[Finding]:
+        del bench
+        found: list[Finding] = []
+        for group in groups(line for line in lines if line.recipe):
+            reference = labels_only(group)
+            for line in best(line for line in group if line.defense.name == name):
+                if reference is None:
+                    continue
+                bound = share * reference.stolen.mean + (noise(line, reference) if slack else 0)
+                found.append(
+                    (
+                        line.stolen.mean <= bound,
+                        f"{model(line)}, {line.defense}: {line.stolen} by {line.attacker}; labels "
+                        f"only {reference.stolen}{tie(line, reference)}",
+                    )
+                )
+        return found
+
+    return judge
 
 
 def harmless(lines: list[Line], bench: Bench) -> list[Finding]:
@@ -257,9 +299,21 @@ CLAIMS = [
     ),
     Claim(
         "It protects more than labels alone would, against attackers who adapt.",
-        "the best of all attackers gets a worse copy than from labels only (not a claim of the "
-        "paper)",
+        "the best of all attackers gets a worse copy than from labels only, by more than the "
+        "spread of the seeds (not a claim of the paper)",
         below_labels,
+    ),
+    Claim(
+        "Codebook is worth no more to an attacker than labels.",
+        "the best attacker with a tuned recipe gets no better copy than the best from labels, "
+        "within the spread of the seeds (not a claim of the paper)",
+        policy("codebook", 1, slack=True),
+    ),
+    Claim(
+        "Withhold halves what labels give away.",
+        "the best attacker with a tuned recipe and foreign images gets a copy at most half as "
+        "accurate as the best from labels (not a claim of the paper)",
+        policy("withhold", 0.5, slack=False),
     ),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from scumble.attacker.third_party import short
 from scumble.attacker.transfer import TERM
@@ -46,6 +47,11 @@ class Line:
         failed: why the attack counts as failed, by the first seed that did; None if none did.
         own_kind: whether the attacker had images of the victim's own kind. No defense can stop such
             an attacker, so this line is never the best of all attackers.
+        recipe: tuned settings of the copy, if any.
+        answered: share of honest users' answers that were not withheld.
+        answered_transfer: the same of the attacker's.
+        ranking: AUC of the confidence of honest users' answers.
+        bits: of an answer to the attacker, at most.
     """
 
     victim: str
@@ -72,6 +78,11 @@ class Line:
     added_p99_ms: Spread
     failed: str | None = None
     own_kind: bool = False
+    recipe: str | None = None
+    answered: float = 1.0
+    answered_transfer: float = 1.0
+    ranking: float | None = None
+    bits: float | None = None
 
     @property
     def model(self) -> tuple[str, str]:
@@ -168,6 +179,11 @@ def _line(group: list[Record]) -> Line:
         added_p99_ms=spread([record.served.added_ms["p99"] for record in group]),
         failed=next(filter(None, map(failed, group)), None),
         own_kind=own_kind(group[0]),
+        recipe=cell.recipe,
+        answered=fmean(record.served.answered for record in group),
+        answered_transfer=fmean(record.transfer.answered for record in group),
+        ranking=group[0].served.ranking,
+        bits=group[0].transfer.bits,
     )
 
 

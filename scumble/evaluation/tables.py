@@ -83,6 +83,38 @@ def compared(lines: Sequence[Line]) -> str:
     return markdown(["defense", "served", "L1", *attackers], rows)
 
 
+def policies(lines: Iterable[Line]) -> str:
+    """One row per defense and attacker with a tuned recipe: what users keep, what a thief gets."""
+    head = [
+        *("victim", "policy", "users' accuracy", "answered", "L1", "ECE", "AUC"),
+        *("attacker", "answered", "bits", "copy"),
+    ]
+    tuned = [line for line in lines if line.recipe]
+    strongest = best(tuned)
+    rows = [
+        [
+            f"`{line.victim}` {line.precision}",
+            str(line.defense),
+            f"{line.served.mean:.2%}",
+            f"{line.answered:.1%}",
+            f"{line.l1_test.mean:.3f}",
+            f"{line.calibration_error.mean:.3f}",
+            optional(line.ranking, ".3f"),
+            line.attacker,
+            f"{line.answered_transfer:.1%}",
+            optional(line.bits, ".1f"),
+            f"**{stolen(line)}**" if line in strongest else stolen(line),
+        ]
+        for line in tuned
+    ]
+    return markdown(head, rows)
+
+
+def optional(value: float | None, form: str) -> str:
+    """A number, or a dash where there is none."""
+    return "—" if value is None else format(value, form)
+
+
 def everything(lines: Iterable[Line]) -> str:
     """One row per cell with all its scores and its files."""
     rows = [

@@ -16,11 +16,19 @@ from scumble.evaluation.summary import Line, attacker_of, best, load, own_kind, 
 from scumble.evaluation.tables import advised, compared, everything, latency, ordered
 
 ROOT = Path(__file__).parents[3]
-NONE, LABEL = Defended(), Defended("label")
+NONE, LABEL, WITHHOLD = Defended(), Defended("label"), Defended("withhold")
 
 
 def line(
-    defense, attacker, stolen, *, victim="mnist", precision="float32", served=0.99, clean=0.99
+    defense,
+    attacker,
+    stolen,
+    *,
+    victim="mnist",
+    precision="float32",
+    served=0.99,
+    clean=0.99,
+    recipe=None,
 ) -> Line:
     one = lambda value: Spread(value, None)  # noqa: E731  # a short name for a table of numbers
     return Line(
@@ -46,6 +54,7 @@ def line(
         kl=one(0.2),
         added_p50_ms=one(0.01),
         added_p99_ms=one(-0.02),
+        recipe=recipe,
     )
 
 
@@ -61,6 +70,11 @@ LINES = [
     line(LABEL, "knockoff", 0.71, precision="int8"),
     line(NONE, "dfme", 0.9),
     line(dcp(1.2), "dfme", 0.3, served=0.97),
+    line(LABEL, "knockoff (mnist-labels)", 0.6, recipe="mnist-labels"),
+    line(Defended("codebook"), "knockoff (mnist-mixed)", 0.615, recipe="mnist-mixed"),
+    line(WITHHOLD, "knockoff (mnist-mixed)", 0.3, recipe="mnist-mixed"),
+    line(LABEL, "knockoff (mnist-labels)", 0.6, precision="int8", recipe="mnist-labels"),
+    line(WITHHOLD, "knockoff (mnist-mixed)", 0.31, precision="int8", recipe="mnist-mixed"),
 ]
 
 
@@ -98,6 +112,8 @@ VERDICTS = {
     "It is 37 times as fast as the same defenses written for speed.": "held in part",  # 11 and 40
     "It costs next to nothing beside inference.": "held",
     "It protects more than labels alone would, against attackers who adapt.": "did not hold",
+    "Codebook is worth no more to an attacker than labels.": "held",  # 61.5 and 60
+    "Withhold halves what labels give away.": "held in part",  # 30, and 31 of 60 in int8
 }
 
 
@@ -107,6 +123,25 @@ def test_verdicts(claim):
     assert verdict == VERDICTS[claim.words]
     assert bool(figures) == (verdict != "not measured")
     assert {figure.split(": ")[0] for figure in figures} <= {"yes", "no"}
+
+
+@pytest.mark.parametrize(
+    ("copy", "half", "verdict", "end"),
+    [
+        (0.67, None, "yes", "labels only 70.0%"),
+        (0.69, None, "no", "labels only 70.0%, a tie (within 2.0%)"),
+        (0.66, 0.05, "no", "labels only 70.0%, a tie (within 5.0%)"),
+        (0.64, 0.05, "yes", "labels only 70.0%"),
+        (0.73, None, "no", "labels only 70.0%"),
+    ],
+)
+def test_a_difference_that_seeds_explain_is_a_tie(copy, half, verdict, end):
+    judged = replace(line(dcp(1.0), "knockoff + argmax", 0), stolen=Spread(copy, half))
+    lines = [judged, line(dcp(1.0), "knockoff", 0.1), line(LABEL, "knockoff", 0.70)]
+    claim = next(claim for claim in CLAIMS if claim.words.startswith("It protects more"))
+    _, (found,) = claim(lines, {})
+    assert found.startswith(f"{verdict}: ")
+    assert found.endswith(end)
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.words)
