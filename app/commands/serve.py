@@ -16,9 +16,11 @@ from app.settings import Settings, changed, load_settings, shown, variables
 from app.system.json_values import parse
 
 if TYPE_CHECKING:
-    from app.inference.bundle import Card
+    from app.inference.bundle import Bundle, Card
+    from scumble.defenses import Defense
 
 RELOAD_S = 600
+CHANGED = 0.01  # share of labels that a defense may change without a warning
 
 
 config_option = click.option(
@@ -96,7 +98,12 @@ def reload(**arguments: Any) -> None:
 @click.command()
 @options
 @click.option("--all", "everything", is_flag=True, help="Show all settings, also the defaults.")
-def check(everything: bool, **arguments: Any) -> None:
+@click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with images of yours; shows what the defense does to their answers.",
+)
+def check(everything: bool, images: Path | None, **arguments: Any) -> None:
     """Check that the settings can be served.
 
     Shows the settings that differ from the defaults, with secrets masked, what would be served, and
@@ -116,6 +123,7 @@ def check(everything: bool, **arguments: Any) -> None:
         with collected_warnings() as warnings:
             app = create_app(settings)
         open_certificate(settings)
+        effect = effect_on(images, settings, bundle, defense) if images else {}
     except ConfigError as exc:
         raise click.ClickException(str(exc)) from exc
     shown_settings = variables() if everything else changed(settings)
@@ -128,6 +136,8 @@ def check(everything: bool, **arguments: Any) -> None:
         click.echo(f"{name:9} {text}")
     most = app.state.service.pixels.default.max_size
     click.echo(f"batches   up to {most} images")
+    for name, text in effect.items():
+        click.echo(f"{name:9} {text}")
     for sentence in warnings:
         click.echo(f"warning   {sentence}")
     for place in taken_ports(settings):
@@ -166,6 +176,35 @@ def described(settings: Settings, card: Card, engine: str, defense: str) -> dict
         "engine": f"{engine}, {settings.precision}, {settings.worker_count} worker(s)",
         "defense": defense,
     }
+
+
+def effect_on(folder: Path, settings: Settings, bundle: Bundle, defense: Defense) -> dict[str, str]:
+    """What the policy does to the answers for the images in a folder, in a few words each."""
+    from app.inference import engines
+    from app.inference.assembly import load_model, model_labels
+    from app.inference.policy_effect import policy_effect
+    from app.telemetry.assembly import make_metrics
+
+    engine = engines.resolve(settings.engine, settings.precision)
+    metrics = make_metrics(model_labels(settings, bundle, engine))
+    model = load_model(settings, bundle, engine, defense, metrics)
+    effect = policy_effect(model.composed.unfused, bundle.card, settings.limits, folder)
+    said = {
+        "images": f"{effect.images:,} in {folder}",
+        "labels": f"{effect.changed:.2%} changed by the defense",
+        "withheld": f"{effect.withheld:.2%} of the answers",
+        "L1": f"{effect.l1:.3f}, mean distance to the clean answer",
+    }
+    if not defense.withholds:
+        del said["withheld"]
+    if effect.refused:
+        said["refused"] = f"{len(effect.refused)} images, the first is {effect.refused[0]}"
+    if effect.changed > CHANGED:
+        said["warning"] = (
+            f"the defense changes {effect.changed:.1%} of these labels; label, codebook and "
+            "keep_top1 keep them"
+        )
+    return said
 
 
 def taken_ports(settings: Settings) -> list[str]:

@@ -233,9 +233,10 @@ def tuned() -> Iterator[Cell]:
 
     rows = (
         against(LABEL, "labels"),
+        against(WITHHOLD, "labels", "answered"),
+        replace(against(WITHHOLD, "labels"), attack="mask_seeking", queries=LARGER),
         against(CODEBOOK, "mixed"),
         against(WITHHOLD, "mixed", "answered"),
-        replace(against(WITHHOLD, "mixed"), attack="mask_seeking", queries=LARGER),
         against(dcp(1.2), "labels", "margin_filter", "argmax"),
         against(dcp(1.2), "soft", "invert", own=ITERATED),
         against(NONE, "soft"),

@@ -14,6 +14,7 @@ from scumble.defenses import DCP
 from scumble.defenses.base import Defense
 
 FIRST = f"{Path(__file__)}:First"
+OPPOSITE = f"{Path(__file__)}:Opposite"
 THREAD = f"{Path(__file__)}:Thread"
 SLOW = f"{Path(__file__)}:Slow"
 WRONG_GRAPH = f"{Path(__file__)}:WrongGraph"
@@ -34,6 +35,14 @@ class First(Defense):
         first = inputs.dtype not in seen
         seen.add(inputs.dtype)
         return certain(probs, int(first))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opposite(Defense):
+    """The least probable class."""
+
+    def __call__(self, probs, inputs):
+        return np.eye(probs.shape[1], dtype=probs.dtype)[probs.argmin(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
