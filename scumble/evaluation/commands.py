@@ -9,8 +9,9 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
@@ -247,7 +248,7 @@ def run_cells(
         min(jobs, max(1, len(cells))), mp_context=context, initializer=end_when_told
     )
     try:
-        with progress, pool:
+        with progress, pool, terminated_as_interrupted():
             bar = progress.add_task("cells", total=finished + len(cells), completed=finished)
             for cell in cells:
                 (RUNS / cell.key / PROGRESS).unlink(missing_ok=True)
@@ -280,6 +281,20 @@ def run_cells(
             "run the same command to continue"
         ) from None
     return failed
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does: without it, servers would outlive the evaluation."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def kept(future: Future[Record], cell: Cell, out: Path, console: Console) -> bool:

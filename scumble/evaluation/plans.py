@@ -204,7 +204,7 @@ def strong(precision: str, defenses: Iterable[Defended]) -> Iterator[Cell]:
 
 
 OUTLINED = "fashion_mnist[:10000],fashion_mnist@outlines[10000:20000]"
-LARGER = "fashion_mnist[:30000],fashion_mnist@outlines[30000:60000]"
+LARGER = "fashion_mnist,fashion_mnist@outlines"
 CODEBOOK = Defended("codebook", {"cells": 4})
 WITHHOLD = Defended("withhold", {"loss": 0.01, "answers": ["codebook", {"cells": 4}]})
 
@@ -237,6 +237,7 @@ def tuned() -> Iterator[Cell]:
         replace(against(WITHHOLD, "labels"), attack="mask_seeking", queries=LARGER),
         against(CODEBOOK, "mixed"),
         against(WITHHOLD, "mixed", "answered"),
+        replace(against(WITHHOLD, "labels", "answered"), queries="mnist[:5000]", budget=5000),
         against(dcp(1.2), "labels", "margin_filter", "argmax"),
         against(dcp(1.2), "soft", "invert", own=ITERATED),
         against(NONE, "soft"),

@@ -1,4 +1,4 @@
-"""Ctrl-C ends an evaluation with its servers, and says how to continue."""
+"""Ctrl-C or SIGTERM ends an evaluation with its servers, and says how to continue."""
 
 import os
 import signal
@@ -26,19 +26,9 @@ def descendants(pid):
     return found
 
 
-def test_ctrl_c_ends_the_evaluation_and_its_servers(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "scumble.cli",
-        *WORDS,
-        "--jobs",
-        "1",
-        "--seeds",
-        "3",
-        "--budget",
-        "100000",
-    ]
+@pytest.mark.parametrize("how", ["Ctrl-C in a terminal", "SIGTERM"])
+def test_both_end_the_evaluation_and_its_servers(tmp_path, how):
+    command = [sys.executable, "-m", "scumble.cli", *WORDS, *MORE]
     process = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -54,7 +44,10 @@ def test_ctrl_c_ends_the_evaluation_and_its_servers(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         started = descendants(process.pid)
-        os.killpg(process.pid, signal.SIGINT)
+        if how == "SIGTERM":
+            process.terminate()
+        else:  # it reaches all processes of the terminal
+            os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
