@@ -60,7 +60,7 @@ lock: .venv/bin/uv ## write requirements/*.txt: the newest releases with their h
 	mkdir -p requirements
 	$(COMPILE) pyproject.toml $(UPGRADE) --extra dev --output-file requirements/dev.txt
 	$(SUBSET) pyproject.toml --extra serve --extra client --output-file requirements/base.txt
-	$(SUBSET) pyproject.toml --extra serve --extra redis --extra otel --output-file requirements/service.txt
+	$(SUBSET) pyproject.toml --extra serve --extra redis --extra otel --extra upstream --output-file requirements/service.txt
 	$(SUBSET) pyproject.toml --extra evaluate --output-file requirements/attacker.txt
 	$(SUBSET) pyproject.toml --extra evaluate $(CUDA) --output-file requirements/attacker-cpu.txt
 	$(SUBSET) --group build --output-file requirements/build.txt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -13,13 +14,17 @@ from app.audit.assembly import make_audit
 from app.http.application import build
 from app.http.prediction import Service
 from app.inference import engines
-from app.inference.assembly import load_model, make_defense, model_labels
+from app.inference.assembly import LoadedModel, load_model, make_defense, model_labels
 from app.inference.async_lazy import AsyncLazy
 from app.inference.bundle import open_bundle
+from app.inference.engine_selection import UPSTREAM
 from app.inference.executor import BoundedExecutor
 from app.settings import Settings, load_settings
 from app.system.file_watcher import FileName, FileWatcher, LastGood, Listener
 from app.telemetry.assembly import make_metrics, make_tracing
+
+if TYPE_CHECKING:
+    from app.inference.upstream.assembly import UpstreamModel
 
 
 def create_app(
@@ -45,9 +50,16 @@ def create_app(
 
     metrics = make_metrics(model_labels(settings, bundle, engine))
     tracing = make_tracing(settings, os.environ)
-    model = load_model(settings, bundle, engine, defense, metrics)
+    model: LoadedModel | UpstreamModel
+    if engine == UPSTREAM:
+        # Imported here: it needs an extra of the distribution.
+        from app.inference.upstream.assembly import load_upstream
 
-    policies = make_policies(settings, bundle, defense, model.composed.max_size)
+        model = load_upstream(settings, bundle, defense, metrics)
+    else:
+        model = load_model(settings, bundle, engine, defense, metrics)
+
+    policies = make_policies(settings, bundle, defense, model.max_size)
     model.warm_up(policies.warm_up)
     files = FileWatcher(
         failures=metrics.reload_failures,
@@ -71,6 +83,7 @@ def create_app(
         access=access,
         audit=make_audit(settings, bundle.card, metrics, keyless=access is None),
         files=files,
+        upstream=None if isinstance(model, LoadedModel) else model.upstream,
         traced=tracing is not None,
     )
     model.log_loaded(engine, defense)

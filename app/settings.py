@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import os
+import re
 import secrets
 import tomllib
 from collections import defaultdict
@@ -52,7 +53,13 @@ NESTED = "__"
 STORE_SCHEMES = frozenset({"memory", "sqlite", "redis", "rediss", "unix"})
 STORES = "allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB"
 COLLECTORS = "allowed: http://HOST:PORT and https://HOST:PORT, without a query"
+MODEL_PATH = r"(/[^/]+)*/v2/models/[^/]+(/versions/[^/]+)?/?"
+UPSTREAMS = (
+    "allowed: http://HOST:PORT/v2/models/NAME or https://, optionally /versions/VERSION, several "
+    "with commas or spaces between; SCUMBLE_UPSTREAM_TOKEN has the token"
+)
 URLS = frozenset({"store", "otel_endpoint"})  # settings that may contain a password
+SECRETS = frozenset({"secret", "upstream_token"})
 
 
 class Section(BaseModel):
@@ -197,6 +204,28 @@ def store_url(url: str) -> str:
     return url
 
 
+def upstream_urls(text: str) -> str:
+    """Check the URLs of a model on one or more V2 servers; return them with a space between.
+
+    Raises:
+        ValueError: one is not such a URL; the message contains no part of it.
+    """
+    urls = text.replace(",", " ").split()
+    for url in urls:
+        parts = split(url) if "://" in url else None
+        if (
+            parts is None
+            or parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or "@" in parts.netloc
+            or parts.query
+            or parts.fragment
+            or not re.fullmatch(MODEL_PATH, parts.path)
+        ):
+            raise ValueError(UPSTREAMS)
+    return " ".join(url.rstrip("/") for url in urls)
+
+
 def default_model_dir() -> Path:
     """`models/` beside the package in a checkout, inside the package in an installed wheel."""
     package = Path(__file__).parent
@@ -236,8 +265,32 @@ class Settings(BaseSettings):
     precision: Precision = Field(
         default="float32", description="float32, bf16 (openvino only) or int8"
     )
-    engine: Literal["auto", "openvino", "onnxruntime", "torch"] = Field(
-        default="auto", description="auto selects the first that is installed"
+    engine: Literal["auto", "openvino", "onnxruntime", "torch", "upstream"] = Field(
+        default="auto",
+        description="auto selects the first that is installed; upstream asks another server",
+    )
+    upstream: Annotated[str, AfterValidator(upstream_urls)] = Field(
+        default="",
+        repr=False,
+        description="URLs of the model on V2 servers, http://HOST:PORT/v2/models/NAME",
+    )
+    upstream_token: SecretStr | None = Field(
+        default=None, description="bearer token that is sent to them"
+    )
+    upstream_ca: Path | None = Field(
+        default=None, description="certificates that theirs must be signed by, PEM"
+    )
+    upstream_timeout_s: float = Field(
+        default=10.0, gt=0, le=3600, description="for a batch to be answered by them"
+    )
+    upstream_concurrency: int = Field(
+        default=4, ge=1, le=256, description="batches that a worker has in flight to them"
+    )
+    upstream_check_s: float = Field(
+        default=30.0,
+        ge=1,
+        le=86400,
+        description="seconds between two comparisons with the golden outputs",
     )
     tensor_input: bool = Field(
         default=True, description="accept float tensors (FP32), not only 8-bit pixels"
@@ -329,6 +382,11 @@ class Settings(BaseSettings):
     def bodies_bytes(self) -> int:
         """`http.max_bodies_bytes`, or more if two bodies of the largest allowed size need it."""
         return max(self.http.max_bodies_bytes, 2 * self.limits.max_body_bytes)
+
+    @property
+    def upstream_list(self) -> list[str]:
+        """The URLs of `upstream`."""
+        return self.upstream.split()
 
     @property
     def worker_count(self) -> int:
@@ -495,7 +553,9 @@ def _sentence(variable: str, errors: list[ErrorDetails]) -> str:
     name, value = errors[0]["loc"][0], errors[0]["input"]
     if name in URLS and isinstance(value, str):
         value = redacted(value)
-    elif name in {"secret", *URLS} or errors[0]["type"] == "extra_forbidden":
+    elif name == "upstream":
+        value = HIDDEN if any(each in str(value) for each in "@?#") else value
+    elif name in {*SECRETS, *URLS} or errors[0]["type"] == "extra_forbidden":
         value = HIDDEN  # may be a secret under a misspelt name
     if errors[0]["type"] == "extra_forbidden":
         return _unknown(variable, variables())

@@ -15,6 +15,9 @@ SERVED = Table(
 )
 
 
+JOB = '{job=~"$job"}'
+
+
 def _rate(metric: str, by: str = "job", where: str = 'job=~"$job"') -> str:
     return f"sum by ({by}) (rate({metric}{{{where}}}[{RATE}]))"
 
@@ -25,6 +28,11 @@ def _mean(histogram: str, by: str = "job", where: str = 'job=~"$job"') -> str:
 
 def _quantile(q: float, histogram: str, by: str = "job", where: str = 'job=~"$job"') -> str:
     return f"histogram_quantile({q}, {_rate(f'{histogram}_bucket', f'{by}, le', where)})"
+
+
+def _or_zero(expr: str) -> str:
+    """What only some services have, and 0 for the others."""
+    return f"({expr}) or on (job) (0 * max by (job) (scumble_workers{JOB}))"
 
 
 def _route_quantile(q: float) -> Graph:
@@ -180,6 +188,46 @@ SERVICE = Board(
                     ),
                 ),
                 width=6,
+            ),
+        ),
+        "Server that runs the network (engine upstream)": (
+            Graph(
+                "Requests to it",
+                "Batches sent to each replica, by outcome; 0 without such a server.",
+                "reqps",
+                (
+                    Query(
+                        _or_zero(_rate("scumble_upstream_requests_total", "job, replica, outcome")),
+                        "{{job}} {{replica}} {{outcome}}",
+                    ),
+                ),
+            ),
+            Graph(
+                "Its answers, p99",
+                "99% of batches are answered within this time by each replica.",
+                "s",
+                (
+                    Query(
+                        _or_zero(_quantile(0.99, "scumble_upstream_seconds", "job, replica")),
+                        "{{job}} {{replica}}",
+                    ),
+                ),
+            ),
+            Graph(
+                "Replicas",
+                "Whether each replica is usable, and whether its circuit is open after failures.",
+                "short",
+                (
+                    Query(
+                        _or_zero(f"min by (job, replica) (scumble_upstream_usable{JOB})"),
+                        "{{job}} {{replica}} usable",
+                    ),
+                    Query(
+                        _or_zero(f"max by (job, replica) (scumble_upstream_circuit_open{JOB})"),
+                        "{{job}} {{replica}} circuit open",
+                    ),
+                ),
+                maximum=1,
             ),
         ),
         "Workers": (

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ def ask(prometheus: Prometheus, panel: Mapping[str, Any], start: float, end: flo
         for series in prometheus.ask_range(expr, start, end, 1):
             labels = series["metric"]
             if legend := target.get("legendFormat"):
-                name = re.sub(r"\{\{(\w+)\}\}", r"{\1}", legend).format_map(labels)
+                named = defaultdict(str, labels)  # as in Grafana, a missing one is empty
+                name = re.sub(r"\{\{(\w+)\}\}", r"{\1}", legend).format_map(named)
             else:
                 name = json.dumps(labels)
             seconds = [float(at) - start for at, _ in series["values"]]

@@ -147,6 +147,9 @@ COMMANDS = {
     "serve": Row("app.commands.serve:serve", "Serve a model over HTTP.", "serve"),
     "reload": Row("app.commands.serve:reload", "Reload the model of a running server.", "serve"),
     "check": Row("app.commands.serve:check", "Check the settings and show them.", "serve"),
+    "connect": Row(
+        "app.commands.connect:connect", "Describe the model of another server.", "upstream"
+    ),
     "keys": Row("app.commands.keys:keys", "Create, list and revoke API keys.", "serve"),
     "audit": Row("app.commands.audit:audit", "Check audit logs.", "serve"),
     "predict": Row(

@@ -26,7 +26,7 @@ CUDA = re.compile(r"torch|torchvision|triton|(nvidia|cuda)-.+")
 # Of each file, the extras that it holds.
 LOCKED = {
     "base": ["serve", "client"],
-    "service": ["serve", "redis", "otel"],
+    "service": ["serve", "redis", "otel", "upstream"],
     "attacker": ["evaluate"],
     "dev": ["dev"],
 }
@@ -155,6 +155,7 @@ DISTRIBUTIONS = {
 OPTIONAL = {
     "app.access.stores.redis": "redis",
     "app.inference.engines.torch": "torch",
+    "app.inference.upstream.client": "upstream",
     "app.telemetry.tracing": "otel",
 }
 INSTALLED = {

@@ -38,7 +38,11 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--model", help="Bundle to serve."),
         click.option("--model-dir", type=click.Path(path_type=Path), help="Folder of bundles."),
         click.option("--precision", type=click.Choice(["float32", "bf16", "int8"])),
-        click.option("--engine", type=click.Choice(["auto", "openvino", "onnxruntime", "torch"])),
+        click.option(
+            "--engine",
+            type=click.Choice(["auto", "openvino", "onnxruntime", "torch", "upstream"]),
+        ),
+        click.option("--upstream", help="URLs of the model on V2 servers."),
         click.option("--defense", help="Name of the defense."),
         click.option("--defense-params", help="Its parameters, a JSON object."),
         click.option("--workers", help="Number of processes, or auto."),

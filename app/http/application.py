@@ -100,6 +100,7 @@ def build(
             service.audit.running() if service.audit else nullcontext(),
             service.access.running() if service.access else nullcontext(),
             service.files.running() if service.files else nullcontext(),
+            service.upstream.running() if service.upstream else nullcontext(),
         ):
             ending = threading.Event()
             preparing = asyncio.create_task(asyncio.to_thread(service.prepare, ending.is_set))
@@ -155,7 +156,10 @@ def build(
         metrics=service.metrics,
         routes=labels,
         access_log=access_log,
-        linked=access_log or tracing is not None or service.audit is not None,
+        linked=access_log
+        or tracing is not None
+        or service.audit is not None
+        or service.upstream is not None,
         tracing=tracing,
         untraced=admission.OPEN,
     )

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
@@ -39,7 +40,7 @@ from app.inference.decode import (
 )
 from app.inference.engines import Batch, Probs
 from app.inference.executor import BoundedExecutor
-from app.request_context import ClientConnection, RequestContext, request_context
+from app.request_context import RequestContext, request_context
 from app.settings import LimitSettings
 from app.system.file_watcher import FileWatcher
 from app.system.heap import trim_heap
@@ -117,6 +118,18 @@ class Decoder(Protocol):
         ...
 
 
+class Upstream(Protocol):
+    """Watches another server that runs the network."""
+
+    def running(self) -> AbstractAsyncContextManager[None]:
+        """Watch it in this context."""
+        ...
+
+    def not_ready_reason(self) -> str | None:
+        """Why it can answer nothing; None if it can."""
+        ...
+
+
 class Answered(NamedTuple):
     """The result of the batch, and when the images were decoded.
 
@@ -147,6 +160,7 @@ class Service:
         access: checks keys and budgets; None without keys and budgets.
         audit: logs every prediction, answered or refused; None without an audit log.
         files: reloads files that change; None for none.
+        upstream: watches the server that runs the network; None where this one does.
         traced: whether to keep the times of the stages for spans.
         decoder: decodes image files.
         state: changes while the service runs.
@@ -163,6 +177,7 @@ class Service:
     access: Access | None = None
     audit: Audit | None = None
     files: FileWatcher | None = None
+    upstream: Upstream | None = None
     traced: bool = False
     decoder: Decoder = decode
     state: State = field(default_factory=State)
@@ -181,7 +196,7 @@ class Service:
         start = self.clock()
         context = request_context(request.scope)
         headers = dict(request.scope["headers"])
-        deadline = self._deadline(context.client, headers, start)
+        deadline = self._deadline(context, headers, start)
         asked = await codec.read(request, headers, deadline)
         read = self.clock()
         answered = await self._answer(context, asked.images, deadline, read)
@@ -242,6 +257,8 @@ class Service:
             return "budget store unavailable"
         if self.audit is not None and not await self.audit.ready():
             return "audit log unavailable"
+        if self.upstream is not None:
+            return self.upstream.not_ready_reason()
         return None
 
     def _batchers(self) -> Iterator[Batcher]:
@@ -320,13 +337,13 @@ class Service:
         except Exception as exc:  # logged by `AsyncLazy`, which tries again
             raise Unavailable("float tensors are unavailable; use UINT8", round(RETRY_S)) from exc
 
-    def _deadline(self, client: ClientConnection, headers: Headers, start: float) -> Deadline:
+    def _deadline(self, context: RequestContext, headers: Headers, start: float) -> Deadline:
         """The deadline of the settings, or an earlier one of the client."""
         allowed_ms = self.limits.deadline_ms or math.inf
         asked = headers.get(DEADLINE_HEADER)
         if asked is not None:
             allowed_ms = min(allowed_ms, _milliseconds(asked))
-        return Deadline(start + allowed_ms / 1000, client)
+        return Deadline(start + allowed_ms / 1000, context.client, context.traceparent)
 
     async def _answer(
         self, context: RequestContext, images: Batch | list[bytes], deadline: Deadline, read: float

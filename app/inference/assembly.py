@@ -16,7 +16,7 @@ from PIL import Image
 from app.errors import ConfigError
 from app.inference import engines
 from app.inference.batching import Batcher, Batchers
-from app.inference.bundle import ONNX_FILE, Bundle, InputShape, Preprocessing, golden_inputs
+from app.inference.bundle import Bundle, InputShape, Preprocessing, golden_inputs
 from app.inference.decode import decode
 from app.inference.defense_artifacts import DefenseArtifacts
 from app.inference.engines import EngineName, Probs
@@ -81,7 +81,7 @@ def model_labels(settings: Settings, bundle: Bundle, engine: EngineName) -> dict
         "precision": settings.precision,
         "engine": engine,
         "defense": settings.defense,
-        "sha256": bundle.card.files[ONNX_FILE[settings.precision]],
+        "sha256": bundle.card.files[bundle.card.served_file(settings.precision)],
     }
 
 
@@ -104,6 +104,11 @@ class LoadedModel:
     composer: Composer
     composed: Composed
     inline: bool
+
+    @property
+    def max_size(self) -> int:
+        """Images of the largest batch."""
+        return self.composed.max_size
 
     def pixels(self) -> Batchers:
         """The batchers for uint8 images."""
@@ -145,14 +150,11 @@ class LoadedModel:
                 "defense": repr(defense),
                 "defends": "graph" if isinstance(composed.fused, Fused) else "numpy",
                 "execution": "inline" if self.inline else "thread",
-                "max_batch": composed.max_size,
+                "max_batch": self.max_size,
                 "full_batch_ms": round(composed.seconds * 1000, 3),
             },
         )
-        precision = self.settings.precision
-        clean = np.array(self.bundle.golden().probabilities[precision], np.float32)
-        for sentence in policy_warnings(self.bundle.card, precision, clean, defense):
-            log.warning("%s", sentence)
+        log_policy_warnings(self.settings, self.bundle, defense)
         log_limited(self.settings, composed)
 
     def _batchers(self, composed: Composed) -> Batchers:
@@ -191,7 +193,7 @@ def load_model(
         # Not in bfloat16, and torch would interpret node by node what numpy does in less.
         fusible=engine != "torch" and settings.precision != "bf16",
         limit_s=settings.batch_limit_s,
-        whitener=partial(_whitener, settings, bundle),
+        whitener=partial(whitener_of, settings, bundle),
     )
     images = golden_inputs(bundle.card.input)
     composed = composer(bundle.onnx(settings.precision), images, settings.batch.max_size)
@@ -203,7 +205,15 @@ def load_model(
     return LoadedModel(settings, bundle, metrics, composer, composed, inline)
 
 
-def _whitener(settings: Settings, bundle: Bundle) -> Whitener | None:
+def log_policy_warnings(settings: Settings, bundle: Bundle, defense: defenses.Defense) -> None:
+    """Log warnings about policies that do nothing, or more than their owner may want."""
+    precision = settings.precision
+    clean = np.array(bundle.golden().probabilities[precision], np.float32)
+    for sentence in policy_warnings(bundle.card, precision, clean, defense):
+        log.warning("%s", sentence)
+
+
+def whitener_of(settings: Settings, bundle: Bundle) -> Whitener | None:
     """What the score `residual` needs; None for a bundle that was not calibrated."""
     try:
         return DefenseArtifacts(bundle, settings.engine, settings.precision).gate().whitener

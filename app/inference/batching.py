@@ -51,7 +51,9 @@ class BatchResult(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)  # frozen would take three times as long to make
-class _Job:
+class Job:
+    """A request's images in the queue, and where their answer goes."""
+
     batch: Batch
     future: asyncio.Future[BatchResult]
     submitted: float
@@ -93,7 +95,7 @@ class Batcher:
         # By the images that may run: the largest size that engines are fast at.
         self._fast = [size_within(n) for n in range(max_size + 1)]
         self._clock = clock
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[Job] = deque()
         self._waiting = 0
         self._busy = False
         self._filling: asyncio.TimerHandle | None = None
@@ -164,7 +166,7 @@ class Batcher:
             )
         loop = asyncio.get_running_loop()
         now = self._clock()
-        jobs = [_Job(batch, loop.create_future(), now, defense, deadline) for batch in batches]
+        jobs = [Job(batch, loop.create_future(), now, defense, deadline) for batch in batches]
         self._jobs.extend(jobs)
         self._count(images)
         if not self._busy:
@@ -179,12 +181,12 @@ class Batcher:
             jobs[-1].future.add_done_callback(lambda _: timer.cancel())
         return [job.future for job in jobs]
 
-    def _withdraw(self, jobs: list[_Job]) -> None:
+    def _withdraw(self, jobs: list[Job]) -> None:
         for job in jobs:
             if job in self._jobs:
                 self._jobs.remove(job)
                 self._count(-len(job.batch))
-                _refuse(job, TooLate(LATE))
+                refuse(job, TooLate(LATE))
 
     def _drop_ended(self) -> None:
         """Remove cancelled and expired jobs from the queue, also while a batch runs."""
@@ -192,11 +194,11 @@ class Batcher:
         if now - self._swept < SWEEP_S:  # not a scan for each refusal
             return
         self._swept = now
-        waiting: deque[_Job] = deque()
+        waiting: deque[Job] = deque()
         for job in self._jobs:
             ended = job.deadline.ended(now)
             if ended is not None:
-                _refuse(job, ended)
+                refuse(job, ended)
             if job.future.done():
                 self._count(-len(job.batch))
             else:
@@ -227,9 +229,9 @@ class Batcher:
             )
         )
 
-    def _take(self, now: float) -> list[_Job]:
+    def _take(self, now: float) -> list[Job]:
         """Take the next batch, which is empty if all jobs were cancelled or expired."""
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         size, dropped = 0, 0
         # No more than fill a size that engines are fast at: the others are the first of the next
         # batch, together with whatever has arrived by then.
@@ -238,7 +240,7 @@ class Batcher:
             job = self._jobs.popleft()
             ended = job.deadline.ended(now)
             if ended is not None:
-                _refuse(job, ended)
+                refuse(job, ended)
             if job.future.done():  # by this, or its task was cancelled
                 dropped += len(job.batch)
             else:
@@ -250,17 +252,17 @@ class Batcher:
             self._metrics.batch_size.observe(size)
         return jobs
 
-    def _run(self, jobs: list[_Job]) -> Answers:
+    def _run(self, jobs: list[Job]) -> Answers:
         images = jobs[0].batch if len(jobs) == 1 else np.concatenate([job.batch for job in jobs])
         if isinstance(self._pipeline, Pipeline) and any(job.defense is not None for job in jobs):
             parts = [(len(job.batch), job.defense) for job in jobs]
             return self._pipeline.by_client(images, parts)
         return self._pipeline(images)
 
-    def _finish(self, jobs: list[_Job], started: float, outcome: Answers | BaseException) -> None:
+    def _finish(self, jobs: list[Job], started: float, outcome: Answers | BaseException) -> None:
         if isinstance(outcome, BaseException):
             for job in jobs:
-                _refuse(job, outcome)
+                refuse(job, outcome)
         else:
             self._deliver(jobs, started, outcome)
         self._next()
@@ -275,7 +277,7 @@ class Batcher:
         else:
             loop.call_soon(self._start)
 
-    def _deliver(self, jobs: list[_Job], started: float, answers: Answers) -> None:
+    def _deliver(self, jobs: list[Job], started: float, answers: Answers) -> None:
         self._batch_limit.note(len(answers.l1), self._clock() - started)
         self._metrics.defended_rows.inc(int((answers.l1 > 1e-6).sum()))
         for distance in answers.l1.tolist():
@@ -321,6 +323,7 @@ class Batchers(NamedTuple):
             batcher.prepare(stop)
 
 
-def _refuse(job: _Job, why: BaseException) -> None:
+def refuse(job: Job, why: BaseException) -> None:
+    """Answer a job with an error, unless it is answered already."""
     if not job.future.done():  # done already: its client went away
         job.future.set_exception(why)

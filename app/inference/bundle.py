@@ -8,6 +8,8 @@
     codebook.float32.json, codebook.int8.json    optional, what the defense `codebook` serves
     gate.float32.json, gate.int8.json    optional, below which scores `withhold` withholds
 
+A bundle for the engine `upstream` has no network: its card says how another server is asked.
+
 Each file is read once, hashed and passed on as bytes, so that the bytes that were checked are those
 that run. A card names only files in its own folder, and a network stores all weights in its file.
 """
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = "scumble-bundle/1"
 GOLDEN_COUNT = 6
+GOLDEN_FILE = "golden.json"
 # The file of each precision; bf16 runs the float file with another hint to the engine.
 ONNX_FILE: dict[Precision, str] = {
     "float32": "float32.onnx",
@@ -99,6 +102,55 @@ class Preprocessing(Frozen):
     profile: Literal["ignore", "srgb"] = "ignore"
 
 
+class Sent(Frozen):
+    """How a V2 server takes the images of a network and gives its rows, as `scumble connect` found.
+
+    Attributes:
+        version: of the model on that server; empty if the server names none.
+        input: name of the input tensor.
+        datatype: of the input.
+        layout: where the channels are in the input.
+        shape: of one image, where the input has another shape than the layout says.
+        mean: of pixels in 0..1, per channel as the network has them, or one for all.
+        std: of pixels in 0..1, the same way.
+        bgr: the network takes blue first.
+        output: name of the output with the rows.
+        answers: what that output is.
+        logits: name of the output with the logits, if it is another one.
+        features: name of the output with the input of the last layer.
+        max_batch: images of the largest request.
+        binary: tensors are sent as bytes; JSON otherwise.
+        fingerprint: sha256 of the server's metadata when the card was made.
+    """
+
+    version: str = ""
+    input: str
+    datatype: Literal["FP32", "FP16", "UINT8"]
+    layout: Literal["NCHW", "NHWC"]
+    shape: list[Annotated[int, Field(gt=0)]] | None = None
+    mean: list[float] = Field(default=[0.0], min_length=1, max_length=3)
+    std: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1, max_length=3)
+    bgr: bool = False
+    output: str
+    answers: Literal["probabilities", "logits"]
+    logits: str | None = None
+    features: str | None = None
+    max_batch: int = Field(default=32, ge=1, le=1024)
+    binary: bool = True
+    fingerprint: Sha256
+
+    @property
+    def logits_output(self) -> str | None:
+        """Name of the output with the logits, whichever it is."""
+        return self.output if self.answers == "logits" else self.logits
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs that are asked for."""
+        names = (self.output, self.logits, self.features)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+
 class Accuracy(Frozen):
     """Share of correct predictions, in [0, 1], on `images` images of `data`."""
 
@@ -123,6 +175,7 @@ class Card(Frozen):
     auxiliary: dict[str, Any] = {}
     recommended: dict[str, Parameters] = {}
     data_licence: str = ""
+    upstream: Sent | None = None
 
     @model_validator(mode="after")
     def _shorter_covers_the_input(self) -> Self:
@@ -134,6 +187,21 @@ class Card(Frozen):
                 "side of the input"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_or_each_channel(self) -> Self:
+        for name in ("mean", "std") if self.upstream is not None else ():
+            count = len(getattr(self.upstream, name))
+            if count not in (1, self.input.channels):
+                raise ValueError(
+                    f"{name} has {count} numbers; allowed: 1 or {self.input.channels}, one per "
+                    "channel"
+                )
+        return self
+
+    def served_file(self, precision: Precision) -> str:
+        """The file that tells what is served: the network, or the answers of another server's."""
+        return ONNX_FILE[precision] if self.upstream is None else GOLDEN_FILE
 
     def defense_params(self, defense: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """`given`, or the parameters that are recommended for the model if none are given."""
@@ -180,13 +248,22 @@ class Bundle:
         return content
 
     def onnx(self, precision: Precision) -> bytes:
-        """The ONNX file that runs `precision`."""
+        """The ONNX file that runs `precision`.
+
+        Raises:
+            BundleError: see `read`; or the bundle has no network.
+        """
+        if self.card.upstream is not None:
+            raise BundleError(
+                f"{self} has no network: it describes one of another server; allowed: "
+                "SCUMBLE_ENGINE=upstream with SCUMBLE_UPSTREAM"
+            )
         return self.read(ONNX_FILE[precision])
 
     def golden(self) -> Golden:
         """Expected outputs for the self-test."""
         try:
-            return Golden.model_validate_json(self.read("golden.json"))
+            return Golden.model_validate_json(self.read(GOLDEN_FILE))
         except ValidationError as exc:
             raise BundleError(f"{self}: golden.json is malformed: {exc}") from exc
 

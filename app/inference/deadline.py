@@ -17,10 +17,12 @@ class Deadline(NamedTuple):
     Attributes:
         at: time on the caller's clock; infinite for no deadline.
         client: what the answer would be sent over.
+        traceparent: the trace that it belongs to, for servers that are asked on its behalf.
     """
 
     at: float
     client: ClientConnection
+    traceparent: str | None = None
 
     def ended(self, now: float) -> RequestError | None:
         """The error for a request that has expired or whose client has left; None for others."""

@@ -19,8 +19,9 @@ from app.precision import Precision
 from scumble.defenses.base import DefenseError, Inputs, Probs
 from scumble.defenses.gate import Gate, read_gate
 
-# The torch engine has the operators of the victims, not those of the auxiliary scores.
-SUBSTITUTE = {"torch": "auto"}
+# The torch engine has the operators of the victims, not those of the auxiliary scores; another
+# server has no auxiliary networks.
+SUBSTITUTE = {"torch": "auto", "upstream": "auto"}
 
 
 class AuxiliaryNetwork:

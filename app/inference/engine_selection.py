@@ -14,7 +14,8 @@ from app.inference.processor import adds_int8_exactly
 from app.precision import Precision
 from app.system.installation import install_command
 
-EngineName = Literal["openvino", "onnxruntime", "torch"]
+EngineName = Literal["openvino", "onnxruntime", "torch", "upstream"]
+UPSTREAM: Literal["upstream"] = "upstream"  # another server, which a bundle's card describes
 
 # In order of preference: `auto` takes the first that is installed and exact.
 ENGINES: dict[EngineName, str] = {
@@ -40,6 +41,10 @@ def resolve(
     Raises:
         ConfigError: unknown engine, or its library is not installed.
     """
+    if name == UPSTREAM:
+        if importlib.util.find_spec("aiohttp") is None:
+            raise ConfigError(f"engine is 'upstream', which needs: {install_command(UPSTREAM)}")
+        return UPSTREAM
     installed = [engine for engine in ENGINES if importlib.util.find_spec(engine)]
     if name == "auto" and installed:
         if precision == "int8" and "onnxruntime" in installed and not exact():

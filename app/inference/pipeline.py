@@ -101,21 +101,7 @@ class Pipeline:
             clean = self.engine(batch)
             evidence = None
         inferred = self.clock()
-        rows, first, marks = [], 0, None
-        for n, defense in parts:
-            last = first + n
-            chosen = self.defense if defense is None else defense
-            part, images = clean[first:last], batch[first:last]
-            if chosen.withholds:
-                known = Evidence.of(part) if evidence is None else evidence[first:last]
-                answered = chosen.answer(part, images, known)
-                rows.append(answered.rows)
-                marks = np.zeros(len(batch), np.uint8) if marks is None else marks
-                marks[first:last] = 0 if answered.marks is None else answered.marks
-            else:
-                rows.append(chosen(part, images))
-            first = last
-        probabilities = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        probabilities, marks = defended(self.defense, clean, evidence, batch, parts)
         l1 = np.abs(probabilities - clean).sum(1)
         return Answers(probabilities, l1, inferred - start, self.clock() - inferred, marks)
 
@@ -137,6 +123,42 @@ class Pipeline:
             self.engine.prepare((size,))
             if self.scores is not None and self.scores.made:
                 self.scores.prepare((size,))
+
+
+def defended(
+    default: Defense,
+    clean: Probs,
+    evidence: Evidence | None,
+    batch: Batch,
+    parts: Sequence[tuple[int, Defense | None]],
+) -> tuple[Probs, Marks | None]:
+    """Defend the rows of clients with different defenses.
+
+    Args:
+        default: of clients that have none of their own.
+        clean: (N, K).
+        evidence: of the clean rows; None for what they alone tell.
+        batch: the N images.
+        parts: number of images and their defense, in order; None for `default`.
+
+    Returns:
+        The rows to send out, and what was withheld; None where nothing can be.
+    """
+    rows, first, marks = [], 0, None
+    for n, defense in parts:
+        last = first + n
+        chosen = default if defense is None else defense
+        part, images = clean[first:last], batch[first:last]
+        if chosen.withholds:
+            known = Evidence.of(part) if evidence is None else evidence[first:last]
+            answered = chosen.answer(part, images, known)
+            rows.append(answered.rows)
+            marks = np.zeros(len(batch), np.uint8) if marks is None else marks
+            marks[first:last] = 0 if answered.marks is None else answered.marks
+        else:
+            rows.append(chosen(part, images))
+        first = last
+    return rows[0] if len(rows) == 1 else np.concatenate(rows), marks
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from app.errors import ConfigError
-from app.inference.bundle import ONNX_FILE, open_bundle
+from app.inference.bundle import GOLDEN_FILE, open_bundle
 from app.settings import Settings
 
 
@@ -38,7 +38,7 @@ def _copy(settings: Settings, folder: Path) -> Settings:
     target = folder / settings.model
     target.mkdir(parents=True)
     shutil.copyfile(bundle.folder / "card.json", target / "card.json")
-    needed = {ONNX_FILE[settings.precision], "golden.json"}
+    needed = {bundle.card.served_file(settings.precision), GOLDEN_FILE}
     for name in bundle.card.files:
         # read() checks the hash. An optional file may be missing; its user reports that.
         if name in needed or (bundle.folder / name).exists():

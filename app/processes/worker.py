@@ -94,7 +94,7 @@ class WorkerServer(uvicorn.Server):
         service: Service = self._app.state.service
         ready = await service.not_ready_reason() is None
         self._supervisor.status("ready" if ready else "not ready")
-        if service.access is not None or service.audit is not None:
+        if (service.access, service.audit, service.upstream) != (None, None, None):
             self._ready = ready
             self._watching = loop.create_task(repeat("reporting readiness", self._watch, WATCH_S))
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import ConfigError
-from app.inference.engine_selection import ENGINES, resolve
+from app.inference.engine_selection import ENGINES, UPSTREAM, resolve
 from app.settings import Settings
 from app.system.threads import run_in_daemon_thread
 
@@ -246,6 +246,8 @@ def engine_modules(settings: Settings) -> list[str]:
         engine = resolve(settings.engine, settings.precision)
     except ConfigError:
         return []
+    if engine == UPSTREAM:
+        return ["app.inference.upstream.assembly"]
     return [ENGINES[engine]] if engine == "openvino" else []
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -83,6 +84,19 @@ class BufferedGauge:
         if self._value != self._flushed:
             self._gauge.set(self._value)
             self._flushed = self._value
+
+
+@dataclass(frozen=True)
+class UpstreamMetrics:
+    """The metrics of one replica of another server, which the engine `upstream` asks."""
+
+    answered: Counter
+    failed: Counter
+    late: Counter
+    invalid: Counter
+    seconds: BufferedHistogram
+    circuit_open: Gauge
+    usable: Gauge
 
 
 class Metrics:
@@ -182,6 +196,33 @@ class Metrics:
                 registry=registry,
             )
         )
+        self._upstream_requests = Counter(
+            "scumble_upstream_requests_total",
+            "Requests to the server that has the model, by outcome.",
+            ["replica", "outcome"],
+            registry=registry,
+        )
+        self._upstream_seconds = Histogram(
+            "scumble_upstream_seconds",
+            "A batch's request to the server that has the model, until its whole answer.",
+            ["replica"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._upstream_circuit_open = Gauge(
+            "scumble_upstream_circuit_open",
+            "1 while some worker sends nothing to a replica, because it has failed.",
+            ["replica"],
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self._upstream_usable = Gauge(
+            "scumble_upstream_usable",
+            "1 while every worker finds that a replica answers, with the expected network.",
+            ["replica"],
+            multiprocess_mode="livemin",
+            registry=registry,
+        )
         self.model_info = Gauge(
             "scumble_model_info",
             "1 for what is served.",
@@ -193,6 +234,18 @@ class Metrics:
     def request_seconds(self, route: str) -> BufferedHistogram:
         """The histogram of a route; ask once, at start."""
         return self._buffer(self._request_seconds.labels(route))
+
+    def upstream(self, replica: str) -> UpstreamMetrics:
+        """The metrics of a replica; ask once, at start."""
+        return UpstreamMetrics(
+            **{
+                outcome: self._upstream_requests.labels(replica, outcome)
+                for outcome in ("answered", "failed", "late", "invalid")
+            },
+            seconds=self._buffer(self._upstream_seconds.labels(replica)),
+            circuit_open=self._upstream_circuit_open.labels(replica),
+            usable=self._upstream_usable.labels(replica),
+        )
 
     def flush(self) -> None:
         """Write all buffered values."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from app.access.keys import read_keys
 from app.errors import ConfigError, Unprocessable
-from app.inference.bundle import GOLDEN_COUNT, ONNX_FILE, Card, open_bundle
+from app.inference.bundle import GOLDEN_COUNT, Card, open_bundle
 from app.inference.engine_selection import resolve
 from app.inference.formats import FORMATS
 from app.settings import Settings, shown, variables
@@ -65,7 +65,7 @@ def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
             **card.model_dump(include={"name", "version", "labels", "input", "accuracy"}),
             "precision": settings.precision,
             "engine": resolve(settings.engine, settings.precision),
-            "served_file": ONNX_FILE[settings.precision],
+            "served_file": card.served_file(settings.precision),
             "files": card.files,
             "data_licence": card.data_licence,
         },

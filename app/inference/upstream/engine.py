@@ -1,0 +1,114 @@
+"""The network of another server as an engine that waits for its answers.
+
+The service itself uses `app.inference.upstream.batching`, which does not wait. This is for tools:
+previews, calibration, checks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+
+from app.errors import ConfigError, RequestError
+from app.inference.bundle import Bundle
+from app.inference.engines import Batch, Probs
+from app.inference.upstream.client import UpstreamClient, open_ca
+from app.inference.upstream.monitor import Monitor
+from app.inference.upstream.network import Found, Network
+from app.inference.upstream.protocol import read_answer
+from app.settings import Settings
+from app.telemetry.metrics import Metrics
+
+
+def make_client(settings: Settings, metrics: Metrics) -> UpstreamClient:
+    """The client that the settings ask for.
+
+    Raises:
+        ConfigError: they name no upstream, or its certificates cannot be read.
+    """
+    if not settings.upstream:
+        raise ConfigError(
+            "SCUMBLE_UPSTREAM is not set; needed for the engine upstream: "
+            "http://HOST:PORT/v2/models/NAME"
+        )
+    token = settings.upstream_token
+    return UpstreamClient(
+        settings.upstream_list,
+        metrics,
+        timeout_s=settings.upstream_timeout_s,
+        connections=2 * settings.upstream_concurrency + 1,
+        token=None if token is None else token.get_secret_value(),
+        tls=open_ca(None if settings.upstream_ca is None else str(settings.upstream_ca)),
+    )
+
+
+class UpstreamEngine:
+    """Asks the upstream of the settings; each call opens connections of its own.
+
+    Args:
+        settings: that name the upstream.
+        bundle: whose card describes the network.
+    """
+
+    def __init__(self, settings: Settings, bundle: Bundle) -> None:
+        self._settings = settings
+        self._bundle = bundle
+        self._network = network_of(bundle)
+
+    def __call__(self, batch: Batch, /) -> Probs:
+        """Probabilities of each image.
+
+        Raises:
+            ConfigError: the upstream does not answer, or is not what the card says.
+        """
+        return np.concatenate([found.rows for found in self.found(batch)])
+
+    def prepare(self, sizes: Iterable[int], /) -> None:
+        """Does nothing: the other server prepares itself."""
+
+    def found(self, batch: Batch) -> list[Found]:
+        """All that the network says of the images, in parts.
+
+        Raises:
+            ConfigError: the upstream does not answer, or is not what the card says.
+        """
+        return asyncio.run(self._found(batch))
+
+    async def _found(self, batch: Batch) -> list[Found]:
+        client = make_client(self._settings, Metrics(CollectorRegistry()))
+        monitor = Monitor(client, self._network, self._bundle.card.input, self._bundle.golden())
+        size = self._network.sent.max_batch
+        found = []
+        async with monitor.running():
+            if client.unusable is not None:
+                changed = [replica.changed for replica in client.replicas if replica.changed]
+                raise ConfigError("; ".join(changed) or f"{client.unusable}; see the log")
+            for i in range(0, len(batch), size):
+                part = batch[i : i + size]
+                body, headers = self._network.request(part)
+                try:
+                    tensors = await client.ask(
+                        "/infer", body, headers, lambda a: read_answer(a.length, a.body)
+                    )
+                except RequestError as exc:
+                    raise ConfigError(str(exc)) from exc
+                found.append(self._network.read(tensors, len(part)))
+        return found
+
+
+def network_of(bundle: Bundle) -> Network:
+    """The network that a bundle's card describes.
+
+    Raises:
+        ConfigError: the bundle has a network of its own.
+    """
+    try:
+        return Network.of(bundle.card)
+    except ValueError:
+        raise ConfigError(
+            f"engine is 'upstream', but {bundle} describes no network of another server; "
+            "make a bundle that does with `scumble connect`"
+        ) from None
