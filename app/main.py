@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -14,17 +13,13 @@ from app.audit.assembly import make_audit
 from app.http.application import build
 from app.http.prediction import Service
 from app.inference import engines
-from app.inference.assembly import LoadedModel, load_model, make_defense, model_labels
+from app.inference.assembly import LoadedModel, load_served, make_defense, model_labels
 from app.inference.async_lazy import AsyncLazy
 from app.inference.bundle import open_bundle
-from app.inference.engine_selection import UPSTREAM
 from app.inference.executor import BoundedExecutor
 from app.settings import Settings, load_settings
 from app.system.file_watcher import FileName, FileWatcher, LastGood, Listener
 from app.telemetry.assembly import make_metrics, make_tracing
-
-if TYPE_CHECKING:
-    from app.inference.upstream.assembly import UpstreamModel
 
 
 def create_app(
@@ -50,14 +45,7 @@ def create_app(
 
     metrics = make_metrics(model_labels(settings, bundle, engine))
     tracing = make_tracing(settings, os.environ)
-    model: LoadedModel | UpstreamModel
-    if engine == UPSTREAM:
-        # Imported here: it needs an extra of the distribution.
-        from app.inference.upstream.assembly import load_upstream
-
-        model = load_upstream(settings, bundle, defense, metrics)
-    else:
-        model = load_model(settings, bundle, engine, defense, metrics)
+    model = load_served(settings, bundle, engine, defense, metrics)
 
     policies = make_policies(settings, bundle, defense, model.max_size)
     model.warm_up(policies.warm_up)

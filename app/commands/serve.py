@@ -115,8 +115,9 @@ def check(everything: bool, images: Path | None, **arguments: Any) -> None:
     """
     from app.http.tls import open_certificate
     from app.inference import engines
-    from app.inference.assembly import make_defense
-    from app.inference.bundle import open_bundle
+    from app.inference.assembly import load_engine, make_defense
+    from app.inference.bundle import golden_inputs, open_bundle
+    from app.inference.engine_selection import UPSTREAM
     from app.main import create_app
 
     try:
@@ -126,6 +127,8 @@ def check(everything: bool, images: Path | None, **arguments: Any) -> None:
         defense = make_defense(settings, bundle)
         with collected_warnings() as warnings:
             app = create_app(settings)
+            if engine == UPSTREAM:  # which the application asks once it runs
+                load_engine(settings, bundle)(golden_inputs(bundle.card.input))
         open_certificate(settings)
         effect = effect_on(images, settings, bundle, defense) if images else {}
     except ConfigError as exc:
@@ -185,14 +188,14 @@ def described(settings: Settings, card: Card, engine: str, defense: str) -> dict
 def effect_on(folder: Path, settings: Settings, bundle: Bundle, defense: Defense) -> dict[str, str]:
     """What the policy does to the answers for the images in a folder, in a few words each."""
     from app.inference import engines
-    from app.inference.assembly import load_model, model_labels
+    from app.inference.assembly import load_served, model_labels
     from app.inference.policy_effect import policy_effect
     from app.telemetry.assembly import make_metrics
 
     engine = engines.resolve(settings.engine, settings.precision)
     metrics = make_metrics(model_labels(settings, bundle, engine))
-    model = load_model(settings, bundle, engine, defense, metrics)
-    effect = policy_effect(model.composed.unfused, bundle.card, settings.limits, folder)
+    model = load_served(settings, bundle, engine, defense, metrics)
+    effect = policy_effect(model.pipeline, bundle.card, settings.limits, folder)
     said = {
         "images": f"{effect.images:,} in {folder}",
         "labels": f"{effect.changed:.2%} changed by the defense",

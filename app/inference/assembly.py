@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,19 @@ from app.inference.batching import Batcher, Batchers
 from app.inference.bundle import Bundle, InputShape, Preprocessing, golden_inputs
 from app.inference.decode import decode
 from app.inference.defense_artifacts import DefenseArtifacts
-from app.inference.engines import EngineName, Probs
+from app.inference.engine_selection import UPSTREAM
+from app.inference.engines import Engine, EngineName, Probs
 from app.inference.graph import tensor_input
-from app.inference.pipeline import Composed, Composer, Fused, self_test
+from app.inference.pipeline import Composed, Composer, Fused, Pipeline, self_test
 from app.inference.policy_warnings import policy_warnings
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from scumble import defenses
 from scumble.defenses.evidence import Evidence, Score
 from scumble.defenses.scores import Whitener
+
+if TYPE_CHECKING:
+    from app.inference.upstream.assembly import UpstreamModel
 
 # A batch that takes longer than this runs on a thread, so that the event loop serves others.
 INLINE_S = 0.010
@@ -106,6 +110,11 @@ class LoadedModel:
     inline: bool
 
     @property
+    def pipeline(self) -> Pipeline:
+        """Network and defense, for pixels."""
+        return self.composed.unfused
+
+    @property
     def max_size(self) -> int:
         """Images of the largest batch."""
         return self.composed.max_size
@@ -172,6 +181,43 @@ class LoadedModel:
         if settings.keys_file is None or composed.fused is composed.unfused:
             return Batchers(default, default)
         return Batchers(default, batcher(composed.unfused))
+
+
+def load_served(
+    settings: Settings,
+    bundle: Bundle,
+    engine: EngineName,
+    defense: defenses.Defense,
+    metrics: Metrics,
+) -> LoadedModel | UpstreamModel:
+    """Load a model for the engine, whichever it is.
+
+    Raises:
+        BundleError: see `load_model`.
+        ConfigError: see `load_model`; or the settings name no upstream.
+    """
+    if engine == UPSTREAM:
+        # Imported here: it needs an extra of the distribution.
+        from app.inference.upstream.assembly import load_upstream
+
+        return load_upstream(settings, bundle, defense, metrics)
+    return load_model(settings, bundle, engine, defense, metrics)
+
+
+def load_engine(settings: Settings, bundle: Bundle) -> Engine:
+    """Load the network of a bundle for a tool, on one thread.
+
+    Raises:
+        BundleError: a file is not the one that the card lists.
+        ConfigError: the engine cannot run the network, or the settings name no upstream.
+    """
+    engine = engines.resolve(settings.engine, settings.precision)
+    if engine == UPSTREAM:
+        from app.inference.upstream.engine import UpstreamEngine  # as above
+
+        return UpstreamEngine(settings, bundle)
+    model = bundle.onnx(settings.precision)
+    return engines.load(engine, model, threads=1, precision=settings.precision)
 
 
 def load_model(

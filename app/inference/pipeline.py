@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -51,6 +52,27 @@ class Answers:
         return self.infer_s + self.defend_s
 
 
+class Scores(Protocol):
+    """An engine whose one call gives clean rows and scores, as `ScoredEngine`."""
+
+    @property
+    def made(self) -> bool:
+        """Whether it is loaded."""
+        ...
+
+    def require(self, images: Batch) -> Evidence:
+        """Load it; the evidence of example images."""
+        ...
+
+    def __call__(self, batch: Batch) -> tuple[Probs, Evidence]:
+        """Clean rows and evidence."""
+        ...
+
+    def prepare(self, sizes: Iterable[int]) -> None:
+        """Compile for batches of these sizes."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Engine and defense as one function of a batch.
@@ -65,7 +87,7 @@ class Pipeline:
     engine: Engine
     defense: Defense
     clock: Callable[[], float] = time.perf_counter
-    scores: ScoredEngine | None = None
+    scores: Scores | None = None
 
     @cached_property
     def withholds(self) -> bool:

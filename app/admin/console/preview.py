@@ -24,7 +24,7 @@ from PIL import Image
 
 from app.admin.console.preview_request import PreviewRequest
 from app.errors import ConfigError, Internal, RequestError, Unavailable, Unprocessable
-from app.inference import engines
+from app.inference.assembly import load_engine
 from app.inference.bundle import Bundle, golden_inputs, open_bundle
 from app.inference.decode import Pixels, decode
 from app.inference.defense_artifacts import DefenseArtifacts
@@ -44,12 +44,7 @@ class Previewer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._bundle: Bundle = open_bundle(settings.model_dir, settings.model)
-        self._engine: Engine = engines.load(
-            engines.resolve(settings.engine, settings.precision),
-            self._bundle.onnx(settings.precision),
-            threads=1,
-            precision=settings.precision,
-        )
+        self._engine: Engine = load_engine(settings, self._bundle)
         self._artifacts = DefenseArtifacts(self._bundle, settings.engine, settings.precision)
         golden = golden_inputs(self._bundle.card.input)
         self._golden = (golden, self._clean(golden))
@@ -134,6 +129,9 @@ def answer(previewer: Previewer, request: bytes, image: bytes) -> tuple[int, byt
         return 200, orjson.dumps(shown, option=orjson.OPT_SERIALIZE_NUMPY)
     except RequestError as error:
         return error.status, error.body()
+    except ConfigError as exc:  # of a model that another server runs
+        refused = Unavailable(str(exc))
+        return refused.status, refused.body()
     except Exception:  # of any kind: the next request may succeed
         log.exception("preview failed")
         ours = Internal("preview failed; see the log")

@@ -6,7 +6,7 @@ import logging
 import time
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from app.inference.engines import EngineName, Probs
 from app.inference.pipeline import Pipeline, defended
 from app.inference.upstream.batching import UpstreamBatcher
 from app.inference.upstream.client import UpstreamClient
-from app.inference.upstream.engine import UpstreamEngine, make_client, network_of
+from app.inference.upstream.engine import UpstreamEngine, UpstreamScores, make_client, network_of
 from app.inference.upstream.monitor import Monitor
 from app.inference.upstream.network import Network
 from app.settings import Settings
@@ -195,7 +195,9 @@ def load_upstream(
     monitor = Monitor(client, network, bundle.card.input, golden, every_s=settings.upstream_check_s)
     require(network, defense.needs)
     warm_up_decoders(bundle.card.input, bundle.card.preprocessing)
-    pipeline = Pipeline(UpstreamEngine(settings, bundle), defense)
+    engine = UpstreamEngine(settings, bundle)
+    scores = UpstreamScores(engine, partial(whitener_of, settings, bundle))
+    pipeline = Pipeline(engine, defense, scores=scores if network.scores else None)
     model = UpstreamModel(
         settings, bundle, metrics, network, Upstream(client, monitor), pipeline, threaded=False
     )

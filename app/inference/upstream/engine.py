@@ -7,7 +7,8 @@ previews, calibration, checks.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -21,6 +22,8 @@ from app.inference.upstream.network import Found, Network
 from app.inference.upstream.protocol import read_answer
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
+from scumble.defenses.evidence import Evidence
+from scumble.defenses.scores import Whitener
 
 
 def make_client(settings: Settings, metrics: Metrics) -> UpstreamClient:
@@ -96,7 +99,54 @@ class UpstreamEngine:
                 except RequestError as exc:
                     raise ConfigError(str(exc)) from exc
                 found.append(self._network.read(tensors, len(part)))
+                if found[-1].valid is not None:
+                    raise ConfigError("upstream gave no distribution for an image")
         return found
+
+
+class UpstreamScores:
+    """Clean rows and evidence of the same engine.
+
+    Args:
+        engine: asks the upstream.
+        whitener: gives what the score `residual` needs.
+    """
+
+    made = True
+
+    def __init__(self, engine: UpstreamEngine, whitener: Callable[[], Whitener | None]) -> None:
+        self._engine = engine
+        self._whitener = whitener
+
+    def require(self, images: Batch) -> Evidence:
+        """The evidence of example images.
+
+        Raises:
+            ConfigError: the upstream does not answer, or is not what the card says.
+        """
+        return self(images)[1]
+
+    def __call__(self, batch: Batch) -> tuple[Probs, Evidence]:
+        """Clean rows and evidence.
+
+        Raises:
+            ConfigError: the upstream does not answer, or is not what the card says.
+        """
+        found = joined(self._engine.found(batch))
+        return found.rows, found.evidence(self._whitener())
+
+    def prepare(self, sizes: Iterable[int]) -> None:
+        """Does nothing: the other server prepares itself."""
+
+
+def joined(parts: list[Found]) -> Found:
+    """What the network says of the images of all parts."""
+
+    def column(name: str) -> Any:
+        columns = [getattr(part, name) for part in parts]
+        return None if columns[0] is None else np.concatenate(columns)
+
+    return Found(column("rows"), None, column("logits"), column("features"))
 
 
 def network_of(bundle: Bundle) -> Network:
