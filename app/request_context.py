@@ -42,6 +42,9 @@ class RequestContext:
         refusal: the reason label of the error that was sent instead of an answer.
         admission: the client's grant and charge; None without keys and budgets.
         stages: the times of the stages, for spans; None unless the request was traced and answered.
+        start: when the request was taken without the application (`app.http.direct`); 0 if it was
+            not.
+        fault: why it could not be answered that way; the application refuses it with this.
     """
 
     client: ClientConnection = ALWAYS_CONNECTED
@@ -52,6 +55,8 @@ class RequestContext:
     refusal: str | None = None
     admission: Admission | None = None
     stages: Stages | None = None
+    start: float = 0.0
+    fault: BaseException | None = None
 
 
 def request_context(scope: Scope) -> RequestContext:

@@ -28,6 +28,7 @@ from app import errors
 from app.access import admission
 from app.endpoint_type import Endpoint
 from app.http import schemas
+from app.http.direct import DirectPredictions
 from app.http.middleware import Dispatch, Observe
 from app.http.prediction import Service
 from app.http.prefix_and_cors import Cors, Prefix
@@ -163,6 +164,10 @@ def build(
         tracing=tracing,
         untraced=admission.OPEN,
     )
+    # Where nothing but the service itself must see a request, small images need no ASGI call.
+    others = service.access, service.audit, service.upstream, tracing
+    alone = others == (None,) * 4 and not access_log and not root_path and not cors_origins
+    app.state.direct = DirectPredictions(service, observed) if alone else None
     app.front = Prefix(observed, root_path) if root_path else observed
     app.servers = [{"url": root_path}] if root_path else []
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # as FastAPI documents it

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
 
 CLOSES = (b"connection", b"close")
+CLOSING = b"\r\nconnection: close"
 AROUND = 4  # bytes of a header beside its name and value: colon, space, line end
 NOTED = frozenset((b"host", b"transfer-encoding", b"expect"))
 BLANK = b"\r\n\r\n"  # ends headers, and chunked bodies
@@ -92,6 +93,25 @@ class BodyMemory:
                 return
 
 
+class Direct(Protocol):
+    """Answers requests without the application."""
+
+    def __call__(
+        self, cycle: Cycle, to_application: Callable[[Cycle, ASGI3Application | None], None]
+    ) -> bool:
+        """Take a request that is complete; it is answered later.
+
+        Args:
+            cycle: of the request.
+            to_application: gives the request to an application after all; to the server's if
+                there is none.
+
+        Returns:
+            Whether it was taken. If not, the application answers it.
+        """
+        ...
+
+
 class Draining(Protocol):
     """A server whose connections close after the current answer while it drains."""
 
@@ -109,6 +129,7 @@ class Common:
         rejections: counters by reason, of refusals before a request reaches the application.
         on_closed: called when a connection has closed.
         max_connections: further connections get a 503 and are closed.
+        direct: answers some requests without the application.
     """
 
     limits: HttpSettings
@@ -117,6 +138,7 @@ class Common:
     rejections: Mapping[str, Counter]
     on_closed: Callable[[], None] = lambda: None
     max_connections: int = sys.maxsize
+    direct: Direct | None = None
 
 
 class Cycle(RequestResponseCycle):
@@ -184,14 +206,41 @@ class Cycle(RequestResponseCycle):
             not len(headers) - 1 == head.count(b"\n") == head.count(b"\r")
         ):  # a line break in a header
             return False  # uvicorn reports what is wrong with it
+        self._write(STATUS_LINE[start["status"]], head, BLANK, body)
+        return True
+
+    def answer(self, headers: bytes, body: bytes) -> bool:
+        """Send a complete answer with status 200 at once.
+
+        Args:
+            headers: lines without line breaks at their end, besides those of every response.
+            body: whose length the headers have.
+
+        Returns:
+            False if it must be sent by `send`, as the client has left or is slow to read.
+        """
+        if self.disconnected or self.flow.write_paused:
+            return False
+        lines = [b"%s: %s\r\n" % header for header in self.default_headers]
+        if not self.keep_alive:
+            headers += CLOSING
+        self._write(STATUS_LINE[200], *lines, headers, BLANK, body)
+        self.on_response = _nothing  # as after `run_asgi`: no reference to the connection stays
+        return True
+
+    def _write(self, *response: bytes) -> None:
+        """Send a complete response."""
         self.response_started = self.response_complete = True
         self.waiting_for_100_continue = False
-        self.transport.write(b"".join((STATUS_LINE[start["status"]], head, BLANK, body)))
+        self.transport.write(b"".join(response))
         self.message_event.set()
         if not self.keep_alive:
             self.transport.close()
         self.on_response()
-        return True
+
+
+def _nothing() -> None:
+    pass
 
 
 class Connection(HttpToolsProtocol):
@@ -219,6 +268,8 @@ class Connection(HttpToolsProtocol):
         self._memory = common.memory
         self._state = common.state
         self._rejections = common.rejections
+        self._direct = common.direct
+        self._begun: Cycle | None = None  # its headers are complete, and `_parse` starts it
         self._client = ClientConnection()
         self._since: float | None = self.loop.time()  # start of the wait for headers or a body
         self._heading = True  # headers are expected next
@@ -233,7 +284,7 @@ class Connection(HttpToolsProtocol):
         self._unread_since: float | None = None
         self._refusal: RequestError | None = None
         self._answered: Cycle = None  # type: ignore[assignment]  # as uvicorn's; the cycle being answered
-        self._task: asyncio.Task[None]
+        self._task: asyncio.Task[None] | None = None  # of the last one that the application got
         self._failed: RequestError | None = None  # sent after the responses to the earlier requests
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
@@ -304,6 +355,10 @@ class Connection(HttpToolsProtocol):
             self._line_bytes += len(piece)
             if self._line_bytes > self._limits.max_header_bytes:
                 self._fail(self._too_large())
+        begun = self._begun
+        if begun is not None:
+            self._begun = None
+            self._start(begun)
 
     def _fail(self, error: RequestError) -> None:
         """Refuse what follows, after the responses to the earlier requests."""
@@ -405,7 +460,7 @@ class Connection(HttpToolsProtocol):
             self.on_response_complete,
         )
         if before is None or before.response_complete:
-            self._start_asgi_task(self.cycle, self.app)
+            self._begun = self.cycle
         else:  # it runs after the earlier ones
             self.pipeline.appendleft((self.cycle, self.app))
 
@@ -484,6 +539,19 @@ class Connection(HttpToolsProtocol):
         if not self._rest:
             self.flow.resume_reading()
 
+    def _start(self, cycle: Cycle) -> None:
+        """Answer a request; nothing is sent before the next turn of the loop."""
+        self._answered = cycle
+        if self._direct is None or cycle.more_body or cycle.disconnected:
+            self._start_asgi_task(cycle, self.app)
+        else:
+            self._task = None
+            if not self._direct(cycle, self._to_application):
+                self._start_asgi_task(cycle, self.app)
+
+    def _to_application(self, cycle: Cycle, app: ASGI3Application | None = None) -> None:
+        self._start_asgi_task(cycle, app or self.app)
+
     def _start_asgi_task(self, cycle: Cycle, app: ASGI3Application) -> None:  # type: ignore[override]  # all of ours are such
         self._answered = cycle
         self._task = task = self.loop.create_task(cycle.run_asgi(app))
@@ -542,8 +610,11 @@ class Connection(HttpToolsProtocol):
         self._client.gone = True
         super().connection_lost(exc)
         self._forget()
-        if self._answered is not None and self._answered.held:  # the application still uses it
-            self._task.add_done_callback(lambda _: self._release(self._answered))
+        if self._answered is not None and self._answered.held:
+            if self._task is None:
+                self._release(self._answered)
+            else:  # the application still uses it
+                self._task.add_done_callback(lambda _: self._release(self._answered))
         self._common.on_closed()
 
     def _hung_up(self) -> bool:

@@ -76,9 +76,9 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = self._clock()
         context = ensure_context(scope)
-        context.id = request_id = self._request_id(scope)
+        start = context.start or self._clock()
+        context.id = request_id = context.id or self.request_id(scope)
         if self._linked:
             context.traceparent = read_traceparent(scope["headers"])
         header = (b"x-request-id", request_id.encode())
@@ -91,17 +91,12 @@ class Observe:
                 message["headers"] = [*message.get("headers", ()), header]
             await send(message)
 
-        self._metrics.inflight.add(1)
-        self._metrics.flush_soon()
+        self.began()
         try:
             await self._app(scope, receive, observe)
         finally:
-            self._metrics.inflight.add(-1)
-            seconds = self._clock() - start
             route = self._routes.get(scope["path"], "other")
-            self._seconds[route].observe(seconds)
-            self._count(route, status)
-            self._metrics.flush_soon()
+            seconds = self.ended(route, status, start)
             if self._tracing is not None and scope["path"] not in self._untraced:
                 self._tracing.request(scope, route, status, start, seconds)
             if self._access_log:
@@ -117,6 +112,20 @@ class Observe:
                     },
                 )
 
+    def began(self) -> None:
+        """Count a request that is being answered."""
+        self._metrics.inflight.add(1)
+        self._metrics.flush_soon()
+
+    def ended(self, route: str, status: int, start: float) -> float:
+        """Count its response; gives the seconds that it took since `start`."""
+        self._metrics.inflight.add(-1)
+        seconds = self._clock() - start
+        self._seconds[route].observe(seconds)
+        self._count(route, status)
+        self._metrics.flush_soon()
+        return seconds
+
     def _count(self, route: str, status: int) -> None:
         counter = self._requests.get((route, status))
         if counter is None:
@@ -124,7 +133,8 @@ class Observe:
             self._requests[route, status] = counter
         counter.inc()
 
-    def _request_id(self, scope: Scope) -> str:
+    def request_id(self, scope: Scope) -> str:
+        """The client's id if it has the right form, or a random one."""
         for name, value in scope["headers"]:
             if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
                 return str(value, "ascii")

@@ -53,6 +53,7 @@ DEADLINE_HEADER = b"x-deadline-ms"
 # Sum of pixels and bytes up to which files are decoded on the event loop, in 3 ms at most.
 INLINE_WORK = 200_000
 INLINE_VALUES = 20_000  # up to which an answer is written on the event loop
+GONE = "the client closed the connection before the answer"
 NOT_PLAIN = 4  # factor of the work for files that the fast decoder does not take
 log = logging.getLogger("scumble")
 
@@ -195,6 +196,8 @@ class Service:
         """
         start = self.clock()
         context = request_context(request.scope)
+        if context.fault is not None:
+            raise context.fault
         headers = dict(request.scope["headers"])
         deadline = self._deadline(context, headers, start)
         asked = await codec.read(request, headers, deadline)
@@ -212,8 +215,19 @@ class Service:
             write = partial(codec.write, asked, probabilities, context.id, abstained)
             unlimited = deadline._replace(at=math.inf)  # the inference is done: always answer
             (response,) = await self.executor([write], 0, unlimited)
-        self._count(context, answered, start, read, back)
+        self.count(context, answered, start, read, back)
         return response
+
+    def small_image(self, data: bytes) -> Batch | None:
+        """The pixels of one file as a batch; None if it must be decoded on a thread.
+
+        Raises:
+            RequestError: the file is refused.
+        """
+        (header,) = self._inspect([data])
+        if _work(data, header) > INLINE_WORK:
+            return None
+        return self._decode(data, header)[np.newaxis]
 
     def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Compile the engines for later batch sizes, until `stop` returns True; run on a thread."""
@@ -385,7 +399,7 @@ class Service:
         else:
             served = await self._in_parts(batcher, images, defense, deadline)
         if deadline.client.gone:
-            raise ClientGone("the client closed the connection before the answer")
+            raise ClientGone(GONE)
         return Answered(served, decode_start, decoded)
 
     async def _in_parts(
@@ -408,9 +422,10 @@ class Service:
             _joined([part.marks for part in served]),
         )
 
-    def _count(
+    def count(
         self, context: RequestContext, answered: Answered, start: float, read: float, back: float
     ) -> None:
+        """Count an answer that has been written, and the time of its stages."""
         end = self.clock()
         served, decode_start, decoded = answered
         stage = self.metrics.stage

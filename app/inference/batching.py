@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from app.inference.adaptive_batch_limit import AdaptiveBatchLimit
 from app.inference.deadline import LATE, NO_DEADLINE, Deadline
 from app.inference.engines import FAST, Batch, Probs, size_within
 from app.inference.pipeline import Answers, Compute, Pipeline
+from app.request_context import ClientConnection
 from app.telemetry.metrics import Metrics
 from scumble.defenses import Defense
 from scumble.defenses.evidence import Marks
@@ -50,12 +51,28 @@ class BatchResult(NamedTuple):
     marks: Marks | None = None
 
 
+class Waiting(Protocol):
+    """What gets the result of a batch: a future, or what is called at once in its place."""
+
+    def done(self) -> bool:
+        """Whether a result would come too late."""
+        ...
+
+    def set_result(self, result: BatchResult, /) -> None:
+        """The batch has run."""
+        ...
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """It has not."""
+        ...
+
+
 @dataclass(eq=False, slots=True)  # frozen would take three times as long to make
 class Job:
     """A request's images in the queue, and where their answer goes."""
 
     batch: Batch
-    future: asyncio.Future[BatchResult]
+    future: Waiting
     submitted: float
     defense: Defense | None
     deadline: Deadline
@@ -134,6 +151,21 @@ class Batcher:
         """
         return await asyncio.gather(*self._queue(batches, defense, deadline))
 
+    def submit(self, batch: Batch, waiting: Waiting, client: ClientConnection) -> None:
+        """Queue images without a deadline under the server's defense; never waits.
+
+        Args:
+            batch: the images.
+            waiting: gets the result as soon as there is one, on the event loop; raises nothing.
+            client: skipped once it has left.
+
+        Raises:
+            Unavailable: the queue has no room for them.
+        """
+        self._make_room(len(batch))
+        job = Job(batch, waiting, self._clock(), None, Deadline(math.inf, client))
+        self._enqueue([job], len(batch))
+
     @property
     def max_size(self) -> int:
         """Images of the largest batch."""
@@ -158,28 +190,38 @@ class Batcher:
         self, batches: Sequence[Batch], defense: Defense | None, deadline: Deadline
     ) -> list[asyncio.Future[BatchResult]]:
         images = sum(map(len, batches))
+        self._make_room(images)
+        loop = asyncio.get_running_loop()
+        now = self._clock()
+        futures: list[asyncio.Future[BatchResult]] = [loop.create_future() for _ in batches]
+        jobs = [
+            Job(batch, future, now, defense, deadline)
+            for batch, future in zip(batches, futures, strict=True)
+        ]
+        self._enqueue(jobs, images)
+        if deadline.at < math.inf:  # a batch may run for longer
+            timer = loop.call_later(deadline.at - now, self._withdraw, jobs)
+            futures[-1].add_done_callback(lambda _: timer.cancel())
+        return futures
+
+    def _make_room(self, images: int) -> None:
         if self._waiting + images > self._max_queue:
             self._drop_ended()
         if self._waiting + images > self._max_queue:
             raise Unavailable(
                 f"{self._waiting} images are waiting already; allowed: {self._max_queue}"
             )
-        loop = asyncio.get_running_loop()
-        now = self._clock()
-        jobs = [Job(batch, loop.create_future(), now, defense, deadline) for batch in batches]
+
+    def _enqueue(self, jobs: list[Job], images: int) -> None:
         self._jobs.extend(jobs)
         self._count(images)
         if not self._busy:
             self._busy = True
-            loop.call_soon(self._start)
+            asyncio.get_running_loop().call_soon(self._start)
         elif self._filling is not None and self._waiting >= self._batch_limit():
             self._filling.cancel()
             self._filling = None
-            loop.call_soon(self._start)
-        if deadline.at < math.inf:  # a batch may run for longer
-            timer = loop.call_later(deadline.at - now, self._withdraw, jobs)
-            jobs[-1].future.add_done_callback(lambda _: timer.cancel())
-        return [job.future for job in jobs]
+            asyncio.get_running_loop().call_soon(self._start)
 
     def _withdraw(self, jobs: list[Job]) -> None:
         for job in jobs:

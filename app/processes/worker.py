@@ -77,6 +77,7 @@ class WorkerServer(uvicorn.Server):
             state=service.state,
             rejections=service.metrics.rejections,
             on_closed=channel.count_closed,
+            direct=getattr(app.state, "direct", None),
         )
         self._opening: set[asyncio.Task[Any]] = set()
         self._watching: asyncio.Task[Any] | None = None

@@ -24,6 +24,8 @@ from app.inference.executor import BoundedExecutor
 from app.inference.formats import FORMATS
 from app.settings import LimitSettings
 
+PREDICT = "/v1/predict"
+
 
 @dataclass(slots=True)  # frozen would take three times as long to make
 class PredictRequest:
@@ -91,6 +93,16 @@ class V1:
         abstained: Flags | None = None,
     ) -> Response:
         """One prediction per image."""
+        return Answer(self.document(asked, probabilities, request_id, abstained))
+
+    def document(
+        self,
+        asked: PredictRequest,
+        probabilities: Probs,
+        request_id: str,
+        abstained: Flags | None = None,
+    ) -> bytes:
+        """The JSON of `write`."""
         labels, top_k = self.card.labels, asked.top_k
         predictions = []
         for row in probabilities:
@@ -114,7 +126,7 @@ class V1:
             "id": request_id,
             "predictions": predictions,
         }
-        return Answer(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY))
+        return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
     def _top_k(self, request: Request) -> int | None:
         text = request.query_params.get("top_k")
@@ -150,7 +162,7 @@ def routes(service: Service) -> list[Route]:
     }
     return [
         (
-            "/v1/predict",
+            PREDICT,
             "POST",
             service.endpoint(V1(card, service.limits, service.executor)),
             {
