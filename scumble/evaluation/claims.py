@@ -80,26 +80,30 @@ def strongest(lines: Iterable[Line]) -> Line | None:
     return max(usable, key=lambda line: line.stolen.mean, default=None)
 
 
-def against(*attacks: str) -> Callable[[list[Line], Bench], list[Finding]]:
-    """Whether dcp takes at least `REDUCED` from these attacks as published."""
+def against(attack: str, adapted: str = "") -> Callable[[list[Line], Bench], list[Finding]]:
+    """Whether dcp takes at least `REDUCED` from an attack.
+
+    Args:
+        attack: as published; so it steals the undefended model.
+        adapted: the modifier with which it steals the defended one, " + NAME"; empty for none.
+    """
 
     def judge(lines: list[Line], bench: Bench) -> list[Finding]:
         del bench
         found: list[Finding] = []
         for group in groups(lines):
-            for attack in attacks:
-                free = undefended(group, attack)
-                for line in group:
-                    if free is None or (line.defense.name, line.attacker) != ("dcp", attack):
-                        continue
-                    fell = free.stolen.mean - line.stolen.mean
-                    found.append(
-                        (
-                            None if line.failed else fell >= REDUCED,
-                            f"{model(line)}, {line.defense}, {attack}: "
-                            f"{free.stolen} undefended, {line.stolen} defended{reason(line)}",
-                        )
+            free = undefended(group, attack)
+            for line in group:
+                if free is None or (line.defense.name, line.attacker) != ("dcp", attack + adapted):
+                    continue
+                fell = free.stolen.mean - line.stolen.mean
+                found.append(
+                    (
+                        None if line.failed else fell >= REDUCED,
+                        f"{model(line)}, {line.defense}, {line.attacker}: "
+                        f"{free.stolen} undefended, {line.stolen} defended{reason(line)}",
                     )
+                )
         return found
 
     return judge
@@ -264,6 +268,12 @@ CLAIMS = [
         "It defends against the data-free attack DFME.",
         "the copy of the published attack falls by at least 10 points",
         against("dfme"),
+    ),
+    Claim(
+        "It defends against DFME that inverts the answers.",
+        "the copy falls by at least 10 points below that of the published attack undefended (not a "
+        "claim of the paper)",
+        against("dfme", " + invert"),
     ),
     Claim(
         "It defends against the data-free attack MAZE.",

@@ -70,6 +70,8 @@ LINES = [
     line(LABEL, "knockoff", 0.71, precision="int8"),
     line(NONE, "dfme", 0.9),
     line(dcp(1.2), "dfme", 0.3, served=0.97),
+    line(dcp(1.0), "dfme + invert", 0.85),
+    line(dcp(1.2), "dfme + invert", 0.6, served=0.97),
     line(LABEL, "knockoff (mnist-labels)", 0.6, recipe="mnist-labels"),
     line(Defended("codebook"), "knockoff (mnist-mixed)", 0.615, recipe="mnist-mixed"),
     line(WITHHOLD, "knockoff (mnist-mixed)", 0.3, recipe="mnist-mixed"),
@@ -105,6 +107,7 @@ BENCH = {
 VERDICTS = {
     "It defends against KnockoffNets.": "held in part",  # 1.0: 5 points; 1.2: 40 and 34
     "It defends against the data-free attack DFME.": "held",
+    "It defends against DFME that inverts the answers.": "held in part",  # 85 and 60 of 90
     "It defends against the data-free attack MAZE.": "not measured",
     "It works for quantized CNNs as for float ones.": "did not hold",  # 40 and 46
     "Its impact on accuracy is low.": "held in part",  # 1.2 in float32: 2 points
@@ -172,9 +175,9 @@ def test_the_default_strength_is_the_recommended_one_that_most_attackers_fail_at
 def test_advice_says_whom_a_strength_keeps_out():
     weak, strong = advice(LINES)
     assert (weak.beta, weak.recommended, weak.held) == (1.0, True, {})
-    assert weak.broken == {"knockoff": 0.75}
+    assert weak.broken == {"knockoff": 0.75, "dfme + invert": 0.85}
     assert (strong.beta, strong.recommended) == (1.2, False)  # 2 points in float32
-    assert strong.held == {"knockoff": 0.46, "dfme": 0.3}
+    assert strong.held == {"knockoff": 0.46, "dfme": 0.3, "dfme + invert": 0.6}
     assert strong.broken == {"knockoff centred + invert": 0.94}
     table = advised([weak, strong])
     assert "| `mnist` | 1.2 | 2.00 float32, 0.50 int8 | 0.50 | no |" in table
