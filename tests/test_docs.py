@@ -21,10 +21,12 @@ from scumble.cli import COMMANDS
 from scumble.data.image_sets import DIGITS, TORCHVISION
 from scumble.defenses import available
 from scumble.evaluation.steal import CELLS
+from scumble.evaluation.summary import best, load, summarise
 from tests.exported import metric_names
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+RECORDS = DOCS / "results" / "records"
 PAGES = sorted(
     path.relative_to(DOCS).as_posix()
     for path in DOCS.rglob("*.md")
@@ -193,7 +195,7 @@ def milestones(curve):
 
 
 def demo_table() -> str:
-    document = json.loads((DOCS / "results" / "records" / "demo.json").read_text())
+    document = json.loads((RECORDS / "demo.json").read_text())
     servers = document["servers"]
     rows = [
         "| attack | copy, mnist | served, mnist | copy, digits | served, digits | agreement "
@@ -235,7 +237,7 @@ def codebook_figures(answers: str, figure: str) -> list[str]:
 def test_the_policies_of_the_readme_have_the_measured_costs():
     text = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\|.*\[(?:`\w+`|budgets)\]\(.*$", text, re.MULTILINE)
-    codebook, label, dcp, _ = rows
+    codebook, label, dcp, withhold, _ = rows
     l1 = codebook_figures("classwise 4", "l1")
     assert "L1 {} `mnist`, {} `cifar10`, {} `gtsrb`".format(*l1) in codebook
     for figure in ("ece", "auc"):
@@ -245,7 +247,13 @@ def test_the_policies_of_the_readme_have_the_measured_costs():
         assert f"{figure.upper()} {served} (clean {clean})" in codebook
     assert f"L1 {', '.join(codebook_figures('label', 'l1'))}" in label
 
-    demo = json.loads((DOCS / "results" / "records" / "demo.json").read_text())
+    tuned = [line for line in summarise(load(RECORDS / "cells")) if line.recipe]
+    copies = {line.defense.name: line for line in best(tuned)}
+    stolen = {name: f"{line.stolen.mean:.1%}" for name, line in copies.items()}
+    assert f"{1 - copies['withhold'].answered:.1%} of own images get no answer" in withhold
+    assert f"from {stolen['label']} (labels only) to {stolen['withhold']}" in withhold
+
+    demo = json.loads((RECORDS / "demo.json").read_text())
     stolen = {line["name"]: f"{line['stolen']['mnist']:.1%}" for line in demo["attacks"]}
     assert f"L1 {demo['servers']['defended']['l1']['mnist']:.2f} `mnist`" in dcp
     assert f"from {stolen['undefended']} to {stolen['defended']}" in dcp

@@ -40,6 +40,7 @@ BENCH = DOCS / "results" / "records" / "bench.json"
 def results(records: list[Record], bench: Bench) -> str:
     """The whole page."""
     lines = ordered(summarise(records))
+    plain = [line for line in lines if line.recipe is None]
     parts = [
         (HERE / "results.head.md").read_text().rstrip(),
         "## What held, what did not",
@@ -51,8 +52,8 @@ def results(records: list[Record], bench: Bench) -> str:
         (HERE / "results.best.md").read_text().rstrip(),
         policies(lines),
         "## Every defense against every attacker",
-        "Accuracy of the copy on the victim's test set; the best attacker on each defense is bold.",
-        *(part for group in groups(lines) for part in (heading(group[0]), compared(group))),
+        "Accuracy of the copy on the victim's test set; the best of these attackers is bold.",
+        *(part for group in groups(plain) for part in (heading(group[0]), compared(group))),
         "## Latency",
         (HERE / "results.latency.md").read_text().rstrip(),
         f"`{bench['command']}`, [bench.json](../results/records/bench.json): "
