@@ -72,6 +72,7 @@ def create_app(
         audit=make_audit(settings, bundle.card, metrics, keyless=access is None),
         files=files,
         upstream=None if isinstance(model, LoadedModel) else model.upstream,
+        pass_through=None if isinstance(model, LoadedModel) else model.pass_through(),
         traced=tracing is not None,
     )
     model.log_loaded(engine, defense)

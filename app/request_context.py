@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class RequestContext:
         traceparent: the client's W3C trace context, if it sent one and logs or spans link to it.
         images: how many the request holds; 0 until they are counted.
         withheld: how many of their answers the defense withheld.
+        facts: what the audit log says of the model, where it is not the served one.
         refusal: the reason label of the error that was sent instead of an answer.
         admission: the client's grant and charge; None without keys and budgets.
         stages: the times of the stages, for spans; None unless the request was traced and answered.
@@ -52,6 +54,7 @@ class RequestContext:
     traceparent: str | None = None
     images: int = 0
     withheld: int = 0
+    facts: Mapping[str, str | None] | None = None
     refusal: str | None = None
     admission: Admission | None = None
     stages: Stages | None = None

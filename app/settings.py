@@ -58,6 +58,7 @@ UPSTREAMS = (
     "allowed: http://HOST:PORT/v2/models/NAME or https://, optionally /versions/VERSION, several "
     "with commas or spaces between; SCUMBLE_UPSTREAM_TOKEN has the token"
 )
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 URLS = frozenset({"store", "otel_endpoint"})  # settings that may contain a password
 SECRETS = frozenset({"secret", "upstream_token"})
 
@@ -189,6 +190,17 @@ def collector(url: str) -> str:
     return url
 
 
+class PassedModel(Section):
+    """A model of the upstream whose V2 requests are passed through."""
+
+    output: str = Field(default="", max_length=256, description="name of its output")
+    answers: Literal["probabilities", "logits"] = Field(
+        default="probabilities", description="what that output is"
+    )
+    defense: str = Field(default="", description="of that output")
+    defense_params: Parameters = Field(default={}, description="its parameters, a JSON object")
+
+
 def store_url(url: str) -> str:
     """Check the URL of a budget store and return it.
 
@@ -291,6 +303,10 @@ class Settings(BaseSettings):
         ge=1,
         le=86400,
         description="seconds between two comparisons with the golden outputs",
+    )
+    upstream_models: dict[ModelName, PassedModel] = Field(
+        default={},
+        description="models there whose V2 requests are passed through, a JSON object by name",
     )
     tensor_input: bool = Field(
         default=True, description="accept float tensors (FP32), not only 8-bit pixels"
@@ -493,7 +509,9 @@ def shown(settings: Settings, variable: str) -> str:
         value = getattr(value, part)
     if variable.removeprefix(PREFIX).lower() in URLS and value is not None:
         return redacted(value)
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    if isinstance(value, dict | list):
+        return json.dumps(value, default=lambda model: model.model_dump(exclude_defaults=True))
+    return str(value)
 
 
 def changed(settings: Settings) -> list[str]:

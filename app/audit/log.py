@@ -203,6 +203,8 @@ class Audit:
                 entry["left"] = admission.left
         if context.withheld:
             entry["withheld"] = context.withheld
+        if context.facts is not None:
+            entry |= context.facts
         if refusal is not None:
             entry["refusal"] = refusal
         if context.traceparent is not None:

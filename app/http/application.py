@@ -148,6 +148,9 @@ def build(
         app.add_api_route(path, guarded(endpoint), methods=[method], **description)
         plain = path.format(model=service.card.name, version=service.card.version)
         labels[plain] = path
+        for name in service.pass_through.models if service.pass_through else ():
+            if "{version}" not in path:  # which the upstream may have any of
+                labels[path.format(model=name)] = path
         if method == "POST":
             hot[method, plain] = endpoint
     app.hot = hot

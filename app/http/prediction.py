@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,9 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.stages import Stages
 from scumble.defenses import Defense
 from scumble.defenses.evidence import ABSTAINED, Marks
+
+if TYPE_CHECKING:
+    from app.inference.upstream.passed import PassThrough
 
 DEADLINE_HEADER = b"x-deadline-ms"
 # Sum of pixels and bytes up to which files are decoded on the event loop, in 3 ms at most.
@@ -162,6 +165,7 @@ class Service:
         audit: logs every prediction, answered or refused; None without an audit log.
         files: reloads files that change; None for none.
         upstream: watches the server that runs the network; None where this one does.
+        pass_through: models of that server whose V2 requests are passed through; None for none.
         traced: whether to keep the times of the stages for spans.
         decoder: decodes image files.
         state: changes while the service runs.
@@ -179,6 +183,7 @@ class Service:
     audit: Audit | None = None
     files: FileWatcher | None = None
     upstream: Upstream | None = None
+    pass_through: PassThrough | None = None
     traced: bool = False
     decoder: Decoder = decode
     state: State = field(default_factory=State)
@@ -199,7 +204,7 @@ class Service:
         if context.fault is not None:
             raise context.fault
         headers = dict(request.scope["headers"])
-        deadline = self._deadline(context, headers, start)
+        deadline = self.deadline(context, headers, start)
         asked = await codec.read(request, headers, deadline)
         read = self.clock()
         answered = await self._answer(context, asked.images, deadline, read)
@@ -351,7 +356,7 @@ class Service:
         except Exception as exc:  # logged by `AsyncLazy`, which tries again
             raise Unavailable("float tensors are unavailable; use UINT8", round(RETRY_S)) from exc
 
-    def _deadline(self, context: RequestContext, headers: Headers, start: float) -> Deadline:
+    def deadline(self, context: RequestContext, headers: Headers, start: float) -> Deadline:
         """The deadline of the settings, or an earlier one of the client."""
         allowed_ms = self.limits.deadline_ms or math.inf
         asked = headers.get(DEADLINE_HEADER)

@@ -194,13 +194,17 @@ def load_served(
 
     Raises:
         BundleError: see `load_model`.
-        ConfigError: see `load_model`; or the settings name no upstream.
+        ConfigError: see `load_model`; or the settings name no upstream, or models of one in vain.
     """
     if engine == UPSTREAM:
         # Imported here: it needs an extra of the distribution.
         from app.inference.upstream.assembly import load_upstream
 
         return load_upstream(settings, bundle, defense, metrics)
+    if settings.upstream_models:
+        raise ConfigError(
+            f"SCUMBLE_UPSTREAM_MODELS needs the engine upstream; the engine is {engine!r}"
+        )
     return load_model(settings, bundle, engine, defense, metrics)
 
 

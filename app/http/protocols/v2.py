@@ -168,20 +168,16 @@ def read_infer(
     length = json_length(headers, body)
     if length == 0 and LENGTH.encode() in headers:
         return InferRequest([bytes(body)], binary=True)
-    document, tail = _split(body, length)
+    document, tail = split_body(body, length)
     tensor = _the_input(document)
     output = _the_output(document)
-    request_id = document.get("id")
-    if type(request_id) is int:
-        request_id = str(request_id)  # the protocol has strings in responses
-    if request_id is not None and not isinstance(request_id, str):
-        raise BadFraming(f"id is {brief(request_id)}; allowed: a string or an integer")
-    whole = _flag(document, "binary_data_output", default=False)
+    request_id = request_id_of(document)
+    whole = flag(document, "binary_data_output", default=False)
     return InferRequest(
         images=read_tensor(tensor, tail, card, limits),
         id=request_id,
         # A flag on the requested output overrides the one on the request.
-        binary=_flag(output, "binary_data", default=whole),
+        binary=flag(output, "binary_data", default=whole),
         classes=min(_classification(output), len(card.labels)),
     )
 
@@ -216,7 +212,26 @@ def write_infer(
     }
 
 
-def _split(body: bytes | bytearray, length: int) -> tuple[dict[str, Any], memoryview]:
+def request_id_of(document: dict[str, Any]) -> str | None:
+    """The id of a request, if it has one.
+
+    Raises:
+        BadFraming: it is neither a string nor an integer.
+    """
+    request_id = document.get("id")
+    if type(request_id) is int:
+        return str(request_id)  # the protocol has strings in responses
+    if request_id is not None and not isinstance(request_id, str):
+        raise BadFraming(f"id is {brief(request_id)}; allowed: a string or an integer")
+    return request_id
+
+
+def split_body(body: bytes | bytearray, length: int) -> tuple[dict[str, Any], memoryview]:
+    """The JSON object at the start of a body, and the bytes after it.
+
+    Raises:
+        BadFraming: the JSON is invalid, or no object.
+    """
     view = memoryview(body)
     document = load_json(view[:length])
     if not isinstance(document, dict):
@@ -253,23 +268,32 @@ def _the_output(document: dict[str, Any]) -> dict[str, Any]:
     return outputs[0] if outputs else {}
 
 
-def _parameters(owner: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a request or an output; some clients send null for none."""
+def parameters_of(owner: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a request or a tensor; some clients send null for none.
+
+    Raises:
+        BadFraming: they are no object.
+    """
     parameters = owner.get("parameters")
     if not isinstance(parameters, dict | None):
         raise BadFraming("parameters must be an object")
     return parameters or {}
 
 
-def _flag(owner: dict[str, Any], name: str, *, default: bool) -> bool:
-    value = _parameters(owner).get(name, default)
+def flag(owner: dict[str, Any], name: str, *, default: bool) -> bool:
+    """A parameter that is true or false.
+
+    Raises:
+        BadFraming: it is something else.
+    """
+    value = parameters_of(owner).get(name, default)
     if not isinstance(value, bool):
         raise BadFraming(f"parameter {name} must be true or false")
     return value
 
 
 def _classification(output: dict[str, Any]) -> int:
-    value = _parameters(output).get("classification", 0)
+    value = parameters_of(output).get("classification", 0)
     if type(value) is not int or value < 0:
         raise BadFraming("parameter classification must be a number of classes")
     return value

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,6 +19,7 @@ from app.http.prediction import Service
 from app.http.protocols.v2 import V2, metadata
 from app.http.responses import json_response
 from app.http.routing import DEADLINE_PARAMETER, Route, problems
+from app.inference.bundle import Card
 
 EXTENSIONS = ["binary_tensor_data", "classification"]
 
@@ -82,38 +83,64 @@ class Inquiry:
             raise Unavailable(f"{not_ready_reason}; use another replica")
 
 
+class OfModel(NamedTuple):
+    """The endpoints of a model."""
+
+    infer: Endpoint
+    metadata: Endpoint
+    ready: Endpoint
+
+
 def routes(service: Service) -> list[Route]:
     """All V2 routes; those of the model exist with and without its version."""
     codec = V2(service.card, service.limits, service.executor)
     inquiry = Inquiry(service, codec, version("scumble"))
+    of_model = OfModel(service.endpoint(codec), inquiry.model, inquiry.model_ready)
+    names = [service.card.name]
+    if service.pass_through is not None:
+        # Imported here: it needs an extra of the distribution.
+        from app.http.protocols.v2_pass_through import PassThroughEndpoints
+
+        passed = PassThroughEndpoints(service, service.pass_through)
+        of_model = OfModel(
+            passed.infer(of_model.infer),
+            passed.metadata(of_model.metadata),
+            passed.ready(of_model.ready),
+        )
+        names += [name for name in service.pass_through.models if name not in names]
     return [
         _get("/v2", inquiry.about, "Name, version and extensions", "v2", schemas.About),
         _get("/v2/health/live", inquiry.live, "The process answers", "v2_live", schemas.V2Health),
         _get(
             "/v2/health/ready", inquiry.ready, "Not draining", "v2_ready", schemas.V2Health, 503
         ),
-        *_of_model(inquiry, "/v2/models/{model}", ""),
-        *_of_model(inquiry, "/v2/models/{model}/versions/{version}", "_version"),
+        *_of_model(of_model, service.card, names, "/v2/models/{model}", ""),
+        *_of_model(
+            of_model, service.card, names, "/v2/models/{model}/versions/{version}", "_version"
+        ),
     ]  # fmt: skip
 
 
-def _of_model(inquiry: Inquiry, path: str, suffix: str) -> list[Route]:
-    card = inquiry.service.card
-    named = {"model": card.name, "version": card.version}
+def _of_model(
+    endpoints: OfModel, card: Card, names: list[str], path: str, suffix: str
+) -> list[Route]:
+    named = {"model": names, "version": [card.version]}
+    if len(names) > 1:
+        del named["version"]  # other models have others
     where = [
         {
             "name": name,
             "in": "path",
             "required": True,
-            "schema": {"type": "string", "enum": [value]},
+            "schema": {"type": "string", **({"enum": named[name]} if name in named else {})},
         }
-        for name, value in named.items()
+        for name in ("model", "version")
         if f"{{{name}}}" in path
     ]
     parts: list[Route] = [
         _get(
             path,
-            inquiry.model,
+            endpoints.metadata,
             "Inputs and outputs of the model",
             f"v2_model{suffix}",
             schemas.ModelMetadata,
@@ -121,7 +148,7 @@ def _of_model(inquiry: Inquiry, path: str, suffix: str) -> list[Route]:
         ),
         _get(
             f"{path}/ready",
-            inquiry.model_ready,
+            endpoints.ready,
             "The model takes requests",
             f"v2_model_ready{suffix}",
             schemas.ModelReady,
@@ -131,7 +158,7 @@ def _of_model(inquiry: Inquiry, path: str, suffix: str) -> list[Route]:
         (
             f"{path}/infer",
             "POST",
-            inquiry.service.endpoint(inquiry.codec),
+            endpoints.infer,
             {
                 "summary": "Probabilities of a tensor of images (Open Inference Protocol v2)",
                 "operation_id": f"infer{suffix}",

@@ -27,6 +27,7 @@ from app.inference.upstream.client import UpstreamClient
 from app.inference.upstream.engine import UpstreamEngine, UpstreamScores, make_client, network_of
 from app.inference.upstream.monitor import Monitor
 from app.inference.upstream.network import Network
+from app.inference.upstream.passed import PassThrough, make_pass_through
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from scumble import defenses
@@ -107,6 +108,21 @@ class UpstreamModel:
     def warm_up(self, warm_up: WarmUp) -> None:
         """Call `warm_up` with example pixels."""
         self._warm_up(golden_inputs(self.bundle.card.input), warm_up)
+
+    def pass_through(self) -> PassThrough | None:
+        """The models whose V2 requests are passed through; None for none.
+
+        Raises:
+            ConfigError: the settings of one are not allowed.
+        """
+        return make_pass_through(
+            self.settings,
+            self.network,
+            self.upstream.client,
+            self.pipeline.defense,
+            self._whitener if "residual" in self.network.scores else None,
+            threaded=self.threaded,
+        )
 
     def log_loaded(self, engine: EngineName, defense: defenses.Defense) -> None:
         """Log what is served and how."""

@@ -212,6 +212,7 @@ class UpstreamClient:
         until: float = math.inf,
         method: str = "POST",
         of_server: bool = False,
+        refusals: bool = False,
     ) -> T:
         """Send a request to a usable replica, and on failure to another.
 
@@ -223,6 +224,8 @@ class UpstreamClient:
             until: when the last of those who wait for it stops waiting.
             method: of HTTP.
             of_server: `path` begins at the server and not at the model.
+            refusals: `read` takes answers with other statuses, too, that say nothing of the
+                replica but of the request.
 
         Raises:
             Unavailable: no replica is usable, or all failed.
@@ -237,7 +240,7 @@ class UpstreamClient:
             tried.append(replica)
             try:
                 return await self._attempt(
-                    replica, of_server, method, path, body, headers, read, until
+                    replica, of_server, method, path, body, headers, read, until, refusals
                 )
             except UpstreamFailure as exc:
                 failure = exc
@@ -258,13 +261,15 @@ class UpstreamClient:
         headers: Mapping[str, str],
         read: Callable[[Answer], T],
         until: float,
+        refusals: bool,
     ) -> T:
         base = replica.server if of_server else replica.url
         start = self._clock()
         try:
             answer = await self.send(
-                replica, method, base + path, body, headers, until - start, traced=replica
-            )
+                replica, method, base + path, body, headers, until - start,
+                traced=replica, refusals=refusals,
+            )  # fmt: skip
             found = read(answer)
             if replica.checking is not None:  # its connection is new: the server may be as well
                 await asyncio.shield(replica.checking)
@@ -294,6 +299,7 @@ class UpstreamClient:
         left_s: float,
         *,
         traced: Replica | str = CHECK,
+        refusals: bool = False,
     ) -> Answer:
         """Send one request to one replica, whatever its state, and return a complete answer.
 
@@ -305,6 +311,7 @@ class UpstreamClient:
             headers: of the request.
             left_s: seconds that the request may take, at most `timeout_s`.
             traced: the replica to check again if the request needs a new connection.
+            refusals: an answer may have any status but those of a busy server.
 
         Raises:
             UpstreamFailure: no connection, no or not all of an answer, or not a status of success.
@@ -336,7 +343,7 @@ class UpstreamClient:
             raise UpstreamFailure(f"{type(exc).__name__}: {exc}") from exc
         finally:
             replica.in_flight -= 1
-        if answer.status != 200:
+        if answer.status != 200 and not (refusals and answer.status not in BUSY):
             raise UpstreamFailure(
                 f"status {answer.status}: {answer.body[:200].decode('utf-8', 'replace')!r}",
                 retry_after_s=_retry_after(answer) if answer.status in BUSY else None,

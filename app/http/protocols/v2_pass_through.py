@@ -1,0 +1,492 @@
+"""V2 requests for models of the upstream, passed through with their tensors as they are.
+
+    client -> check, count, charge -> upstream -> defend one output -> client
+
+The request is written anew from what is known to be harmless: names, shapes and values of inputs.
+Everything else that a V2 server may offer is refused: parameters that may change what a model
+answers, further outputs, classification, shared memory. Of the answer nothing but the values of
+the defended output is used.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.endpoint_type import Endpoint
+from app.errors import (
+    BadFraming,
+    ClientGone,
+    ConfigError,
+    Forbidden,
+    NotFound,
+    RequestError,
+    TooLarge,
+    Unavailable,
+    Unprocessable,
+)
+from app.http.bodies import INLINE_BYTES, Headers, brief, read_buffer, refuse_encoding
+from app.http.prediction import INLINE_VALUES, Service
+from app.http.protocols.v2 import (
+    LENGTH,
+    flag,
+    json_length,
+    parameters_of,
+    request_id_of,
+    split_body,
+)
+from app.http.responses import json_response
+from app.inference.engines import Probs
+from app.inference.upstream.client import Answer
+from app.inference.upstream.network import Found
+from app.inference.upstream.passed import Passed, PassThrough, check_without_images
+from app.inference.upstream.protocol import InvalidAnswer, read_answer, read_json
+from app.request_context import RequestContext, request_context
+from app.settings import LimitSettings
+from scumble.defenses import Defense
+from scumble.defenses.evidence import Marks
+
+MOST_INPUTS, MOST_SIDES = 64, 8
+MOST_TEXT = 300  # characters of an upstream's message
+VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NO_ROWS = "the upstream gave no distribution for the request"
+# Refusals of the upstream that say what is wrong with a request.
+REFUSALS: dict[int, type[RequestError]] = {
+    400: Unprocessable,
+    404: NotFound,
+    413: TooLarge,
+    422: Unprocessable,
+}
+
+
+@dataclass(frozen=True)
+class PassedRequest:
+    """A checked request, as it is sent to the upstream.
+
+    Attributes:
+        images: in it: the first side of every input.
+        body: for the upstream.
+        headers: for the upstream.
+        id: of the request, if it has one.
+        binary: whether the client wants the output as bytes.
+    """
+
+    images: int
+    body: bytes
+    headers: dict[str, str]
+    id: str | None
+    binary: bool
+
+
+class PassThroughEndpoints:
+    """The endpoints of the V2 protocol for models that are passed through.
+
+    Args:
+        service: whose limits, budgets and metrics hold for them.
+        through: the models.
+    """
+
+    def __init__(self, service: Service, through: PassThrough) -> None:
+        self._service = service
+        self._through = through
+        self._waiting = 0  # images of requests that the upstream has not answered
+        self._count = {
+            name: service.metrics.images.labels(name, "float32").inc for name in through.models
+        }
+
+    def infer(self, otherwise: Endpoint) -> Endpoint:
+        """`POST /v2/models/{model}/infer`; other models are the other endpoint's."""
+        return self._for_models(self._infer, otherwise)
+
+    def metadata(self, otherwise: Endpoint) -> Endpoint:
+        """`GET /v2/models/{model}`: the upstream's, with the defended output alone."""
+        return self._for_models(self._metadata, otherwise)
+
+    def ready(self, otherwise: Endpoint) -> Endpoint:
+        """`GET /v2/models/{model}/ready`."""
+        return self._for_models(self._ready, otherwise)
+
+    def _for_models(self, own: Callable[[Passed, Request], Any], otherwise: Endpoint) -> Endpoint:
+        async def chosen(request: Request) -> Response:
+            name = request.path_params.get("model", self._service.card.name)
+            model = self._through.models.get(name)
+            if model is None:
+                return await otherwise(request)
+            response: Response = await own(model, request)
+            return response
+
+        return chosen
+
+    async def _infer(self, model: Passed, request: Request) -> Response:
+        service = self._service
+        start = service.clock()
+        context = request_context(request.scope)
+        headers = dict(request.scope["headers"])
+        deadline = service.deadline(context, headers, start)
+        path = self._path(model, request)
+        refuse_encoding(headers)
+        body = await read_buffer(headers, request.receive, service.limits.max_body_bytes)
+        parse = partial(
+            read_passed, headers, body, model, service.limits, binary=self._through.binary
+        )
+        if json_length(headers, body) <= INLINE_BYTES:
+            asked = parse()
+        else:
+            (asked,) = await service.executor([parse], len(body), deadline)
+        read = service.clock()
+        if (ended := deadline.ended(read)) is not None:
+            raise ended
+        context.images, context.facts = asked.images, model.facts
+        defense = await self._charge(model, context, asked.images)
+        before = service.clock()
+        found = await self._ask(model, path, asked, context, deadline.at)
+        inferred = service.clock()
+        if deadline.client.gone:
+            raise ClientGone("the client closed the connection before the answer")
+        defend = partial(model.defend, defense, found)
+        if found.rows.size <= INLINE_VALUES and not self._through.threaded:
+            rows, marks = defend()
+        else:
+            ((rows, marks),) = await service.executor([defend], 0, deadline._replace(at=math.inf))
+        defended = service.clock()
+        response = write_passed(model, asked, model.values(rows))
+        self._note(context, model, found, rows, marks)
+        stage = service.metrics.stage
+        stage["read"].observe(read - start)
+        stage["infer"].observe(inferred - before)
+        stage["defend"].observe(defended - inferred)
+        stage["encode"].observe(service.clock() - defended)
+        return response
+
+    async def _charge(self, model: Passed, context: RequestContext, images: int) -> Defense | None:
+        """Charge the images; returns the client's own defense.
+
+        Raises:
+            Forbidden: the client has one, which is not for this model.
+            Unprocessable: it needs images.
+            OverBudget, Unavailable: as the admission says.
+        """
+        admission = context.admission
+        if admission is None:
+            return None
+        defense = admission.grant.defense
+        if defense is not None:
+            if not model.served:
+                raise Forbidden(f"this API key is not for model {model.name!r}")
+            try:
+                check_without_images(defense, model.classes or 1)
+            except ConfigError:
+                raise Unprocessable(
+                    "this API key is for images, not for tensors; send them to /v1/predict"
+                ) from None
+        await admission.charge(images)
+        return defense
+
+    async def _ask(
+        self,
+        model: Passed,
+        path: str,
+        asked: PassedRequest,
+        context: RequestContext,
+        until: float,
+    ) -> Found:
+        """The rows of the upstream.
+
+        Raises:
+            Unavailable: too many images wait, or the upstream gives no rows.
+            TooLate: no answer in time.
+            RequestError: the upstream refuses the request.
+        """
+
+        def read(answer: Answer) -> Found | RequestError:
+            # A client's tensors must not make a replica look broken: nothing is raised.
+            if answer.status != 200:
+                return refusal(answer)
+            try:
+                return model.read(read_answer(answer.length, answer.body), asked.images)
+            except InvalidAnswer:
+                return Unavailable(NO_ROWS)
+
+        most = self._service.limits.max_queue
+        if self._waiting and self._waiting + asked.images > most:
+            raise Unavailable(f"{self._waiting} images are waiting; allowed: {most}")
+        headers = asked.headers
+        if context.traceparent is not None:
+            headers = {**headers, "traceparent": context.traceparent}
+        self._waiting += asked.images
+        try:
+            found = await self._through.client.ask(
+                f"{path}/infer", asked.body, headers, read,
+                until=until, of_server=True, refusals=True,
+            )  # fmt: skip
+        finally:
+            self._waiting -= asked.images
+        if isinstance(found, RequestError):
+            raise found
+        if found.valid is not None:
+            raise Unavailable(NO_ROWS)
+        return found
+
+    def _note(
+        self,
+        context: RequestContext,
+        model: Passed,
+        found: Found,
+        rows: Probs,
+        marks: Marks | None,
+    ) -> None:
+        metrics = self._service.metrics
+        distances = np.abs(rows - found.rows).sum(axis=1)
+        metrics.defended_rows.inc(int((distances > 1e-6).sum()))
+        for distance in distances.tolist():
+            metrics.response_l1.observe(distance)
+        if marks is not None:
+            for kind, counter in metrics.withheld.items():
+                counter.inc(int((marks == kind).sum()))
+            context.withheld = int(np.count_nonzero(marks))
+        self._count[model.name](len(rows))
+
+    async def _metadata(self, model: Passed, request: Request) -> Response:
+        """What the upstream says, without the outputs that are dropped.
+
+        Raises:
+            NotFound: the upstream has no such model or version.
+            Unavailable: the upstream does not answer.
+        """
+        answer = await self._get(self._path(model, request))
+        if answer.status != 200:
+            raise refusal(answer)
+        try:
+            document = read_json(answer.body)
+        except InvalidAnswer:
+            raise Unavailable("the upstream has no metadata") from None
+        kept: dict[str, Any] = {
+            name: document[name] for name in ("name", "versions", "platform") if name in document
+        }
+        for name in ("inputs", "outputs"):
+            kept[name] = [
+                {member: tensor.get(member) for member in ("name", "datatype", "shape")}
+                for tensor in _tensors(document.get(name))
+                if name == "inputs" or tensor.get("name") == model.output
+            ]
+        return json_response(kept)
+
+    async def _ready(self, model: Passed, request: Request) -> Response:
+        """Whether the model takes requests.
+
+        Raises:
+            Unavailable: this service, or the model on the upstream, is not ready.
+        """
+        reason = await self._service.not_ready_reason()
+        if reason is not None:
+            raise Unavailable(f"{reason}; use another replica")
+        answer = await self._get(f"{self._path(model, request)}/ready")
+        if answer.status != 200:
+            raise Unavailable(f"model {model.name!r} is not ready on the upstream")
+        return json_response({"name": model.name, "ready": True})
+
+    async def _get(self, path: str) -> Answer:
+        return await self._through.client.ask(
+            path, b"", {}, lambda answer: answer, method="GET", of_server=True, refusals=True
+        )
+
+    def _path(self, model: Passed, request: Request) -> str:
+        """The path of the model on the upstream.
+
+        Raises:
+            NotFound: another version than the one that is served.
+        """
+        path = f"/v2/models/{model.name}"
+        served = model.network.sent.version if model.served else ""
+        version = request.path_params.get("version")
+        if version is None:
+            return f"{path}/versions/{served}" if served else path
+        if not VERSION.fullmatch(version) or (served and version != served):
+            raise NotFound(f"unknown version {version[:64]!r} of {model.name!r}")
+        return f"{path}/versions/{version}"
+
+
+def read_passed(
+    headers: Headers,
+    body: bytes | bytearray,
+    model: Passed,
+    limits: LimitSettings,
+    *,
+    binary: bool,
+) -> PassedRequest:
+    """Check a request and write it anew.
+
+    Args:
+        headers: of the request.
+        body: of the request.
+        model: that it is for.
+        limits: of a request.
+        binary: whether the upstream takes bytes.
+
+    Raises:
+        BadFraming: the JSON, or the lengths of tensors, are invalid.
+        Unprocessable: it asks for something that is not passed through.
+        TooLarge: too many images.
+    """
+    document, tail = split_body(body, json_length(headers, body))
+    _only(document, "the request", {"id", "inputs", "outputs", "parameters"})
+    _only(parameters_of(document), "parameters of the request", {"binary_data_output"})
+    output = _the_output(document, model.output)
+    inputs, sizes, images = _inputs(document.get("inputs"))
+    if images > limits.max_tensor_images:
+        raise TooLarge(f"the inputs have {images} images; allowed: {limits.max_tensor_images}")
+    if sum(sizes) != len(tail):
+        raise BadFraming(f"{len(tail)} bytes follow the JSON; the inputs have {sum(sizes)}")
+    if sizes and not binary:
+        raise Unprocessable("the upstream takes no tensors as bytes; send their data as JSON")
+    asked: list[dict[str, Any]] = [{"name": name} for name in model.network.sent.outputs]
+    if binary:
+        for each in asked:
+            each["parameters"] = {"binary_data": True}
+    header = orjson.dumps({"inputs": inputs, "outputs": asked})
+    sent = {"Content-Type": "application/json"}
+    if sizes:
+        sent = {"Content-Type": "application/octet-stream", LENGTH: str(len(header))}
+    whole = flag(document, "binary_data_output", default=False)
+    return PassedRequest(
+        images,
+        b"".join((header, tail)),
+        sent,
+        request_id_of(document),
+        flag(output, "binary_data", default=whole),
+    )
+
+
+def write_passed(model: Passed, asked: PassedRequest, values: Probs) -> Response:
+    """The answer, with the defended output alone."""
+    output: dict[str, Any] = {
+        "name": model.output,
+        "datatype": "FP32",
+        "shape": list(values.shape),
+    }
+    answer: dict[str, Any] = {"model_name": model.name, "outputs": [output]}
+    if model.network.sent.version:
+        answer["model_version"] = model.network.sent.version
+    if asked.id is not None:
+        answer["id"] = asked.id
+    if not asked.binary:
+        output["data"] = np.ascontiguousarray(values, np.float32).reshape(-1)
+        body = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        return Response(body, media_type="application/json")
+    raw = np.ascontiguousarray(values, "<f4").tobytes()
+    output["parameters"] = {"binary_data_size": len(raw)}
+    header = orjson.dumps(answer)
+    sent = {"Content-Type": "application/octet-stream"}
+    sent["Inference-Header-Content-Length"] = str(len(header))
+    return Response(header + raw, headers=sent)
+
+
+def refusal(answer: Answer) -> RequestError:
+    """The error for a client whose request the upstream refused."""
+    kind = REFUSALS.get(answer.status)
+    if kind is None:
+        return Unavailable(f"the upstream failed with status {answer.status}")
+    try:
+        text = read_json(answer.body).get("error")
+    except InvalidAnswer:
+        text = None
+    said = text if isinstance(text, str) else f"status {answer.status}"
+    return kind(f"refused by the upstream: {said[:MOST_TEXT]}")
+
+
+def _inputs(listed: object) -> tuple[list[dict[str, Any]], list[int], int]:
+    """The inputs with known members alone, the bytes of those that have any, and their images."""
+    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        raise BadFraming("inputs must be a list of tensors")
+    if not 0 < len(listed) <= MOST_INPUTS:
+        raise Unprocessable(f"the request has {len(listed)} inputs; allowed: 1 to {MOST_INPUTS}")
+    kept, sizes, images = [], [], 0
+    for tensor in listed:
+        name, datatype, shape = (tensor.get(each) for each in ("name", "datatype", "shape"))
+        if not (isinstance(name, str) and isinstance(datatype, str)):
+            raise BadFraming("an input has no name or no datatype")
+        label = f"input {brief(name)}"
+        _only(tensor, label, {"name", "datatype", "shape", "data", "parameters"})
+        _only(parameters_of(tensor), f"parameters of {label}", {"binary_data_size"})
+        if (
+            not isinstance(shape, list)
+            or not 0 < len(shape) <= MOST_SIDES
+            or not all(type(side) is int and 0 <= side < 2**31 for side in shape)
+            or shape[0] < 1
+        ):
+            raise Unprocessable(
+                f"shape of {label} is {brief(shape)}; allowed: 1 to {MOST_SIDES} whole numbers, "
+                "of which the first counts the images"
+            )
+        if images not in (0, shape[0]):
+            raise Unprocessable(f"{label} has {shape[0]} images; the inputs before have {images}")
+        images = shape[0]
+        known: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
+        size = parameters_of(tensor).get("binary_data_size")
+        if size is None:
+            if not isinstance(tensor.get("data"), list):
+                raise BadFraming(f"{label} has no data")
+            known["data"] = tensor["data"]
+        elif type(size) is not int or size < 0 or "data" in tensor:
+            raise BadFraming(f"binary_data_size of {label} is {brief(size)}, beside no data")
+        else:
+            known["parameters"] = {"binary_data_size": size}
+            sizes.append(size)
+        kept.append(known)
+    return kept, sizes, images
+
+
+def _the_output(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The requested output; empty if none is named.
+
+    Raises:
+        BadFraming: outputs are no list of outputs.
+        Unprocessable: another output, or something else than its values.
+    """
+    outputs = document.get("outputs")
+    if outputs is None or outputs == []:
+        return {}
+    if not isinstance(outputs, list) or not all(isinstance(each, dict) for each in outputs[:2]):
+        raise BadFraming("outputs must be a list of requested outputs")
+    names = [each.get("name") for each in outputs[:2]]
+    if names != [name]:
+        raise Unprocessable(
+            f"the {len(outputs)} outputs begin with {brief(names)}; only {name!r} is passed through"
+        )
+    output: dict[str, Any] = outputs[0]
+    _only(output, f"output {name!r}", {"name", "parameters"})
+    given = {key: value for key, value in parameters_of(output).items() if value != 0}
+    if "classification" in given:
+        raise Unprocessable(
+            "classification is not passed through; allowed: the values of the output"
+        )
+    _only(
+        parameters_of(output), f"parameters of output {name!r}", {"binary_data", "classification"}
+    )
+    return output
+
+
+def _only(given: Mapping[str, Any], what: str, allowed: set[str]) -> None:
+    """Refuse members that may mean something to the upstream.
+
+    Raises:
+        Unprocessable: there are others than the allowed ones.
+    """
+    if others := sorted(set(given) - allowed):
+        raise Unprocessable(
+            f"{what}: {brief(others[0])} is not passed through; "
+            f"allowed: {', '.join(sorted(allowed))}"
+        )
+
+
+def _tensors(listed: object) -> list[dict[str, Any]]:
+    return [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []

@@ -1,0 +1,199 @@
+"""Models of the upstream that V2 clients reach in the upstream's own terms.
+
+A request is passed through with its tensors as they are; of the answer, one output with
+probabilities or logits is defended, and nothing else is read. The service does not know what the
+tensors show, so a defense that needs images cannot be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import numpy as np
+
+from app.errors import ConfigError
+from app.inference.bundle import Sent
+from app.inference.engines import Probs
+from app.inference.upstream.client import UpstreamClient
+from app.inference.upstream.network import Found, Network
+from app.inference.upstream.protocol import InvalidAnswer, Tensors
+from app.settings import PassedModel, Settings
+from scumble import defenses
+from scumble.defenses import Defense, DefenseError
+from scumble.defenses.evidence import Evidence, Marks
+from scumble.defenses.scores import Whitener
+
+UNKNOWN = Sent(
+    input="", datatype="FP32", layout="NCHW", output="", answers="logits", fingerprint="0" * 64
+)
+
+
+class ImagesNeeded(Exception):
+    """A defense looked at the images."""
+
+
+class NoImages:
+    """Stands for images that are not known: a defense that looks at them raises ImagesNeeded."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ImagesNeeded(name)
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise ImagesNeeded(str(key))
+
+    def __len__(self) -> NoReturn:
+        raise ImagesNeeded("len")
+
+
+NO_IMAGES: Any = NoImages()
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One of these models.
+
+    Attributes:
+        name: on the upstream.
+        network: reads its answers.
+        classes: K; None if it is not known before an answer.
+        served: it is the bundle's network, so that clients' own defenses are for it as well.
+        defense: of clients without one of their own.
+        whitener: for the score `residual`.
+        facts: for the audit log; None for those of the service.
+    """
+
+    name: str
+    network: Network
+    classes: int | None
+    served: bool
+    defense: Defense
+    whitener: Whitener | None = None
+    facts: Mapping[str, str | None] | None = None
+
+    @property
+    def output(self) -> str:
+        """Name of the defended output."""
+        return self.network.sent.output
+
+    def read(self, answer: Tensors, n: int) -> Found:
+        """Check and convert the answer for `n` images.
+
+        Raises:
+            InvalidAnswer: the output is missing, or does not have a row for each image.
+        """
+        network = self.network
+        if self.classes is None:
+            given = answer.outputs.get(self.output)
+            shape = () if given is None else given.shape
+            if len(shape) != 2 or not shape[1]:
+                raise InvalidAnswer(f"output {self.output!r} has shape {list(shape)}")
+            network = replace(network, classes=shape[1])
+        return network.read(answer, n)
+
+    def defend(self, defense: Defense | None, found: Found) -> tuple[Probs, Marks | None]:
+        """The rows to send out, and what was withheld.
+
+        Args:
+            defense: of the client; None for the model's.
+            found: the clean rows.
+
+        Raises:
+            ImagesNeeded: the defense looks at the images.
+        """
+        chosen = self.defense if defense is None else defense
+        if not chosen.withholds:
+            return chosen(found.rows, NO_IMAGES), None
+        rows, marks = chosen.answer(found.rows, NO_IMAGES, found.evidence(self.whitener))
+        return rows, marks
+
+    def values(self, rows: Probs) -> Probs:
+        """Defended rows as the output has them: probabilities, or logits whose softmax they are."""
+        if self.network.sent.answers == "probabilities":
+            return rows
+        return np.log(np.maximum(rows, np.finfo(np.float32).tiny)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class PassThrough:
+    """All of these models.
+
+    Attributes:
+        client: sends the requests.
+        models: by name.
+        binary: the upstream takes tensors as bytes.
+        threaded: defend on a thread.
+    """
+
+    client: UpstreamClient
+    models: Mapping[str, Passed]
+    binary: bool
+    threaded: bool
+
+
+def make_pass_through(
+    settings: Settings,
+    network: Network,
+    client: UpstreamClient,
+    defense: Defense,
+    whitener: Whitener | None,
+    *,
+    threaded: bool,
+) -> PassThrough | None:
+    """The models that the settings list; None for none.
+
+    Raises:
+        ConfigError: a model's output or defense is missing, unknown, or needs images.
+    """
+    served = client.replicas[0].model_path.split("/")[3]
+    models = {}
+    for name, wanted in settings.upstream_models.items():
+        try:
+            if name == served:
+                models[name] = _served(name, wanted, network, defense, whitener)
+            else:
+                models[name] = _other(name, wanted)
+            check_without_images(models[name].defense, models[name].classes or 10)
+        except (DefenseError, ConfigError) as exc:
+            raise ConfigError(f"SCUMBLE_UPSTREAM_MODELS: model {name!r}: {exc}") from exc
+    return PassThrough(client, models, network.sent.binary, threaded) if models else None
+
+
+def check_without_images(defense: Defense, classes: int) -> None:
+    """Refuse a defense that looks at the images.
+
+    Raises:
+        ConfigError: it does.
+    """
+    rows = np.full((1, classes), 1 / classes, np.float32)
+    one = np.ones(1, np.float32)
+    try:
+        defense.answer(rows, NO_IMAGES, Evidence(one, one, one))
+    except ImagesNeeded:
+        raise ConfigError(
+            f"the defense {defense!r} needs images, which tensors that are passed through are not; "
+            "allowed: a defense of rows, such as codebook, label, round or top_k"
+        ) from None
+
+
+def _served(
+    name: str, wanted: PassedModel, network: Network, defense: Defense, whitener: Whitener | None
+) -> Passed:
+    if wanted.model_fields_set:
+        raise ConfigError(
+            f"it is the served one, whose card and SCUMBLE_DEFENSE say all; allowed: {{}}, "
+            f"got {wanted.model_dump(exclude_defaults=True)}"
+        )
+    return Passed(name, network, network.classes, True, defense, whitener)
+
+
+def _other(name: str, wanted: PassedModel) -> Passed:
+    if not wanted.output or not wanted.defense:
+        raise ConfigError(
+            f"output is {wanted.output!r} and defense {wanted.defense!r}; both are needed"
+        )
+    sent = UNKNOWN.model_copy(update={"output": wanted.output, "answers": wanted.answers})
+    defense = defenses.configure(wanted.defense, wanted.defense_params)
+    facts = {"model": name, "version": None, "policy": wanted.defense}
+    return Passed(name, Network(0, sent), None, False, defense, facts=facts)
