@@ -29,7 +29,6 @@ ATTEMPTS = 3
 MOST_BYTES = 64 * 2**20  # of an answer
 MOST_RETRY_S = 60
 BUSY = frozenset({429, 502, 503, 504})  # another replica, or the same one later, may answer
-CHECK = "check"  # a request of the monitor: its connections need no further check
 UNAVAILABLE = "upstream unavailable"
 CHANGED = "upstream model changed"
 log = logging.getLogger("scumble")
@@ -93,7 +92,7 @@ class Replica:
         changed: what differs from the card; None while nothing does.
         verified: whether its answers have been compared with the golden ones.
         closes: whether it closes the connection after each answer.
-        recheck: asks for another comparison, since a new connection may lead to another server.
+        recheck: begins another comparison, since a new connection may lead to another server.
     """
 
     def __init__(self, url: str, circuit: Circuit, metrics: UpstreamMetrics) -> None:
@@ -106,8 +105,7 @@ class Replica:
         self.changed: str | None = None
         self.verified = False
         self.closes = False
-        self.recheck: Callable[[Replica], None] = lambda _: None
-        self.checking: asyncio.Future[object] | None = None
+        self.recheck: Callable[[Replica], asyncio.Task[object] | None] = lambda _: None
 
     @property
     def usable(self) -> bool:
@@ -118,6 +116,19 @@ class Replica:
         """Write its state into the metrics."""
         self.metrics.usable.set(self.usable)
         self.metrics.circuit_open.set(not self.circuit.closed)
+
+
+@dataclass
+class Connected:
+    """Whether a request needed a new connection.
+
+    Attributes:
+        replica: that it was sent to.
+        check: which its answer waits for; None for a connection that was there.
+    """
+
+    replica: Replica
+    check: asyncio.Task[object] | None = None
 
 
 class UpstreamClient:
@@ -265,23 +276,28 @@ class UpstreamClient:
     ) -> T:
         base = replica.server if of_server else replica.url
         start = self._clock()
+        connected = Connected(replica)
         try:
             answer = await self.send(
                 replica, method, base + path, body, headers, until - start,
-                traced=replica, refusals=refusals,
+                connected=connected, refusals=refusals,
             )  # fmt: skip
             found = read(answer)
-            if replica.checking is not None:  # its connection is new: the server may be as well
-                await asyncio.shield(replica.checking)
-                if replica.changed is not None or not replica.verified:
-                    raise UpstreamFailure(replica.changed or UNAVAILABLE, counts=False)
+            if connected.check is not None:  # the server may be a new one as well
+                await asyncio.wait({connected.check})
+                if not replica.verified:
+                    raise UpstreamFailure(UNAVAILABLE, counts=False)
+            if replica.changed is not None:
+                raise UpstreamFailure(CHANGED, counts=False)
         except InvalidAnswer as exc:
-            failure = UpstreamFailure(f"the answer is invalid: {exc}")
+            # Of a client's own tensors, an answer of another form says nothing of the replica.
+            failure = UpstreamFailure(f"the answer is invalid: {exc}", counts=not refusals)
             self._count(replica, failure)
-            if isinstance(exc, OtherNetwork):
+            if isinstance(exc, OtherNetwork) and not refusals:
                 self.check_failed(replica, exc)  # the next check says what has changed
             raise failure from exc
         except UpstreamFailure as exc:
+            exc.counts &= not (refusals and isinstance(exc, UpstreamTimeout))
             self._count(replica, exc)
             raise
         replica.circuit.succeeded()
@@ -298,7 +314,7 @@ class UpstreamClient:
         headers: Mapping[str, str],
         left_s: float,
         *,
-        traced: Replica | str = CHECK,
+        connected: Connected | None = None,
         refusals: bool = False,
     ) -> Answer:
         """Send one request to one replica, whatever its state, and return a complete answer.
@@ -310,7 +326,7 @@ class UpstreamClient:
             body: of the request.
             headers: of the request.
             left_s: seconds that the request may take, at most `timeout_s`.
-            traced: the replica to check again if the request needs a new connection.
+            connected: is told if the request needs a new connection; None for checks.
             refusals: an answer may have any status but those of a busy server.
 
         Raises:
@@ -331,7 +347,7 @@ class UpstreamClient:
                 headers=headers,
                 timeout=aiohttp.ClientTimeout(total=limit_s),
                 allow_redirects=False,
-                trace_request_ctx=traced,
+                trace_request_ctx=connected,
             ) as response:
                 replica.closes = response.headers.get(hdrs.CONNECTION, "").lower() == "close"
                 answer = Answer(
@@ -409,9 +425,9 @@ async def _on_connection(
 ) -> None:
     """Have a replica checked once a request needed a new connection to it."""
     del session, params
-    asked = context.trace_request_ctx
-    if isinstance(asked, Replica):
-        asked.recheck(asked)
+    connected = context.trace_request_ctx
+    if isinstance(connected, Connected):
+        connected.check = connected.replica.recheck(connected.replica)
 
 
 async def _read(content: aiohttp.StreamReader) -> bytes:

@@ -64,7 +64,8 @@ class Monitor:
         self._tasks: set[asyncio.Task[object]] = set()
         self._due: dict[Replica, float] = {}
         self._last: dict[Replica, float] = {}
-        self._again: set[Replica] = set()
+        self._running: dict[Replica, asyncio.Task[object]] = {}
+        self._next: dict[Replica, asyncio.Task[object]] = {}
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -151,31 +152,33 @@ class Monitor:
     async def _turn(self) -> None:
         now = self._clock()
         for replica in self._client.replicas:
-            if replica.checking is None and (
+            if replica not in self._running and (
                 replica.circuit.check_due
                 or (replica.circuit.closed and now >= self._due.get(replica, 0))
             ):
                 self._begin(replica)
 
-    def _recheck(self, replica: Replica) -> None:
-        """A request needed a new connection."""
+    def _recheck(self, replica: Replica) -> asyncio.Task[object] | None:
+        """A request needed a new connection; gives the check that its answer waits for."""
         if replica.closes:  # all do: a check for each would double the work of the server
             soon = self._last.get(replica, 0) + RECHECK_S
             self._due[replica] = min(self._due.get(replica, soon), soon)
-        elif replica.checking is None:
-            self._begin(replica)
-        else:  # which the server before may have answered
-            self._again.add(replica)
+            return None
+        running = self._running.get(replica)
+        if running is None:
+            return self._begin(replica)
+        if replica not in self._next:  # the server before may have answered the one that runs
+            following = self._following(replica, running)
+            self._next[replica] = start("checking the upstream", following, self._tasks)
+        return self._next[replica]
 
     def _begin(self, replica: Replica) -> asyncio.Task[object]:
-        task = start("checking the upstream", self._check(replica), self._tasks)
-        replica.checking = task
-        task.add_done_callback(lambda _: setattr(replica, "checking", None))
+        task = start("checking the upstream", self.check(replica), self._tasks)
+        self._running[replica] = task
+        task.add_done_callback(lambda _: self._running.pop(replica, None))
         return task
 
-    async def _check(self, replica: Replica) -> None:
-        """Check until no new connection came in between."""
-        await self.check(replica)
-        while replica in self._again:
-            self._again.discard(replica)
-            await self.check(replica)
+    async def _following(self, replica: Replica, running: asyncio.Task[object]) -> None:
+        await asyncio.wait({running})
+        del self._next[replica]
+        await self._begin(replica)
