@@ -118,6 +118,7 @@ def check(everything: bool, images: Path | None, **arguments: Any) -> None:
     from app.inference.assembly import load_engine, make_defense
     from app.inference.bundle import golden_inputs, open_bundle
     from app.inference.engine_selection import UPSTREAM
+    from app.inference.policy_warnings import policy_hint
     from app.main import create_app
 
     try:
@@ -147,6 +148,8 @@ def check(everything: bool, images: Path | None, **arguments: Any) -> None:
         click.echo(f"{name:9} {text}")
     for sentence in warnings:
         click.echo(f"warning   {sentence}")
+    if hint := policy_hint(bundle.card, settings.precision, defense):
+        click.echo(f"hint      {hint}")
     for place in taken_ports(settings):
         click.echo(f"warning   {place} is in use now; a server could not bind it")
     click.echo("ok: these settings can be served")

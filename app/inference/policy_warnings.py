@@ -11,9 +11,13 @@ from app.inference.engines import Probs
 from app.precision import Precision
 from scumble import defenses
 from scumble.defenses.chain import Chain
+from scumble.defenses.codebook import Codebook
 from scumble.defenses.dcp import DCP
+from scumble.defenses.label import Label
 from scumble.defenses.none import NoDefense
+from scumble.defenses.withhold import Withhold
 
+FITTED = ("codebook", "gate")  # by `scumble calibrate`
 MANY = 100  # classes from which dcp moves labels
 GATE = 0.03  # half the width of dcp's gate at its default nu
 UNCHANGED = 1e-6
@@ -47,12 +51,36 @@ def policy_warnings(
             yield f"{defense!r} changed none of the self-test's answers: it protects nothing"
 
 
+def policy_hint(card: Card, precision: Precision, defense: defenses.Defense) -> str | None:
+    """What `docs/explanation/results.md` recommends beyond a policy; None where it is followed.
+
+    Args:
+        card: of the model.
+        precision: that is served.
+        defense: the policy.
+    """
+    calibrated = {name: f"{name}.{_stored(precision)}.json" in card.files for name in FITTED}
+    if isinstance(defense, Withhold):
+        return None
+    if isinstance(defense, Codebook | Label):
+        if calibrated["gate"]:
+            return "withhold gives no answer to images unlike your own; copies need such images"
+        return "scumble calibrate fits withhold, which gives no answer to images unlike your own"
+    if calibrated["codebook"]:
+        return "codebook keeps the label and a confidence, and nothing can be recovered from it"
+    return "label keeps the label; after scumble calibrate, codebook keeps a confidence as well"
+
+
+def _stored(precision: Precision) -> str:
+    return "float32" if precision == "bf16" else precision
+
+
 def _changes_nothing(answers: Probs, clean: Probs) -> bool:
     return answers.shape == clean.shape and float(np.abs(answers - clean).max()) < UNCHANGED
 
 
 def _accuracy(card: Card, precision: Precision) -> float | None:
-    figure = card.accuracy.get("float32" if precision == "bf16" else precision)
+    figure = card.accuracy.get(_stored(precision))
     return None if figure is None else figure.value
 
 

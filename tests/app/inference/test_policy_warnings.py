@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from app.inference.bundle import Accuracy, Bundle
-from app.inference.policy_warnings import policy_warnings
+from app.inference.policy_warnings import policy_hint, policy_warnings
 from scumble.defenses import configure
+from scumble.defenses.withhold import Withhold
 from tests.tiny import make_bundle
 
 
@@ -52,6 +53,34 @@ def test_a_policy_that_does_something_is_not(tmp_path, defense, params):
 def test_dcp_on_many_classes_is_named_unless_the_label_is_kept(tmp_path, params, warned):
     found = warnings(tmp_path, "dcp", np.eye(100)[:6] * 0.6 + 0.004, params=params)
     assert any("dcp on 100 classes changes the label" in each for each in found) is warned
+
+
+CALIBRATED = ("codebook", "gate")
+
+
+@pytest.mark.parametrize(
+    ("defense", "fitted", "hint"),
+    [
+        ("none", (), "label keeps the label; after scumble calibrate, codebook"),
+        ("none", CALIBRATED, "codebook keeps the label and a confidence"),
+        ("dcp", (), "label keeps the label; after scumble calibrate, codebook"),
+        ("dcp", CALIBRATED, "codebook keeps the label and a confidence"),
+        ("label", (), "scumble calibrate fits withhold"),
+        ("label", CALIBRATED, "withhold gives no answer to images unlike your own"),
+    ],
+)
+@pytest.mark.parametrize(("precision", "stored"), [("bf16", "float32"), ("int8", "int8")])
+def test_a_hint_names_what_is_recommended(tmp_path, defense, fitted, hint, precision, stored):
+    card = Bundle(make_bundle(tmp_path)).card
+    files = card.files | {f"{name}.{stored}.json": "" for name in fitted}
+    policy = configure(defense, STRONG if defense == "dcp" else {})
+    found = policy_hint(card.model_copy(update={"files": files}), precision, policy)
+    assert found.startswith(hint)
+
+
+def test_what_is_recommended_gets_no_hint(tmp_path):
+    card = Bundle(make_bundle(tmp_path)).card
+    assert policy_hint(card, "int8", Withhold()) is None
 
 
 def test_untrained_weights_are_named(tmp_path):
