@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2
 import kubernetes_validate
@@ -21,6 +22,7 @@ from starlette.routing import Route
 
 from app.access.keys import KeyFile, write_keys
 from app.admin.application import create_admin
+from app.inference.bundle import Bundle
 from app.processes.supervisor import GRACE_S
 from app.settings import Settings, load_settings
 from app.telemetry.incidents import Incidents
@@ -34,8 +36,9 @@ from tests.redis_server import BINARY, RedisServer, needs_redis
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "deploy" / "kubernetes"
 BUDGETS, KEDA, KSERVE = "overlays/redis-budgets", "overlays/keda", "kserve"
-ALL = ("overlays/demo", BUDGETS, KEDA, KSERVE)
-SERVED = ("overlays/demo", BUDGETS, KEDA)
+TRITON, FRONT = "overlays/triton", "kserve-front"
+ALL = ("overlays/demo", BUDGETS, KEDA, TRITON, KSERVE, FRONT)
+SERVED = ("overlays/demo", BUDGETS, KEDA, TRITON)
 CUSTOM = {"ScaledObject", "PodMonitor", "InferenceService"}  # no schema of theirs is at hand
 KSERVES_OWN = {"minReplicas", "maxReplicas", "scaleMetric", "scaleTarget"}
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
@@ -75,8 +78,9 @@ def one(name: str, kind: str, called: str | None = None) -> dict:
 
 def server_pod(name: str) -> dict:
     """The pod of the service; KServe has a pod's members in its predictor."""
-    if name == KSERVE:
-        return one(name, "InferenceService")["spec"]["predictor"]
+    if name in (KSERVE, FRONT):
+        part = "predictor" if name == KSERVE else "transformer"
+        return one(name, "InferenceService")["spec"][part]
     return one(name, "Deployment")["spec"]["template"]["spec"]
 
 
@@ -85,8 +89,7 @@ def environment(name: str) -> dict[str, str]:
     container = server_pod(name)["containers"][0]
     found = {}
     for source in container.get("envFrom", []):
-        (settings,) = [d for d in rendered(name) if d["kind"] == "ConfigMap"]
-        assert settings["metadata"]["name"] == source["configMapRef"]["name"]
+        settings = one(name, "ConfigMap", source["configMapRef"]["name"])
         found |= settings["data"]
     for variable in container.get("env", []):
         value = variable.get("value", PASSWORD * 3)
@@ -104,7 +107,7 @@ def test_every_folder_is_tried():
     folders = {
         path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("kustomization*")
     }
-    assert folders == {*ALL, "base"}
+    assert folders == {*ALL, "base", "bundle"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -122,16 +125,79 @@ def test_a_misspelt_member_would_be_noticed():
         kubernetes_validate.validate(service, VERSIONS[-1], strict=True)
 
 
-def test_what_kserve_takes_over_from_a_pod_is_a_valid_pod():
-    predictor = server_pod(KSERVE)
-    assert predictor.keys() >= KSERVES_OWN
-    spec = {key: value for key, value in predictor.items() if key not in KSERVES_OWN}
+@pytest.mark.parametrize("name", [KSERVE, FRONT])
+def test_what_kserve_takes_over_from_a_pod_is_a_valid_pod(name):
+    ours = server_pod(name)
+    assert ours.keys() & KSERVES_OWN == (KSERVES_OWN if name == KSERVE else {"minReplicas"})
+    spec = {key: value for key, value in ours.items() if key not in KSERVES_OWN}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": spec}
     kubernetes_validate.validate(pod, VERSIONS[-1], strict=True)
-    service = one(KSERVE, "InferenceService")
+    service = one(name, "InferenceService")
     assert service["apiVersion"] == "serving.kserve.io/v1beta1"
-    assert service["metadata"]["name"] == environment(KSERVE)["SCUMBLE_MODEL"]
-    assert [c["name"] for c in predictor["containers"]] == ["kserve-container"]
+    assert service["metadata"]["name"] == environment(name)["SCUMBLE_MODEL"]
+    assert [c["name"] for c in ours["containers"]] == ["kserve-container"]
+
+
+def test_the_transformer_asks_the_predictor_and_others_may_not():
+    service = one(FRONT, "InferenceService")
+    name = service["metadata"]["name"]
+    url = urlsplit(environment(FRONT)["SCUMBLE_UPSTREAM"])
+    assert (url.hostname, url.path) == (f"{name}-predictor", f"/v2/models/{name}")
+    policy = one(FRONT, "NetworkPolicy")
+    kubernetes_validate.validate(policy, VERSIONS[-1], strict=True)
+    label = "serving.kserve.io/inferenceservice"
+    chosen = {label: name, "component": "predictor"}
+    assert policy["spec"]["podSelector"]["matchLabels"] == chosen
+    (rule,) = policy["spec"]["ingress"]
+    allowed = {label: name, "component": "transformer"}
+    assert [peer["podSelector"]["matchLabels"] for peer in rule["from"]] == [allowed]
+
+
+def test_the_arguments_that_kserve_appends_do_not_reach_the_service(tmp_path):
+    command = server_pod(FRONT)["containers"][0]["command"]
+    assert command[0] == "python3"
+    program = tmp_path / "scumble"
+    program.write_text('#!/bin/sh\necho "$@"\n')
+    program.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, *command[1:], "--model_name", "cifar10", "--predictor_host", "x"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "serve\n"
+
+
+def test_replicas_ask_each_triton_by_its_name():
+    served = environment(TRITON)
+    stateful = one(TRITON, "StatefulSet", "triton")
+    service = one(TRITON, "Service", "triton")
+    assert stateful["spec"]["serviceName"] == "triton"
+    assert service["spec"]["clusterIP"] == "None"
+    names = [f"triton-{i}.triton:8000" for i in range(stateful["spec"]["replicas"])]
+    urls = served["SCUMBLE_UPSTREAM"].split()
+    assert [urlsplit(url).netloc for url in urls] == names
+    assert {urlsplit(url).path for url in urls} == {"/v2/models/" + served["SCUMBLE_MODEL"]}
+    labels = one(TRITON, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    policy = one(TRITON, "NetworkPolicy", "triton")["spec"]
+    assert peers(policy["ingress"], "from") == {8000: [[{"matchLabels": labels}]]}
+    assert "egress" not in policy
+    (container,) = stateful["spec"]["template"]["spec"]["containers"]
+    assert {"--allow-grpc=false", "--allow-metrics=false"} <= set(container["args"])
+
+
+@pytest.mark.parametrize("name", [TRITON, FRONT])
+def test_the_bundle_in_front_is_mounted_where_the_settings_say(name, tmp_path):
+    served = environment(name)
+    mounts = {m["name"]: m["mountPath"] for m in server_pod(name)["containers"][0]["volumeMounts"]}
+    assert mounts["bundle"] == f"{served['SCUMBLE_MODEL_DIR']}/{served['SCUMBLE_MODEL']}"
+    (volume,) = [v for v in server_pod(name)["volumes"] if v["name"] == "bundle"]
+    for file, text in one(name, "ConfigMap", volume["configMap"]["name"])["data"].items():
+        (tmp_path / file).write_text(text)
+    bundle = Bundle(tmp_path)
+    assert bundle.golden().probabilities
+    assert bundle.card.name == served["SCUMBLE_MODEL"]
 
 
 def test_what_keda_takes_over_from_an_autoscaler_is_a_valid_one():
@@ -191,7 +257,8 @@ def test_every_setting_is_one_and_the_ports_are_the_services_own(name, monkeypat
     assert served.host == served.admin_host == "0.0.0.0"  # noqa: S104  # inside a pod
     assert not served.console
     ports = [p["containerPort"] for p in server_pod(name)["containers"][0]["ports"]]
-    assert ports == ([served.port] if name == KSERVE else [served.port, served.admin_port])
+    alone = name in (KSERVE, FRONT)
+    assert ports == ([served.port] if alone else [served.port, served.admin_port])
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -295,6 +362,8 @@ def test_the_network_lets_through_what_it_must(name):
     allowed = {53: [dns]}
     if name != "overlays/demo":
         allowed[6379] = [[{"matchLabels": {"app.kubernetes.io/name": "redis"}}]]
+    if name == TRITON:
+        allowed[8000] = [[{"matchLabels": {"app.kubernetes.io/name": "triton"}}]]
     assert peers(spec["egress"], "to") == allowed
     labels = one(name, "Deployment")["spec"]["template"]["metadata"]["labels"]
     for document in rendered(name):

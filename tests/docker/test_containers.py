@@ -12,12 +12,15 @@ import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.parse import urlsplit
 
 import imagecodecs
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from app.inference.bundle import Bundle
 from app.settings import Settings, variables
 from dashboards import GRAFANA
 from scumble.defenses import make
@@ -73,12 +76,42 @@ def test_ports_are_published_on_loopback_alone(name):
 def test_the_admin_ports_are_in_a_network_of_their_own():
     assert COMPOSE["networks"]["admin"]["internal"] is True
     members = {name for name, service in SERVICES.items() if "admin" in service["networks"]}
-    assert members == {*SCRAPED, "prometheus", "redis"}
+    assert members == {*SCRAPED, "front", "prometheus", "redis"}
     assert SERVICES["attacker"]["networks"] == ["public"]
     for name in SCRAPED:
         host = SERVICES[name]["environment"]["SCUMBLE_ADMIN_HOST"]
         # A name that only that network has, so the port is bound to the address there.
         assert SERVICES[name]["networks"] == {"public": None, "admin": {"aliases": [host]}}
+
+
+def test_triton_is_reached_by_the_service_in_front_alone():
+    front, triton = SERVICES["front"], SERVICES["triton"]
+    members = {name for name, each in SERVICES.items() if "upstream" in each["networks"]}
+    assert members == {"front", "triton"}
+    assert COMPOSE["networks"]["upstream"]["internal"] is True
+    assert triton["networks"] == ["upstream"]
+    assert "ports" not in triton
+    url = urlsplit(front["environment"]["SCUMBLE_UPSTREAM"])
+    assert (url.hostname, url.port) == ("triton", 8000)
+    assert url.path == "/v2/models/" + front["environment"]["SCUMBLE_MODEL"]
+    assert front["profiles"] == triton["profiles"] == ["triton"]
+
+
+def test_the_bundle_in_front_describes_the_network_in_triton():
+    bundle = Bundle(ROOT / "deploy" / "kubernetes" / "bundle")
+    network = Bundle(ROOT / "models" / bundle.card.name)
+    rows = [each.golden().probabilities["float32"] for each in (bundle, network)]
+    np.testing.assert_allclose(*rows, atol=bundle.golden().tolerance["float32"])
+    assert bundle.card.labels == network.card.labels
+    sent, shape = bundle.card.upstream, bundle.card.input
+    folder = ROOT / "deploy" / "kubernetes" / "overlays" / "triton" / "repository"
+    config = (folder / bundle.card.name / "config.pbtxt").read_text()
+    sides = f"[{shape.height}, {shape.width}, {shape.channels}]"
+    assert f'name: "{sent.input}", data_type: TYPE_UINT8, dims: {sides}' in config
+    assert f'name: "{sent.output}", data_type: TYPE_FP32, dims: [{len(rows[0][0])}]' in config
+    assert f"max_batch_size: {sent.max_batch}" in config
+    (file,) = re.findall(r'default_model_filename: "(.*)"', config)
+    assert file in network.card.files
 
 
 def test_every_variable_is_a_setting():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -253,10 +254,10 @@ async def _binary_or_json(
         return sent, await _ask(client, sent, images)
     except (UpstreamFailure, InvalidAnswer) as first:
         text = sent.model_copy(update={"binary": False})
-        try:
-            return text, await _ask(client, text, images)
-        except (UpstreamFailure, InvalidAnswer):
-            raise first from None
+        for _ in range(2):  # it may have closed the connection after its error
+            with suppress(UpstreamFailure, InvalidAnswer):
+                return text, await _ask(client, text, images)
+        raise first from None
 
 
 async def _ask(client: UpstreamClient, sent: Sent, images: np.ndarray) -> list[Tensors]:

@@ -12,7 +12,7 @@ from app.inference.bundle import Bundle
 from app.inference.upstream.connect import Wishes, describe
 from app.main import create_app
 from app.settings import Settings
-from tests.app.inference.upstream.fake import running
+from tests.app.inference.upstream.fake import DROP, FakeUpstream, http, running
 from tests.app.inference.upstream.test_upstream import IMAGES, infer, rows_of
 
 
@@ -50,6 +50,32 @@ def test_what_is_written_serves_what_the_server_answers(tmp_path, options, words
     golden = Bundle(tmp_path / "front").golden()
     np.testing.assert_allclose(found, golden.probabilities["float32"], atol=1e-6)
     assert len(found) == len(IMAGES)
+
+
+class HangsUp(FakeUpstream):
+    """Answers bytes with an error of its own and closes the connection, as MLServer does."""
+
+    failed = False
+
+    async def _answer(self, method, path, headers, body):
+        if self.failed:
+            self.failed = False
+            return DROP
+        if "inference-header-content-length" in headers:
+            self.failed = True
+            return http(500, b"Internal Server Error")
+        return await super()._answer(method, path, headers, body)
+
+
+def test_a_server_that_hangs_up_on_bytes_is_asked_in_json(tmp_path):
+    fake = HangsUp()
+    fake.start()
+    try:
+        done = run(fake, tmp_path, "--normalize", "0..1")
+    finally:
+        fake.stop()
+    assert done.exit_code == 0, done.output
+    assert "as JSON" in done.output
 
 
 def test_labels_are_read_and_must_be_as_many_as_classes(tmp_path):
