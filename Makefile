@@ -29,7 +29,8 @@ serve-imagenet: .venv/.dev ## serve EfficientNet-Lite0 with ImageNet's weights, 
 	SCUMBLE_MODEL_DIR=runs/models SCUMBLE_MODEL=imagenet SCUMBLE_PRECISION=int8 $(BIN)/scumble serve
 
 test: .venv/.dev ## run the whole suite, a part on each core
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 \
+		$(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 test-lowest: .venv/.dev ## the server's tests with the lowest releases that pyproject.toml allows
 	mkdir -p runs/lowest

@@ -303,6 +303,7 @@ DEFENSE = Board(
                         "{{job}}",
                     ),
                 ),
+                width=6,
                 maximum=1,
             ),
             Graph(
@@ -310,6 +311,7 @@ DEFENSE = Board(
                 "Images whose probabilities the defense changed.",
                 "suffix: images/s",
                 (Query(_rate("scumble_defended_rows_total"), "{{job}}"),),
+                width=6,
             ),
             Graph(
                 "Withheld answers",
@@ -320,6 +322,7 @@ DEFENSE = Board(
                         _rate("scumble_withheld_images_total", "job, answer"), "{{job}} {{answer}}"
                     ),
                 ),
+                width=6,
             ),
             Graph(
                 "L1 served",
@@ -329,6 +332,7 @@ DEFENSE = Board(
                     Query(_mean("scumble_response_l1"), "{{job}} mean"),
                     Query(_quantile(0.95, "scumble_response_l1"), "{{job}} p95"),
                 ),
+                width=6,
                 maximum=2,
             ),
         ),
@@ -413,7 +417,7 @@ DEFENSE = Board(
                 "Images answered with probabilities.",
                 "suffix: images/s",
                 (Query(_rate("scumble_client_images_total", "job, client"), "{{job}} {{client}}"),),
-                width=6,
+                width=8,
             ),
             Graph(
                 "Images by client in 24 hours",
@@ -426,7 +430,7 @@ DEFENSE = Board(
                         "{{job}} {{client}}",
                     ),
                 ),
-                width=6,
+                width=8,
             ),
             Graph(
                 "Budget left",
@@ -440,7 +444,7 @@ DEFENSE = Board(
                         "{{job}} {{client}} {{budget}}",
                     ),
                 ),
-                width=6,
+                width=8,
                 maximum=1,
             ),
             Graph(
@@ -453,7 +457,7 @@ DEFENSE = Board(
                         "{{job}} {{client}}",
                     ),
                 ),
-                width=6,
+                width=12,
             ),
             Graph(
                 "Refused for want of budget",
@@ -464,7 +468,7 @@ DEFENSE = Board(
                         _rate("scumble_client_refused_total", "job, client"), "{{job}} {{client}}"
                     ),
                 ),
-                width=6,
+                width=12,
             ),
         ),
     },

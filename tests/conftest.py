@@ -4,7 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from app.main import create_app
 from app.settings import Settings
 from scumble.evaluation.local_server import Server, serving
+from tests.preloaded import Preloaded
 from tests.tiny import make_bundle
 
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -43,11 +44,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"the image sets are not at {DATA}"))
 
 
-@pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch):
+def remove_settings(monkeypatch):
     for name in os.environ:
         if name.upper().startswith("SCUMBLE_") or name.lower() in PROXIES:
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch):
+    remove_settings(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +69,9 @@ def own_models(models, tmp_path) -> Path:
     return Path(shutil.copytree(models, tmp_path / "models"))
 
 
-@pytest.fixture
-def make_client(models):
-    """`make_client(**settings)` -> a client of an application in this process."""
+@contextmanager
+def clients(models) -> Iterator:
+    """Makes clients of applications of `tiny` and closes them at the end."""
     with ExitStack() as stack:
 
         def make(**overrides) -> TestClient:
@@ -77,18 +82,54 @@ def make_client(models):
 
 
 @pytest.fixture
+def make_client(models):
+    """`make_client(**settings)` -> a client of an application in this process."""
+    with clients(models) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def make_shared_client(models):
+    """As `make_client`, for an application that many tests of a module ask and none changes."""
+    with pytest.MonkeyPatch.context() as monkeypatch, clients(models) as make:
+        remove_settings(monkeypatch)
+        yield make
+
+
+@pytest.fixture
 def client(make_client) -> TestClient:
     return make_client()
 
 
-@pytest.fixture
-def serve(models) -> Iterator:
-    """`serve(**settings)` -> a real server, its workers and its ports."""
+@pytest.fixture(scope="session")
+def preloaded() -> Iterator[Preloaded]:
+    """The process that servers are forked from."""
+    process = Preloaded()
+    yield process
+    process.close()
+
+
+@contextmanager
+def servers(serving, models) -> Iterator:
+    """Starts servers of `tiny` and stops them at the end."""
     with ExitStack() as stack:
 
         def start(**overrides) -> Server:
-            return stack.enter_context(
-                serving(**{"model_dir": models, "model": "tiny", **overrides})
-            )
+            settings = {"model_dir": models, "model": "tiny", **overrides}
+            return stack.enter_context(serving(**settings))
 
+        yield start
+
+
+@pytest.fixture
+def serve(models, preloaded) -> Iterator:
+    """`serve(**settings)` -> a real server, its workers and its ports."""
+    with servers(preloaded.serving, models) as start:
+        yield start
+
+
+@pytest.fixture
+def serve_from_scratch(models) -> Iterator:
+    """As `serve`, for tests of how processes start: a Python of its own that imports everything."""
+    with servers(serving, models) as start:
         yield start

@@ -94,7 +94,7 @@ class Codec(Protocol[A]):
             asked: the request.
             probabilities: (N, K).
             request_id: of the request.
-            abstained: (N,) which rows are no answers; None for none.
+            abstained: (N,) which rows are abstentions; None if none is.
         """
         ...
 

@@ -1,13 +1,13 @@
-"""Image bytes -> uint8 (H, W, C) of the network's input size.
+"""Decodes image files to uint8 arrays (H, W, C) of the network's input size.
 
-A strict reader (`image_header.py`) walks the file first: format, number of pixels and structure are
-checked before any pixel is decoded, and decoders get the file without its metadata. Pixels are
-not normalised here; that is inside the graph.
+A strict parser (`image_header.py`) reads the file first. It checks format, number of pixels and
+structure before any pixel is decoded, and removes the metadata. Pixels are not normalised here; the
+graph does that.
 
-Plain files, 8 bits a channel and as many channels as the network takes, are decoded by imagecodecs,
-which is quicker than Pillow on small images, as it makes no objects on the way. All others, and all
-that it refuses, are Pillow's, which gives the same pixels. A large JPEG is reduced while it is
-decoded (`image_fit.reduction`).
+imagecodecs decodes plain files, which have 8 bits per channel and the channels that the network
+takes: on small images it is faster than Pillow. Pillow decodes all other files, and those that
+imagecodecs refuses; both give the same pixels. A large JPEG is reduced while it is decoded
+(`image_fit.reduction`).
 """
 
 from __future__ import annotations

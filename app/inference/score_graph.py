@@ -1,7 +1,7 @@
-"""Scores as outputs of a network: where its logits and features are, and the graph that has both.
+"""Finds the logits and features of a network and adds its scores as outputs of the graph.
 
-A network ends in Softmax. Before it stands its last linear layer (Gemm, or MatMul with an Add),
-possibly between quantizing nodes; the features are that layer's input.
+A network ends in a Softmax, preceded by its last linear layer (Gemm, or MatMul with an Add) and
+possibly by quantization nodes. The features are the input of that layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Head:
     """The end of a network.
 
     Attributes:
-        logits: name of what the rows are the softmax of; None if they are not a softmax.
+        logits: name of the input of the softmax; None if the rows are not a softmax.
         features: name of the input of the last linear layer; None if there is none.
         width: d, number of features.
     """
@@ -43,7 +43,7 @@ class Head:
 
 
 def head_of(graph: onnx.GraphProto, rows: str) -> Head:
-    """Where logits and features are in the graph that makes `rows`."""
+    """Find logits and features in the graph that computes `rows`."""
     makers = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
 
@@ -115,7 +115,7 @@ def with_head(model: bytes) -> bytes:
     Its columns are the clean rows, the logits and the features; d is 0 where none are recognised.
 
     Raises:
-        ConfigError: not an ONNX model, its operators are too old, or its rows are no softmax.
+        ConfigError: not an ONNX model, its operators are too old, or its rows are not a softmax.
     """
     proto, op, logits = _tapped(model)
     columns = [op.clean, logits]

@@ -1,4 +1,4 @@
-"""What a defense may know of an image beside its clean row, and what it says of its answer.
+"""Inputs of a defense besides the clean row, and marks for the answers that it withholds.
 
 Shapes: `N` images.
 """
@@ -13,26 +13,26 @@ import numpy as np
 import numpy.typing as npt
 
 Score = Literal["energy", "residual"]
-"""A score of the network's own: see `scumble.defenses.scores`."""
+"""A score computed from the network itself: see `scumble.defenses.scores`."""
 
 SCORES: tuple[Score, ...] = ("energy", "residual")
 
 Column = npt.NDArray[np.floating[Any]]
 Marks = npt.NDArray[np.uint8]
-"""One of the three below for each image."""
+"""One of the three marks below for each image."""
 
 ANSWERED, DRAWN, ABSTAINED = 0, 1, 2
-"""The row comes from the network; a keyed function drew its class; it is uniform and says so."""
+"""The row comes from the network; it is pseudorandom; it is uniform and marked as an abstention."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Scores of a batch from the engine's call that gave its clean rows.
+    """Scores of a batch, from the same engine call as its clean rows.
 
     Attributes:
         top: (N,) largest clean probability.
-        energy: (N,) logsumexp of the logits; None if no defense asks for it.
-        residual: (N,) of the features; None if no defense asks for it.
+        energy: (N,) logsumexp of the logits; None if no defense needs it.
+        residual: (N,) of the features; None if no defense needs it.
     """
 
     top: Column

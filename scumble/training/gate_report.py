@@ -61,7 +61,7 @@ def looker(model: bytes, precision: Precision, classes: int) -> Look:
     """What tells the ends of images.
 
     Raises:
-        ConfigError: the network's rows are no softmax.
+        ConfigError: the network's rows are not a softmax.
     """
     run = runner(with_head(model), precision)
 

@@ -58,7 +58,7 @@ class Size(click.ParamType[tuple[int, int]]):
         found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(value))
         sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if not all(sides):
-            self.fail(f"{value!r} is no size; allowed: 224 or HEIGHTxWIDTH such as 240x320")
+            self.fail(f"{value!r} is not a size; allowed: 224 or HEIGHTxWIDTH such as 240x320")
         return sides
 
 

@@ -139,7 +139,7 @@ def decide(
     """Read from a network what it says of itself; the arguments are what the owner says.
 
     Raises:
-        ExportError: it is no image classifier, or does not say enough.
+        ExportError: it is not an image classifier, or lacks information.
     """
     found = _input(model.graph)
     sides = [dim.dim_value for dim in found.type.tensor_type.shape.dim]
@@ -211,7 +211,7 @@ def samples(shape: InputShape) -> npt.NDArray[np.uint8]:
 
 
 def _input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
-    """The one input that is no weight."""
+    """The one input that is not a weight."""
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [each for each in graph.input if each.name not in weights]
     if len(inputs) != 1:

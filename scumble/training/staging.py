@@ -19,7 +19,7 @@ def staged(folder: Path) -> Iterator[Path]:
     anything fails, `folder` is what it was.
 
     Raises:
-        BundleError: what was made is no bundle.
+        BundleError: what was made is not a bundle.
         OSError: it cannot be written.
     """
     folder = folder.resolve()

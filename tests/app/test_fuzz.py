@@ -10,6 +10,11 @@ from tests.fuzz import Broken, ask, damaged, fuzz
 from tests.seeds import CORPUS, corpus, read, seeds
 
 
+@pytest.fixture(scope="module")
+def client(make_shared_client):
+    return make_shared_client()
+
+
 def test_thousands_of_broken_requests_get_answers(models, tmp_path):
     (tmp_path / "tiny").symlink_to(models / "tiny")
     statuses = asyncio.run(fuzz(tmp_path, 4000, seed=7))

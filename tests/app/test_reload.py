@@ -164,7 +164,11 @@ def test_sighup_reloads_and_an_idle_connection_gets_one_more_answer(serve, own_m
         while not reloads(server, "done") and time.monotonic() < deadline:
             time.sleep(0.05)
         assert post(server).json()["version"] == "2"
+        # The old worker has been told to end, but may not have been scheduled since.
         last = client.post("/v1/predict", content=PNG)
+        while last.headers.get("connection") != "close" and time.monotonic() < deadline:
+            assert last.json()["version"] == "1"
+            last = client.post("/v1/predict", content=PNG)
         assert (last.json()["version"], last.headers["connection"]) == ("1", "close")
         assert client.post("/v1/predict", content=PNG).json()["version"] == "2"
     workers_settle(server, 1)
@@ -271,7 +275,7 @@ def test_the_console_shows_the_card_that_is_served(serve, own_models):
 
 def test_sigterm_before_it_is_ready_leaves_no_copy(models, temporary):
     server = start({"model_dir": models, "model": "tiny", "workers": 1})
-    wait_for(lambda: runs(temporary))
+    wait_for(lambda: list(temporary.glob("scumble-run-*/metrics")))
     assert server.stop() == 0
     assert runs(temporary) == []
     assert not any("Traceback" in entry["event"] for entry in server.log)

@@ -92,7 +92,7 @@ def test_a_killed_worker_is_replaced_and_counters_never_fall(serve):
 
 def test_sigterm_says_so_answers_on_and_loses_nothing(serve):
     """As behind a load balancer, which turns away once `/readyz` says 503."""
-    server = serve(workers=2, drain_delay_s=3.0)
+    server = serve(workers=2, drain_delay_s=6.0)
     codes = []
     turned_away = threading.Event()
 

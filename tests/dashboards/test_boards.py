@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_panels_are_told_apart_and_do_not_overlap(board):
     for panel in panels:
         refs = [target["refId"] for target in panel.get("targets", [])]
         assert len(set(refs)) == len(refs)
+
+
+@each
+def test_every_line_of_panels_is_full(board):
+    widths = Counter()
+    for panel in read(board)["panels"]:
+        widths[panel["gridPos"]["y"]] += panel["gridPos"]["w"]
+    assert set(widths.values()) == {24}
 
 
 @each

@@ -5,7 +5,6 @@ import pytest
 
 from loadtest.bomb_files import FILES, MOST_BYTES, png
 from loadtest.bombs import TARGETS, form, instances, raw, send, summary, v2_bytes, v2_json, verdict
-from scumble.evaluation.local_server import serving
 
 GOOD = {
     "status": 422,
@@ -38,8 +37,8 @@ def test_the_corpus_is_large_and_its_files_are_small():
             assert len(make()) <= MOST_BYTES, name
 
 
-def test_every_form_of_request_is_answered_and_measured(models):
-    with serving(model_dir=models, model="tiny", workers=1) as server:
+def test_every_form_of_request_is_answered_and_measured(models, preloaded):
+    with preloaded.serving(model_dir=models, model="tiny", workers=1) as server:
         (worker,) = server.workers()
         with httpx2.Client(base_url=server.url) as client:
             for pack in (form, instances, v2_bytes, v2_json):

@@ -50,7 +50,7 @@ def test_what_was_written_is_whole(file):
     assert part.last == Link(CHAIN, 5, end(LINES[-1]))
 
 
-@settings(max_examples=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, len(WHOLE) - 1), byte=st.integers(0, 255))
 def test_any_edit_of_any_byte_is_found(file, at, byte):
     if WHOLE[at] == byte:

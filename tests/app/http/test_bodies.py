@@ -16,9 +16,14 @@ from tests.pictures import PNG, encoded, picture
 LIMITS = {"limits": {"max_body_bytes": 20_000, "max_images": 3, "max_pixels": 10_000}}
 
 
-@pytest.fixture
-def limited(make_client):
-    return make_client(**LIMITS)
+@pytest.fixture(scope="module")
+def client(make_shared_client):
+    return make_shared_client()
+
+
+@pytest.fixture(scope="module")
+def limited(make_shared_client):
+    return make_shared_client(**LIMITS)
 
 
 def instances(*images: bytes) -> bytes:

@@ -14,7 +14,6 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from app.admin.application import MAX_CONNECTIONS
 from app.http.connections import Cycle
 from app.telemetry.metrics import FLUSH_S
-from scumble.evaluation.local_server import serving
 from tests.app.test_faults import connect, post, raw
 from tests.pictures import PNG
 
@@ -30,16 +29,16 @@ HEAD = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
 
 
 @pytest.fixture(scope="module")
-def fast(models):
+def fast(models, preloaded):
     """A server with short time limits, for all tests of this file."""
-    with serving(model_dir=models, model="tiny", workers=1, **FAST) as server:
+    with preloaded.serving(model_dir=models, model="tiny", workers=1, **FAST) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def server(models):
+def server(models, preloaded):
     """A server with the default limits, for all tests of this file."""
-    with serving(model_dir=models, model="tiny", workers=1) as server:
+    with preloaded.serving(model_dir=models, model="tiny", workers=1) as server:
         yield server
 
 

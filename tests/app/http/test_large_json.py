@@ -31,6 +31,11 @@ V1, V2 = "/v1/predict", "/v2/models/tiny/infer"
 JSON = {"Content-Type": "application/json"}
 
 
+@pytest.fixture(scope="module")
+def client(make_shared_client):
+    return make_shared_client()
+
+
 def many(value: str, count: int) -> bytes:
     return b"[" + b",".join([value.encode()] * count) + b"]"
 

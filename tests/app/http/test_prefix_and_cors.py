@@ -11,7 +11,7 @@ import pytest
 from app.access.keys import KeyFile, write_keys
 from app.errors import ConfigError
 from app.settings import load_settings
-from scumble.evaluation.local_server import serving, start
+from scumble.evaluation.local_server import start
 from tests.app.access.test_admission import row
 from tests.pictures import PNG
 
@@ -27,10 +27,10 @@ PREFLIGHT = {
 
 
 @pytest.fixture(scope="module")
-def server(models, tmp_path_factory):
+def server(models, preloaded, tmp_path_factory):
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     write_keys(file, KeyFile(keys=[row("page", limits={"window_images": 1000})]))
-    with serving(
+    with preloaded.serving(
         model_dir=models,
         model="tiny",
         workers=1,
@@ -168,9 +168,9 @@ def ask(path, method="GET", target="/livez", **options) -> httpx2.Response:
         return client.request(method, f"http://localhost{target}", **options)
 
 
-def test_the_public_port_as_a_unix_socket(models, tmp_path):
+def test_the_public_port_as_a_unix_socket(models, preloaded, tmp_path):
     path = tmp_path / "public.sock"
-    with serving(model_dir=models, model="tiny", workers=2, uds=path) as server:
+    with preloaded.serving(model_dir=models, model="tiny", workers=2, uds=path) as server:
         assert server.url == f"unix:{path}"
         for _ in range(4):
             answer = ask(path, "POST", "/v1/predict", content=PNG, headers=IMAGE)
@@ -184,12 +184,12 @@ def test_the_public_port_as_a_unix_socket(models, tmp_path):
     assert not path.exists()
 
 
-def test_a_socket_that_a_killed_server_left_is_replaced(models, tmp_path):
+def test_a_socket_that_a_killed_server_left_is_replaced(models, preloaded, tmp_path):
     path = tmp_path / "public.sock"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
     assert path.is_socket()
-    with serving(model_dir=models, model="tiny", workers=1, uds=path) as server:
+    with preloaded.serving(model_dir=models, model="tiny", workers=1, uds=path) as server:
         assert ask(path).status_code == 200
         assert server.stop(signal.SIGTERM) == 0
     assert not path.exists()

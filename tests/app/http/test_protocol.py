@@ -6,7 +6,6 @@ import socket
 
 import pytest
 
-from scumble.evaluation.local_server import serving
 from tests.pictures import PNG
 
 pytestmark = pytest.mark.server
@@ -22,8 +21,8 @@ H2C = (
 
 
 @pytest.fixture(scope="module")
-def server(models):
-    with serving(model_dir=models, model="tiny", workers=1) as server:
+def server(models, preloaded):
+    with preloaded.serving(model_dir=models, model="tiny", workers=1) as server:
         yield server
 
 
@@ -197,7 +196,7 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_a_request_on_the_wire(server, name):
     sent, status = TABLE[name]
-    # HTTP/1.0 and refusals of what is no HTTP end the connection.
+    # HTTP/1.0 and refusals of what is not HTTP end the connection.
     goes_on = status != 400 and b"HTTP/1.0\r\n" not in sent
     assert statuses(server, sent, LAST) == ([status, 200] if goes_on else [status])
 

@@ -241,7 +241,7 @@ def test_sizes_are_those_that_images_fill():
         (0.001, 0.01, 0.001, 1),  # out of reach: one by one
     ],
 )
-def test_the_pace_follows_the_times_of_batches(target_s, fixed, each, expected):
+def test_the_limit_follows_the_times_of_batches(target_s, fixed, each, expected):
     batch_limit = AdaptiveBatchLimit(target_s, 64)
     assert batch_limit() == 64  # nothing is known yet
     for n in (1, 4, 16, 64, 2, 8, 32):
@@ -249,7 +249,7 @@ def test_the_pace_follows_the_times_of_batches(target_s, fixed, each, expected):
     assert batch_limit() == expected
 
 
-def test_the_pace_forgets():
+def test_the_limit_forgets_old_batches():
     batch_limit = AdaptiveBatchLimit(0.1, 64)
     for n in [1, 32] * 10:
         batch_limit.note(n, 0.01 * n)

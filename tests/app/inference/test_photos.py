@@ -426,7 +426,7 @@ def test_a_reduced_jpeg_is_close_to_full_decoding(name):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_reduced_jpeg_is_turned_without_a_shift(orientation):
-    """Its sides are no multiples of 8: the last column and row are half empty."""
+    """Its sides are not multiples of 8: the last column and row are half empty."""
     source = PHOTOS[0].resize((1203, 907), Image.Resampling.LANCZOS)
     data = pasted(source, exif(orientation), "JPEG")
     full = to_pixels(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), GREY, STRETCH)

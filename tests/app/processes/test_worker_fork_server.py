@@ -19,6 +19,11 @@ from tests.app.test_faults import blocking_server, busy, post  # noqa: F401  # a
 pytestmark = pytest.mark.server
 
 
+@pytest.fixture
+def serve(serve_from_scratch):
+    return serve_from_scratch
+
+
 def wait_for(what, seconds=30):
     deadline = time.monotonic() + seconds
     while not what():

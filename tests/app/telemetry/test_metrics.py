@@ -11,7 +11,7 @@ FAMILY = "h"
 
 
 @given(st.lists(st.lists(st.floats(0, 5000) | st.sampled_from(BATCH), max_size=30), max_size=5))
-def test_gathered_observations_are_what_the_library_would_have_seen(rounds):
+def test_buffered_observations_are_what_the_library_would_have_seen(rounds):
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     buffered = BufferedHistogram(Histogram(FAMILY, "x", buckets=BATCH, registry=ours))
     direct = Histogram(FAMILY, "x", buckets=BATCH, registry=theirs)

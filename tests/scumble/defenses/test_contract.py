@@ -115,7 +115,7 @@ DEFENSES += [(row.make(keep_top1=True), row.needs_images) for row in GUARDED]
 every_defense = pytest.mark.parametrize(
     ("defense", "needs_images"), DEFENSES, ids=[repr(defense) for defense, _ in DEFENSES]
 )
-examples = settings(max_examples=40)
+examples = settings(max_examples=15)
 
 
 @pytest.fixture(autouse=True, scope="module")

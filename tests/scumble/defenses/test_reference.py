@@ -132,7 +132,7 @@ def test_equal_entries_stay_equal_and_classes_have_no_order(p, beta, gamma):
     np.testing.assert_allclose(permuted, y[:, order], rtol=32 * np.finfo(p.dtype).eps)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(p=probs(), beta=betas, gamma=gammas)
 def test_top1_is_kept_above_the_proven_bound(p, beta, gamma):
     bound = beta * (1 / 2 - 1 / (1 + math.exp(-gamma * math.log(1e-12))))

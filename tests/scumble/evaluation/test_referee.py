@@ -113,7 +113,7 @@ def test_a_cell_from_servers_to_pages(cell, tmp_path):
 
 @pytest.mark.server
 def test_the_referee_tells_the_mask_where_the_truth_is(cell, tmp_path):
-    """The truth is asked outside of the budget, and is no part of the cell."""
+    """The truth is asked outside of the budget, and is not part of the cell."""
     wrong = Defended("round", {"decimals": 1})
     seen = {}
     for adapt in ((), ("oracle_mask",)):

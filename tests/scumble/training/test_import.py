@@ -277,7 +277,7 @@ IMPLAUSIBLE = {
         "they do not add up to 1",
     ),
     "nothing said": (network(), [], "give --normalize imagenet|tf|0..1|0..255|caffe"),
-    "no size": (network(), ["--size", "big"], "'big' is no size; allowed: 224 or HEIGHTxWIDTH"),
+    "no size": (network(), ["--size", "big"], "'big' is not a size; allowed: 224 or HEIGHTxWIDTH"),
     "a name": (network(), ["--normalize=tf", ".x"], "no card can be made of this"),
 }  # fmt: skip
 

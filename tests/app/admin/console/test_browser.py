@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from scumble.evaluation.local_server import start
 from tests.pictures import PNG, encoded, picture
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the dev extra")
@@ -26,12 +25,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server(models):
+def server(models, preloaded):
     policy = {"defense": "reverse_sigmoid", "defense_params": {"beta": 0.4}}
-    found = start({"model_dir": models, "model": "tiny", "workers": 1, **policy})
-    found.wait_ready()
-    yield found
-    found.stop()
+    with preloaded.serving(model_dir=models, model="tiny", workers=1, **policy) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,11 @@ PNGS = [encoded(picture(seed=n)) for n in range(3)]
 CARD = Card(format="scumble-bundle/1", name="t", version="1", labels=LABELS, input=SHAPE, files={})
 
 
+@pytest.fixture(scope="module")
+def client(make_shared_client):
+    return make_shared_client()
+
+
 def tensor(array, **changes) -> dict:
     datatype = "UINT8" if array.dtype == np.uint8 else "FP32"
     return {"name": "pixels", "datatype": datatype, "shape": list(array.shape), **changes}
@@ -234,7 +239,8 @@ def test_a_large_request_runs_in_parts_and_in_order(make_client):
         (f"{VERSIONED}/", "/v2/models/{model}/versions/{version}/infer"),
     ],
 )
-def test_images_are_counted_one_by_one(client, url, route, request_):
+def test_images_are_counted_one_by_one(make_client, url, route, request_):
+    client = make_client()
     client.post(url, **request_)
     client.app.state.service.metrics.flush()
     registry = client.app.state.service.metrics.registry
@@ -351,7 +357,7 @@ REFUSED = {
     "data is a word": (small(data=b64(PNGS[0])), 400),
     "no data of image": (small(data=None), 400),
     "data is deep": (small(data=[[[b64(PNGS[0])]]]), 400),
-    "data is no base64": (small(data=["@@@"]), 400),
+    "data is not base64": (small(data=["@@@"]), 400),
     "data is a number": (small(data=[3]), 400),
     "data is not an image": (small(data=[b64(b"no image")]), 422),
     "empty image": (small(data=[""]), 422),

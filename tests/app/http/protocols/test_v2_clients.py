@@ -20,7 +20,6 @@ import httpx2
 import numpy as np
 import pytest
 
-from scumble.evaluation.local_server import serving
 from tests.pictures import encoded, picture
 from tests.tiny import LABELS
 
@@ -35,9 +34,9 @@ TEXTS = [base64.b64encode(png).decode() for png in PNGS]
 
 
 @pytest.fixture(scope="module")
-def server(models):
+def server(models, preloaded):
     settings = {"defense": "dcp", "defense_params": {"beta": 1.2}, "workers": 1}
-    with serving(model_dir=models, model="tiny", **settings) as server:
+    with preloaded.serving(model_dir=models, model="tiny", **settings) as server:
         yield server
 
 
@@ -243,9 +242,9 @@ def answers(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def plain(models):
+def plain(models, preloaded):
     """Without a defense, as Triton has none."""
-    with serving(model_dir=models, model="tiny", workers=1) as server:
+    with preloaded.serving(model_dir=models, model="tiny", workers=1) as server:
         yield server.url
 
 

@@ -31,6 +31,11 @@ ROUTES = {"/v2": "/v2"} | {
 }
 
 
+@pytest.fixture(scope="module")
+def client(make_shared_client):
+    return make_shared_client()
+
+
 @pytest.mark.parametrize("end", ["", "/"])
 @pytest.mark.parametrize("path", ANSWERS)
 def test_answers(client, path, end):
@@ -53,7 +58,8 @@ def test_floats_are_not_offered_where_they_are_refused(make_client):
     assert [tensor["datatype"] for tensor in inputs] == ["BYTES", "UINT8"]
 
 
-def test_draining(client):
+def test_draining(make_client):
+    client = make_client()
     client.app.state.service.state.draining = True
     assert client.get("/v2/health/live").json() == {"live": True, "ready": False}
     for path in ("/v2/health/ready", "/v2/models/tiny/ready", "/v2/models/tiny/versions/1/ready"):
@@ -90,7 +96,8 @@ def test_refused(client, method, path, status):
     assert answer.json()["error"] == answer.json()["detail"] != ""
 
 
-def test_each_route_has_its_label_and_others_have_none_of_theirs(client):
+def test_each_route_has_its_label_and_others_have_none_of_theirs(make_client):
+    client = make_client()
     for path in ROUTES:
         client.get(f"{path}/")
     client.get("/v2/models/other")
