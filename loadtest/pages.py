@@ -181,7 +181,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def page(bench: Document, peers: Document) -> str:
+def page(
+    bench: Document,
+    peers: Document,
+    overhead: Document | None = None,
+    protections: Document | None = None,
+    frames: Document | None = None,
+) -> str:
     """The whole page."""
     parts = [
         (HERE / "performance.head.md").read_text().rstrip(),
@@ -207,6 +213,9 @@ def page(bench: Document, peers: Document) -> str:
         "graph, so of `infer`.",
         table(["model", "defense", *STAGES, "sum", "p50"], stage_rows(bench)),
         *soak_parts(bench),
+        *(overhead_parts(overhead) if overhead else ()),
+        *(frame_parts(frames) if frames else ()),
+        *(protection_parts(protections) if protections else ()),
         *(peer_parts(peers) if peers else ()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -276,6 +285,72 @@ def soak_parts(bench: Document) -> Iterator[str]:
             f"memory {soak['memory_mb'][0]} MB after the first and {soak['memory_mb'][-1]} MB "
             "after the last."
         )
+
+
+def overhead_parts(overhead: Document) -> Iterator[str]:
+    """What a request costs beside the engine."""
+    yield "## Beside the engine"
+    yield (HERE / "performance.overhead.md").read_text().rstrip()
+    yield source(overhead, "overhead.json")
+    yield table(
+        [
+            *("model", "connections", "images in a batch", "service", "engine", "beside it"),
+            *("bare server", "beside it / bare server", "p50 less the engine, µs"),
+        ],
+        [
+            [
+                f"`{case['model']}` {case['precision']}",
+                count,
+                f"{row['batch']:.1f}",
+                *(f"{row[name]:.0f}" for name in ("whole_us", "engine_us", "beside_us")),
+                f"{row['hello_us']:.1f}",
+                f"{row['over_hello']:.1f}",
+                f"{row['p50_beside_us']:,.0f}",
+            ]
+            for case in overhead["cases"]
+            for count, row in case["connections"].items()
+        ],
+    )
+    yield (HERE / "performance.tries.md").read_text().rstrip()
+
+
+def frame_parts(frames: Document) -> Iterator[str]:
+    """Where a worker's time goes."""
+    yield "## Functions of a busy worker"
+    yield (
+        "Shares of a worker's time under load, sampled by py-spy: `self` while the function itself "
+        "ran, `total` while it or what it called ran."
+    )
+    yield source(frames, "frames.json")
+    yield table(
+        ["function", "self", "total"],
+        [
+            [f"`{name}`", f"{share['self']:.1%}", f"{share['total']:.1%}"]
+            for name, share in frames["functions"].items()
+        ],
+    )
+
+
+def protection_parts(protections: Document) -> Iterator[str]:
+    """What keys, budgets and the rest cost."""
+    yield "## With protections on"
+    yield (HERE / "performance.protections.md").read_text().rstrip()
+    yield source(protections, "protections.json")
+    yield table(
+        ["protection", "µs per request", "more than none", "answers per second over none"],
+        [
+            [name, f"{row['us']:.0f}", f"{row['more_us']:+.0f}", f"{row['rps_over_none']:.2f}"]
+            for name, row in protections["services"].items()
+        ],
+    )
+
+
+def source(document: Document, file: str) -> str:
+    """Where figures come from."""
+    return (
+        f"`{document['command']}`, [{file}](../../loadtest/{file}): {document['cores']} cores, "
+        f"{document['processor']}."
+    )
 
 
 def peer_parts(peers: Document) -> Iterator[str]:
@@ -415,17 +490,23 @@ def read(name: str) -> Document:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
+def committed() -> str:
+    """The page of the committed figures."""
+    names = ("bench.json", "peers.json", "overhead.json", "protections.json", "frames.json")
+    return page(*map(read, names))
+
+
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=DOCS)
 def main(out: Path) -> None:
     """Write performance.md and its plot into OUT, and update threat-model.md there."""
-    bench, peers = read("bench.json"), read("peers.json")
+    peers = read("peers.json")
     threats = out / "explanation" / "threat-model.md"
     if threats.exists():
         names = ("chaos.json", "abuse.json", "fuzz.json", "bombs.json")
         documents = [read(name) for name in names]
         threats.write_text(within(threats.read_text(), promises(*documents)))
-    (out / "explanation" / "performance.md").write_text(page(bench, peers))
+    (out / "explanation" / "performance.md").write_text(committed())
     if peers:
         plot(peers, out / "performance-peers.png")
 

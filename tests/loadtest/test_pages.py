@@ -4,6 +4,7 @@ import pytest
 
 from loadtest import pages
 from loadtest.bench import Rounds, worse
+from loadtest.overhead import FIGURES
 
 
 def service(rps):
@@ -93,6 +94,18 @@ def test_a_page_says_what_did_not_run():
     assert "| scumble | defended | 900 | 10.0 | 200 | 2.0 | 0 |  |" in page
 
 
+def test_costs_beside_the_engine_and_of_protections_are_tables():
+    run = {"command": "c", "cores": 2, "processor": "p"}
+    row = dict.fromkeys(FIGURES, 10.0)
+    case_ = {"model": "m", "precision": "int8", "connections": {"64": row}}
+    protected = {"us": 120.4, "more_us": 20.0, "rps_over_none": 0.9}
+    page = pages.page(
+        BENCH, PEERS, run | {"cases": [case_]}, run | {"services": {"keys": protected}}
+    )
+    assert "| `m` int8 | 64 | 10.0 | 10 | 10 | 10 | 10.0 | 10.0 | 10 |" in page
+    assert "| keys | 120 | +20 | 0.90 |" in page
+
+
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
     found = Rounds()
     for one, other in ((1, 2), (9, 3), (4, 4)):
@@ -120,6 +133,4 @@ def test_only_what_got_worse_is_told(name, value, counts):
 
 def test_the_committed_page_is_made_of_the_committed_figures():
     committed = (pages.DOCS / "explanation" / "performance.md").read_text()
-    assert pages.page(pages.read("bench.json"), pages.read("peers.json")) == committed, (
-        "run: python -m loadtest.pages"
-    )
+    assert pages.committed() == committed, "run: python -m loadtest.pages"

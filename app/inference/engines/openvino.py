@@ -44,6 +44,9 @@ HINTS: dict[Precision, ov.Type] = {
 }
 
 
+LENT_FROM = 1 << 20  # bytes of a batch from which it costs less to lend than to copy
+
+
 class Form:
     """A network of one batch size."""
 
@@ -52,8 +55,17 @@ class Form:
         self._images = self._request.get_input_tensor().data
         self._answers: Probs = self._request.get_output_tensor().data
 
+    def __call__(self, batch: Batch) -> Probs:
+        """Probabilities of each image; `batch` is contiguous and writable."""
+        if self._images.nbytes < LENT_FROM:
+            return self.filled(batch)
+        return self.lent(batch)
+
     def filled(self, batch: Batch) -> Probs:
-        """Probabilities of each image, which is copied to the form's input tensor."""
+        """The same for images that are copied to the form's input tensor.
+
+        A form whose images are lent once is never filled again.
+        """
         self._images[...] = batch
         self._request.infer()
         return self._answers
@@ -97,7 +109,7 @@ class OpenVino:
         while first < n:
             size = self._size(n - first)
             form, part = self._forms[size], lent[first : first + size]
-            rows.append((form.lent(part) if size == FAST[-1] else form.filled(part)).copy())
+            rows.append((form(part) if size == FAST[-1] else form.filled(part)).copy())
             first += size
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 

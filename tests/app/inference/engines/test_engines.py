@@ -251,3 +251,15 @@ def test_openvino_writes_no_files(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     load("openvino", tiny[0], threads=1, precision="float32")(pictures(2))
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("least_bytes", [0, 1 << 20], ids=["lent", "copied"])
+def test_openvino_gets_large_batches_lent_and_small_ones_copied(models, monkeypatch, least_bytes):
+    monkeypatch.setattr("app.inference.engines.openvino.LENT_FROM", least_bytes)
+    model = (models / "tiny" / "float32.onnx").read_bytes()
+    engine = load("openvino", model, threads=1, precision="float32")
+    engine.prepare(FAST)
+    pixels = np.random.default_rng(0).integers(0, 256, (41, 8, 8, 3), np.uint8)
+    singly = np.concatenate([engine(pixels[i : i + 1]) for i in range(len(pixels))])
+    for _ in range(2):
+        np.testing.assert_allclose(engine(pixels), singly, atol=1e-5)
