@@ -5,7 +5,7 @@ The images are the owner's, none that the network was trained on and none that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from app.inference.bundle import (
     GATE_FILE,
     Bundle,
     Card,
+    golden_inputs,
     open_bundle,
     write_card,
 )
 from app.inference.engines import Probs
 from app.precision import Precision
+from app.settings import load_settings
 from scumble.data.image_sets import Dataset, load
 from scumble.defenses.codebook import Codebook, Form, find
 from scumble.machine import processor
@@ -35,7 +37,16 @@ from scumble.training.command_options import models_option, plain_errors, requir
 from scumble.training.commands import data_option
 from scumble.training.confidence import calibration_error, ranking
 from scumble.training.gate import document
-from scumble.training.gate_report import MOST, fitted_gate, looker, report, shares
+from scumble.training.gate_report import (
+    MOST,
+    Ends,
+    Images,
+    Look,
+    fitted_gate,
+    looker,
+    report,
+    shares,
+)
 from scumble.training.measure import answers, as_input, decoder_of, describe, gap, open_set, threads
 from scumble.training.staging import staged
 
@@ -100,14 +111,14 @@ def ship(
         for precision in PRECISIONS:
             if precision not in bundle.golden().probabilities:
                 continue
-            model = bundle.onnx(precision)
-            rows = answers(model, own.images, precision)
+            ask, look_at = network_of(bundle, precision)
+            rows = ask(own.images)
             forms = fit(rows.astype(np.float64), own.labels)
             shown = {"format": "scumble-codebook/1", "forms": forms}
             _write(folder / CODEBOOK_FILE[precision], shown)
-            codebook[precision] = _figures(forms, answers(model, test.images, precision), test)
+            codebook[precision] = _figures(forms, ask(test.images), test)
             try:
-                look = looker(model, precision, len(card.labels))
+                look = look_at()
             except ConfigError as error:
                 gate[precision] = {"none": str(error)}
                 (folder / GATE_FILE[precision]).unlink(missing_ok=True)
@@ -118,6 +129,40 @@ def ship(
         known = card.model_dump(exclude={"files", "format"})
         made = {**card.auxiliary, "codebook": codebook, "gate": gate}
         return write_card(folder, {**known, "auxiliary": made})
+
+
+def network_of(
+    bundle: Bundle, precision: Precision
+) -> tuple[Callable[[Images], Probs], Callable[[], Look]]:
+    """What gives clean rows of images, and what loads that which gives their logits as well.
+
+    A bundle without a network is asked at the server that the settings name.
+
+    Raises:
+        ConfigError: the settings name none.
+    """
+    if bundle.card.upstream is None:
+        model = bundle.onnx(precision)
+        return (
+            lambda images: answers(model, images, precision),
+            lambda: looker(model, precision, len(bundle.card.labels)),
+        )
+    # Imported here: it needs an extra that training does not.
+    from app.inference.upstream.engine import UpstreamEngine, joined
+
+    engine = UpstreamEngine(load_settings(engine="upstream"), bundle)
+
+    def look(images: Images) -> Ends:
+        found = joined(engine.found(images))
+        if found.logits is None:
+            raise ConfigError("the server gives no logits; see `scumble connect --logits`")
+        return Ends(found.rows, found.logits, found.features)
+
+    def load_look() -> Look:
+        look(golden_inputs(bundle.card.input))
+        return look
+
+    return engine, load_look
 
 
 def _write(file: Path, content: Any) -> None:

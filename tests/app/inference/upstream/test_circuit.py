@@ -1,6 +1,20 @@
 """The circuit breaker, with a clock of the test's."""
 
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from app.errors import Unavailable
 from app.inference.upstream.circuit import CAP_S, FAILURES, FIRST_S, Circuit
+from app.inference.upstream.client import UpstreamClient
+from app.inference.upstream.protocol import OtherNetwork, write_request
+from app.telemetry.metrics import Metrics
+from tests.app.inference.upstream.fake import running
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
 
 
 class Clock:
@@ -70,3 +84,27 @@ def test_it_can_be_opened_at_once():
     circuit = Circuit(clock=Clock())
     circuit.open()
     assert not circuit.closed
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("own", [True, False])
+async def test_odd_answers_to_tensors_of_a_client_open_no_circuit(own):
+    """`own`: the tensors are the client's, passed through, and not those of the service."""
+
+    def odd(answer):
+        raise OtherNetwork("another shape")
+
+    with running() as fake:
+        client = UpstreamClient([fake.url], Metrics(CollectorRegistry()))
+        (replica,) = client.replicas
+        replica.verified = True
+        await client.open()
+        try:
+            images = np.zeros((1, 3, 8, 8), np.float32)
+            body, headers = write_request({"x": ("FP32", images)}, ["y"])
+            for _ in range(FAILURES):
+                with pytest.raises(Unavailable):
+                    await client.ask("/infer", body, headers, odd, refusals=own)
+        finally:
+            await client.close()
+    assert replica.usable == own

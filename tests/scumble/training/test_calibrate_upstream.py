@@ -1,0 +1,33 @@
+"""`scumble calibrate` of a bundle whose network another server runs."""
+
+import numpy as np
+import pytest
+
+from app.inference.bundle import Bundle
+from scumble.data.image_sets import Dataset
+from tests.app.inference.upstream.fake import running
+from tests.app.inference.upstream.test_upstream import bundle
+from tests.tiny import LABELS
+
+pytestmark = pytest.mark.torch
+
+
+def images(seed, fake, count=120) -> Dataset:
+    """Random pictures, labelled as the network sees them."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
+    pixels[::2] //= np.arange(1, 1 + count // 2, dtype=np.uint8)[:, None, None, None]
+    rows, _, _ = fake.network(pixels)
+    return Dataset(f"own{seed}", pixels, rows.argmax(1), tuple(LABELS), ("",) * count)
+
+
+def test_codebook_and_gate_are_fitted_to_what_the_server_answers(tmp_path, monkeypatch):
+    from scumble.training.calibrate import ship
+
+    with running(datatype="UINT8", layout="NHWC", answers="logits") as fake:
+        monkeypatch.setenv("SCUMBLE_UPSTREAM", fake.url)
+        made = Bundle(bundle(tmp_path, fake) / "front")
+        card = ship(made, images(0, fake), images(1, fake), {}, "scumble calibrate front")
+    assert {"codebook.float32.json", "gate.float32.json"} <= card.files.keys()
+    assert card.upstream == made.card.upstream
+    assert card.auxiliary["codebook"]["float32"]["none"]["kept"] == 1
+    assert max(fake.batches) == 8
