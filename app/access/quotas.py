@@ -63,6 +63,7 @@ class Admission:
         charged: by the store; None before the charge and after a refund.
         left: images left of the client's budgets, by name; None before the store has responded.
         headers: RateLimit fields of the response.
+        returned: images given back to budgets of clean answers, because they were withheld.
     """
 
     grant: Grant
@@ -73,6 +74,7 @@ class Admission:
     charged: Charge | None = None
     left: dict[str, int] | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    returned: int = 0
 
     async def charge(self, images: int) -> None:
         """Take the images from the budgets.
@@ -108,29 +110,40 @@ class Admission:
         """
         if self.charged is None or not images:
             return
-        pairs = zip(self.grant.buckets, self.charged.levels, strict=True)
-        clean = [(bucket, level) for bucket, level in pairs if bucket.clean]
-        if not clean:
-            return
-        buckets, levels = zip(*clean, strict=True)
-        charge = Charge(granted=True, levels=levels)
-        try:
-            await self.store.refund(buckets, images, charge)
-        except StoreError as exc:
-            self.on_store_failure(exc)
-            return
-        for name, bucket, left in by_client(buckets, charge):
-            self._show(name, bucket, min(bucket.limit, left + images))
+        buckets, charge = self._part(self.charged, clean=True)
+        self.returned = images
+        if await self._refund(buckets, charge, images):
+            for name, bucket, left in by_client(buckets, charge):
+                self._show(name, bucket, min(bucket.limit, left + images))
 
     async def refund(self) -> None:
         """Give back what was charged, because the client got no answer for it."""
         if self.charged is None:
             return
-        charge, self.charged = self.charged, None
+        charged, self.charged = self.charged, None
+        if not self.returned:
+            await self._refund(self.grant.buckets, charged, self.images)
+            return
+        await self._refund(*self._part(charged, clean=False), self.images)
+        await self._refund(*self._part(charged, clean=True), self.images - self.returned)
+
+    def _part(self, charged: Charge, *, clean: bool) -> tuple[Sequence[Bucket], Charge]:
+        """The buckets that do or do not count clean answers only, with their part of a charge."""
+        pairs = zip(self.grant.buckets, charged.levels, strict=True)
+        part = [(bucket, level) for bucket, level in pairs if bucket.clean is clean]
+        levels = tuple(level for _, level in part)
+        return [bucket for bucket, _ in part], Charge(granted=True, levels=levels)
+
+    async def _refund(self, buckets: Sequence[Bucket], charge: Charge, images: int) -> bool:
+        """Whether the store has taken it; if not, the client loses images and never gains any."""
+        if not buckets or not images:
+            return False
         try:
-            await self.store.refund(self.grant.buckets, self.images, charge)
-        except StoreError as exc:  # the client loses images; it never gets more than its budget
+            await self.store.refund(buckets, images, charge)
+        except StoreError as exc:
             self.on_store_failure(exc)
+            return False
+        return True
 
     def _show(self, name: str, bucket: Bucket, left: int) -> None:
         if self.grant.client:

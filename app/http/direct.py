@@ -82,6 +82,7 @@ class DirectPredictions:
         except Exception as exc:  # noqa: BLE001  # the application answers all errors
             context.start, context.fault = start, exc
             return False
+        cycle.body = bytearray()  # an idle connection keeps its last cycle
         context.id = self.observed.request_id(scope)
         self.observed.began()
         return True

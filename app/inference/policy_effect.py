@@ -86,7 +86,7 @@ def _pixels(
 ) -> Iterator[Pixels]:
     """Image after image; what the service refuses is added to `refused`."""
     for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() not in SUFFIXES:
+        if file.suffix.lower() not in SUFFIXES or not file.is_file():
             continue
         try:
             yield decode(
@@ -96,7 +96,7 @@ def _pixels(
                 limits.max_pixels,
                 max_jpeg_pixels=limits.max_jpeg_pixels,
             )
-        except RequestError as exc:
+        except (RequestError, OSError) as exc:
             refused.append(f"{file.name}: {exc}")
 
 

@@ -60,9 +60,10 @@ def policy_hint(card: Card, precision: Precision, defense: defenses.Defense) -> 
         defense: the policy.
     """
     calibrated = {name: f"{name}.{_stored(precision)}.json" in card.files for name in FITTED}
-    if isinstance(defense, Withhold):
+    steps = defense.steps if isinstance(defense, Chain) else (defense,)
+    if any(isinstance(step, Withhold) for step in steps):
         return None
-    if isinstance(defense, Codebook | Label):
+    if any(isinstance(step, Codebook | Label) for step in steps):
         if calibrated["gate"]:
             return "withhold gives no answer to images unlike your own; copies need such images"
         return "scumble calibrate fits withhold, which gives no answer to images unlike your own"

@@ -395,6 +395,19 @@ async def test_what_is_withheld_is_given_back_to_budgets_of_clean_answers_only(o
     assert levels[0].used == 6
 
 
+async def test_what_was_withheld_is_given_back_once(opened):
+    """An answer whose line the audit log could not write is refunded whole."""
+    (store,) = opened(1)
+    buckets = client_buckets("a", CLEAN)
+    answered, lost = admit(store), admit(store)
+    await answered.charge(2)
+    await lost.charge(4)
+    await lost.refund_withheld(3)
+    await lost.refund()
+    levels = (await store.charge(buckets, 0)).levels
+    assert [level.used for level in levels] == [2, 2, 2]
+
+
 class RefundsHang:
     """A store that charges at once and returns from no refund until it is `released`."""
 

@@ -51,6 +51,7 @@ def test_labels_and_distance(check, defense, changed, l1):
 
 
 def test_files_that_the_service_refuses_are_named(check):
+    (check.folder / "folder.png").mkdir()
     (check.folder / "a.png").write_bytes(b"\x89PNG nothing more")
     lines = check("label")
     assert ["images", f"40 in {check.folder}"] in lines

@@ -66,6 +66,7 @@ CALIBRATED = ("codebook", "gate")
         ("dcp", (), "label keeps the label; after scumble calibrate, codebook"),
         ("dcp", CALIBRATED, "codebook keeps the label and a confidence"),
         ("label", (), "scumble calibrate fits withhold"),
+        ("chain", (), "scumble calibrate fits withhold"),
         ("label", CALIBRATED, "withhold gives no answer to images unlike your own"),
     ],
 )
@@ -73,7 +74,8 @@ CALIBRATED = ("codebook", "gate")
 def test_a_hint_names_what_is_recommended(tmp_path, defense, fitted, hint, precision, stored):
     card = Bundle(make_bundle(tmp_path)).card
     files = card.files | {f"{name}.{stored}.json": "" for name in fitted}
-    policy = configure(defense, STRONG if defense == "dcp" else {})
+    params = {"dcp": STRONG, "chain": {"steps": [["label", {}], ["round", {"decimals": 1}]]}}
+    policy = configure(defense, params.get(defense, {}))
     found = policy_hint(card.model_copy(update={"files": files}), precision, policy)
     assert found.startswith(hint)
 
