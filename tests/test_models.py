@@ -117,7 +117,7 @@ def test_auxiliary_models_learned_what_they_should(name):
 def test_shipped_scores_are_the_derivatives(name):
     import torch
 
-    from scumble.evaluation.reference import grad2_scores
+    from scumble.evaluation.published_defenses import grad2_scores
     from scumble.training.auxiliary import surrogate_of
 
     found = bundle(name)

@@ -29,7 +29,7 @@ class Grad2(AuxiliaryNetworkDefense):
     divided by its sum.
 
     The scores are an output of the surrogate's graph, which propagates values and derivatives
-    together, so no gradient is computed per class. `scumble/training/dual.py` makes it.
+    together, so no gradient is computed per class. `scumble/training/dual_numbers.py` makes it.
 
     Attributes:
         epsilon: bound on the L1 distance, 0 (none) to 2.

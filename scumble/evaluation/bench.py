@@ -37,7 +37,7 @@ from app.precision import Precision
 from app.settings import default_model_dir
 from scumble.defenses import configure
 from scumble.evaluation.experiment import Defended
-from scumble.evaluation.reference import Reference, grad2_reference, mad_reference
+from scumble.evaluation.published_defenses import Reference, grad2_reference, mad_reference
 from scumble.machine import processor
 from scumble.training.auxiliary import surrogate_of
 from scumble.training.command_options import plain_errors

@@ -27,7 +27,7 @@ from scumble.data.image_sets import Dataset, load
 from scumble.training.bundle_export import to_onnx
 from scumble.training.command_options import models_option, plain_errors, typed
 from scumble.training.commands import data_option
-from scumble.training.dual import WithScores, fused
+from scumble.training.dual_numbers import WithScores, fused
 from scumble.training.measure import (
     answers,
     decoder_of,

@@ -26,9 +26,9 @@ from scumble.attacker.attacks import (
     maze,
 )
 from scumble.attacker.errors import AttackError
+from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
-from scumble.attacker.watch import Watch
 
 
 class Attack(Protocol):

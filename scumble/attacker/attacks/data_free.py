@@ -10,8 +10,8 @@ from torch import nn
 from scumble.attacker import device
 from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.generators import Generator
+from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
-from scumble.attacker.watch import Watch
 
 
 def check_budget(attack: str, budget: int, cost: int) -> None:

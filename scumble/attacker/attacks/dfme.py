@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from scumble.attacker.attacks.data_free import check_budget, make_generator, repeat
 from scumble.attacker.attacks.zeroth import ask, default_step, estimate
 from scumble.attacker.generators import Generator, images, noise
+from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
 from scumble.attacker.students import forward, usable
-from scumble.attacker.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from scumble.attacker.attacks.knockoff import Rows, Shuffled
 from scumble.attacker.errors import AttackError, BudgetExhausted
+from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
 from scumble.attacker.students import OPTIMIZERS, Fitting, falling, forward, targets
 from scumble.attacker.transports import Probs
-from scumble.attacker.watch import Watch
 from scumble.training.train import AUGMENTS, chain, cutout, follow, light
 
 

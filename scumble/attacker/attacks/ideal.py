@@ -20,10 +20,10 @@ from scumble.attacker.attacks.maze import Memory
 from scumble.attacker.attacks.zeroth import ask
 from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.generators import Generator, images, noise
+from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
 from scumble.attacker.students import falling, forward
-from scumble.attacker.watch import Watch
 
 
 @dataclass(frozen=True)

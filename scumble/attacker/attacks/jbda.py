@@ -18,11 +18,11 @@ from torch import nn
 
 from scumble.attacker import device
 from scumble.attacker.errors import AttackError, BudgetExhausted
+from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
 from scumble.attacker.students import Fitting, fit
 from scumble.attacker.transports import Images, Probs
-from scumble.attacker.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from torch import nn
 
 from scumble.attacker.adapt.base import again
 from scumble.attacker.errors import AttackError, BudgetExhausted
+from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
 from scumble.attacker.students import Fitting, fit, forward, usable
 from scumble.attacker.transports import Probs
-from scumble.attacker.watch import Watch
 
 STRATEGIES = ("random", "adaptive")
 Rows = npt.NDArray[np.int64]

@@ -22,10 +22,10 @@ from scumble.attacker import device
 from scumble.attacker.attacks.data_free import check_budget, make_generator, repeat
 from scumble.attacker.attacks.zeroth import ask, default_step, estimate
 from scumble.attacker.generators import Generator, images, noise
+from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
 from scumble.attacker.students import falling, forward, usable
-from scumble.attacker.watch import Watch
 
 
 @dataclass(frozen=True)

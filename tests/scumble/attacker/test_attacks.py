@@ -24,9 +24,9 @@ from scumble.attacker.attacks.maze import Maze, Memory
 from scumble.attacker.attacks.zeroth import PAPER_STEP, default_step, estimate
 from scumble.attacker.errors import AttackError
 from scumble.attacker.generators import Generator, images
+from scumble.attacker.observer import blind
 from scumble.attacker.oracle import HttpOracle
 from scumble.attacker.students import Fitting
-from scumble.attacker.watch import blind
 from tests.scumble.attacker.stand_ins import (
     LABELS,
     SHAPE,

@@ -313,7 +313,7 @@ def test_mad_needs_no_gradient():
     """K + 1 backward passes per row through a network give the same class and row."""
     import torch
 
-    from scumble.evaluation.reference import mad_reference
+    from scumble.evaluation.published_defenses import mad_reference
 
     for seed in range(5):
         net, x = network_and_images(seed)

@@ -13,7 +13,7 @@ from app.inference.bundle import AUXILIARY_FILES, Bundle, InputShape, golden_inp
 from app.inference.defense_artifacts import DefenseArtifacts
 from scumble.data.digits import digits
 from scumble.defenses import make
-from scumble.evaluation.reference import grad2_reference, grad2_scores, mad_reference
+from scumble.evaluation.published_defenses import grad2_reference, grad2_scores, mad_reference
 from scumble.training.auxiliary import auxiliary, surrogate_of, untruth
 from scumble.training.bundle_export import export_bundle
 

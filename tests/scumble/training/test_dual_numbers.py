@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jvp
 
-from scumble.evaluation.reference import grad2_scores
-from scumble.training.dual import WithScores, fused
+from scumble.evaluation.published_defenses import grad2_scores
+from scumble.training.dual_numbers import WithScores, fused
 from scumble.training.nets import Normalize, Residual, conv, small_cnn
 
 pytestmark = pytest.mark.torch

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from scumble.defenses import make
-from scumble.evaluation.reference import grad2_reference, grad2_scores, mad_reference
-from scumble.training.dual import WithScores
+from scumble.evaluation.published_defenses import grad2_reference, grad2_scores, mad_reference
+from scumble.training.dual_numbers import WithScores
 
 pytestmark = pytest.mark.torch
 
