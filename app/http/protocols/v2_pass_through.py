@@ -10,6 +10,7 @@ the defended output is used.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -52,12 +53,14 @@ from app.inference.upstream.passed import Passed, PassThrough, check_without_ima
 from app.inference.upstream.protocol import InvalidAnswer, read_answer, read_json
 from app.request_context import RequestContext, request_context
 from app.settings import LimitSettings
+from app.system.background import Throttle
 from scumble.defenses import Defense
 from scumble.defenses.evidence import Marks
 
 MOST_INPUTS, MOST_SIDES = 64, 8
-MOST_TEXT = 300  # characters of an upstream's message
+MOST_TEXT = 300  # characters of an upstream's message in the log
 VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NO_METADATA = "the upstream has no metadata"
 NO_ROWS = "the upstream gave no distribution for the request"
 # Refusals of the upstream that say what is wrong with a request.
 REFUSALS: dict[int, type[RequestError]] = {
@@ -66,6 +69,8 @@ REFUSALS: dict[int, type[RequestError]] = {
     413: TooLarge,
     422: Unprocessable,
 }
+
+log = logging.getLogger("scumble")
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class PassThroughEndpoints:
     def __init__(self, service: Service, through: PassThrough) -> None:
         self._service = service
         self._through = through
+        self._throttle = Throttle()
         self._waiting = 0  # images of requests that the upstream has not answered
         self._count = {
             name: service.metrics.images.labels(name, "float32").inc for name in through.models
@@ -210,7 +216,7 @@ class PassThroughEndpoints:
         def read(answer: Answer) -> Found | RequestError:
             # A client's tensors must not make a replica look broken: nothing is raised.
             if answer.status != 200:
-                return refusal(answer)
+                return self._refusal(answer)
             try:
                 return model.read(read_answer(answer.length, answer.body), asked.images)
             except InvalidAnswer:
@@ -264,11 +270,11 @@ class PassThroughEndpoints:
         """
         answer = await self._get(self._path(model, request))
         if answer.status != 200:
-            raise refusal(answer)
+            raise self._refusal(answer)
         try:
             document = read_json(answer.body)
         except InvalidAnswer:
-            raise Unavailable("the upstream has no metadata") from None
+            raise Unavailable(NO_METADATA) from None
         kept: dict[str, Any] = {
             name: document[name] for name in ("name", "versions", "platform") if name in document
         }
@@ -278,7 +284,10 @@ class PassThroughEndpoints:
                 for tensor in _tensors(document.get(name))
                 if name == "inputs" or tensor.get("name") == model.output
             ]
-        return json_response(kept)
+        try:
+            return json_response(kept)
+        except orjson.JSONEncodeError:  # a member is nested too deeply
+            raise Unavailable(NO_METADATA) from None
 
     async def _ready(self, model: Passed, request: Request) -> Response:
         """Whether the model takes requests.
@@ -298,6 +307,17 @@ class PassThroughEndpoints:
         return await self._through.client.ask(
             path, b"", {}, lambda answer: answer, method="GET", of_server=True, refusals=True
         )
+
+    def _refusal(self, answer: Answer) -> RequestError:
+        """The error for the client; the log has the upstream's text."""
+        if self._throttle():
+            log.warning(
+                "upstream refused a request with status %d: %r",
+                answer.status,
+                answer.body[:MOST_TEXT].decode("utf-8", "replace"),
+                extra={"upstream": answer.url},
+            )
+        return refusal(answer)
 
     def _path(self, model: Passed, request: Request) -> str:
         """The path of the model on the upstream.
@@ -334,7 +354,8 @@ def read_passed(
 
     Raises:
         BadFraming: the JSON, or the lengths of tensors, are invalid.
-        Unprocessable: it asks for something that is not passed through.
+        Unprocessable: it asks for something that is not passed through, or its data is nested too
+            deeply to be passed through.
         TooLarge: too many images.
     """
     document, tail = split_body(body, json_length(headers, body))
@@ -352,7 +373,10 @@ def read_passed(
     if binary:
         for each in asked:
             each["parameters"] = {"binary_data": True}
-    header = orjson.dumps({"inputs": inputs, "outputs": asked})
+    try:
+        header = orjson.dumps({"inputs": inputs, "outputs": asked})
+    except orjson.JSONEncodeError:  # which reads deeper documents than it writes
+        raise Unprocessable("data is nested too deeply") from None
     sent = {"Content-Type": "application/json"}
     if sizes:
         sent = {"Content-Type": "application/octet-stream", LENGTH: str(len(header))}
@@ -391,16 +415,14 @@ def write_passed(model: Passed, asked: PassedRequest, values: Probs) -> Response
 
 
 def refusal(answer: Answer) -> RequestError:
-    """The error for a client whose request the upstream refused."""
+    """The error for a client whose request the upstream refused.
+
+    Nothing of the upstream's text is in it: a message may show paths, or values of the network.
+    """
     kind = REFUSALS.get(answer.status)
     if kind is None:
         return Unavailable(f"the upstream failed with status {answer.status}")
-    try:
-        text = read_json(answer.body).get("error")
-    except InvalidAnswer:
-        text = None
-    said = text if isinstance(text, str) else f"status {answer.status}"
-    return kind(f"refused by the upstream: {said[:MOST_TEXT]}")
+    return kind(f"the upstream refused the request with status {answer.status}")
 
 
 def _inputs(listed: object) -> tuple[list[dict[str, Any]], list[int], int]:

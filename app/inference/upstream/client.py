@@ -235,8 +235,9 @@ class UpstreamClient:
             until: when the last of those who wait for it stops waiting.
             method: of HTTP.
             of_server: `path` begins at the server and not at the model.
-            refusals: `read` takes answers with other statuses, too, that say nothing of the
-                replica but of the request.
+            refusals: `read` takes answers with other statuses, too. The request is a client's own,
+                so what comes of it does not touch the circuit: the golden outputs judge the
+                replica. Only a request whose connection failed is sent to the same replica again.
 
         Raises:
             Unavailable: no replica is usable, or all failed.
@@ -244,8 +245,9 @@ class UpstreamClient:
         """
         tried: list[Replica] = []
         failure: UpstreamFailure | None = None
+        again = True
         while len(tried) < ATTEMPTS:
-            replica = self._choose(tried)
+            replica = self._choose(tried, again=again)
             if replica is None:
                 break
             tried.append(replica)
@@ -258,6 +260,7 @@ class UpstreamClient:
                 self._report(replica, exc)
                 if isinstance(exc, UpstreamTimeout):
                     break
+                again = not refusals or isinstance(exc.__cause__, aiohttp.ClientConnectionError)
         if failure is None:
             raise Unavailable(self.unusable or UNAVAILABLE)
         raise self._refusal(failure) from failure
@@ -284,23 +287,30 @@ class UpstreamClient:
             )  # fmt: skip
             found = read(answer)
             if connected.check is not None:  # the server may be a new one as well
-                await asyncio.wait({connected.check})
+                left_s = None if until == math.inf else max(0.0, until - self._clock())
+                done, _ = await asyncio.wait({connected.check}, timeout=left_s)
+                if not done:
+                    raise UpstreamTimeout("no time was left for the check", counts=False)
                 if not replica.verified:
                     raise UpstreamFailure(UNAVAILABLE, counts=False)
             if replica.changed is not None:
                 raise UpstreamFailure(CHANGED, counts=False)
         except InvalidAnswer as exc:
-            # Of a client's own tensors, an answer of another form says nothing of the replica.
-            failure = UpstreamFailure(f"the answer is invalid: {exc}", counts=not refusals)
-            self._count(replica, failure)
+            failure = UpstreamFailure(f"the answer is invalid: {exc}")
+            self._count(replica, failure, judged=not refusals)
             if isinstance(exc, OtherNetwork) and not refusals:
                 self.check_failed(replica, exc)  # the next check says what has changed
             raise failure from exc
         except UpstreamFailure as exc:
-            exc.counts &= not (refusals and isinstance(exc, UpstreamTimeout))
-            self._count(replica, exc)
+            self._count(replica, exc, judged=not refusals)
+            if refusals and isinstance(exc.__cause__, aiohttp.ClientConnectionError):
+                replica.recheck(replica)
             raise
-        replica.circuit.succeeded()
+        if not refusals:
+            replica.circuit.succeeded()
+        if answer.status != 200:
+            replica.metrics.failed.inc()
+            return found
         replica.metrics.answered.inc()
         replica.metrics.seconds.observe(self._clock() - start)
         return found
@@ -388,11 +398,16 @@ class UpstreamClient:
                 extra={"upstream": answer.url},
             )
 
-    def _choose(self, tried: list[Replica]) -> Replica | None:
-        """The usable replica with the fewest requests, of those not tried if there are any."""
+    def _choose(self, tried: list[Replica], *, again: bool = True) -> Replica | None:
+        """The usable replica with the fewest requests, of those not tried if there are any.
+
+        Args:
+            tried: before.
+            again: whether one of them may be chosen if there are no others.
+        """
         usable = [replica for replica in self.replicas if replica.usable]
         fresh = [replica for replica in usable if replica not in tried]
-        candidates = fresh or usable
+        candidates = fresh or (usable if again else [])
         if not candidates:
             return None
         self._turn += 1
@@ -400,10 +415,10 @@ class UpstreamClient:
         idle = [replica for replica in candidates if replica.in_flight == least]
         return idle[self._turn % len(idle)]
 
-    def _count(self, replica: Replica, failure: UpstreamFailure) -> None:
+    def _count(self, replica: Replica, failure: UpstreamFailure, *, judged: bool) -> None:
         late = isinstance(failure, UpstreamTimeout)
         (replica.metrics.late if late else replica.metrics.failed).inc()
-        if failure.counts:
+        if failure.counts and judged:
             was_closed = replica.circuit.closed
             replica.circuit.failed()
             replica.show()

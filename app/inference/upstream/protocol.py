@@ -21,6 +21,7 @@ import orjson
 LENGTH = "Inference-Header-Content-Length"
 DATATYPES: dict[str, str] = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "UINT8": "u1"}
 SHOWN = 60  # characters of an answer in a message
+MOST_DIGITS = 15  # of a length
 
 Tensor = npt.NDArray[Any]
 
@@ -95,7 +96,8 @@ def read_answer(length: str | None, body: bytes) -> Tensors:
     """
     at = len(body)
     if length is not None:
-        if not length.isascii() or not length.isdigit() or int(length) > len(body):
+        known = length.isascii() and length.isdigit() and len(length) <= MOST_DIGITS
+        if not known or int(length) > len(body):
             raise InvalidAnswer(f"{LENGTH} is {length[:SHOWN]!r}, the body has {len(body)} bytes")
         at = int(length)
     document = read_json(body[:at])

@@ -15,7 +15,7 @@ from app.settings import Settings
 from tests.app.access.test_admission import row
 from tests.app.audit.test_log import entries
 from tests.app.http.test_application import samples
-from tests.app.inference.upstream.fake import FakeUpstream, http
+from tests.app.inference.upstream.fake import DROP, FakeUpstream, http
 from tests.pictures import encoded, picture
 
 PIXELS = np.stack([np.asarray(picture(seed=n)) for n in range(3)])
@@ -32,12 +32,14 @@ class Recorder(FakeUpstream):
     Attributes:
         asked: path and document of each inference request.
         status: of the answers to inference requests; 200 for proper ones.
+        reply: what the model `other` answers; None for a proper answer.
     """
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
         self.asked: list[tuple[str, dict]] = []
         self.status = 200
+        self.reply: bytes | None = None
         self.message = b'{"error": "unexpected shape for input \'x\'"}'
 
     async def _answer(self, method, path, headers, body):
@@ -46,6 +48,8 @@ class Recorder(FakeUpstream):
             self.asked.append((path, json.loads(body[: int(length)] if length else body)))
             if self.status != 200:
                 return http(self.status, self.message)
+            if self.reply is not None and "other" in path:
+                return self.reply
         elif path.endswith("/ready"):
             return http(404 if "gone" in path else 200, b"")
         return await super()._answer(method, path, headers, body)
@@ -78,6 +82,7 @@ def upstream():
 def fresh(upstream):
     upstream.asked.clear()
     upstream.status = 200
+    upstream.reply = None
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +216,15 @@ REFUSED = {
     "bytes missing": (in_bytes(tail=b"x"), 400, "1 bytes follow"),
     "no data": ({"json": {"inputs": [TENSOR]}}, 400, "no data"),
     "no JSON": ({"content": b"{"}, 400, "JSON"),
+    "nested data": (
+        {
+            "content": json.dumps({"inputs": [TENSOR | {"data": []}]}).replace(
+                "[]", "[" * 400 + "1" + "]" * 400
+            )
+        },
+        422,
+        "data is nested too deeply",
+    ),
 }
 
 
@@ -228,18 +242,52 @@ def test_what_could_reveal_more_is_refused_and_never_sent(make, upstream, name):
 @pytest.mark.parametrize(
     ("status", "ours"), [(400, 422), (404, 404), (422, 422), (413, 413), (500, 503), (302, 503)]
 )
-def test_refusals_of_the_upstream_keep_their_meaning_and_open_no_circuit(
-    make, upstream, status, ours
+def test_refusals_of_the_upstream_keep_their_status_and_the_log_has_their_text(
+    make, upstream, caplog, status, ours
 ):
     client = make()
     upstream.status = status
-    for _ in range(5):
-        answer = client.post(OTHER, **BOTH_WAYS["JSON"])
-        assert answer.status_code == ours
-    told = "unexpected shape" in answer.json()["error"]
-    assert told == (ours < 500)
+    answer = client.post(OTHER, **BOTH_WAYS["JSON"])
+    assert answer.status_code == ours
+    said = "failed with" if ours == 503 else "refused the request with"
+    assert answer.json()["error"] == f"the upstream {said} status {status}"
+    assert "unexpected shape" in caplog.text
     upstream.status = 200
     assert client.post(OTHER, **BOTH_WAYS["JSON"]).status_code == 200
+
+
+def predict(client):
+    return client.post("/v1/predict", files={"image": ("x.png", encoded(picture(seed=0)))})
+
+
+HARMFUL = {
+    **{f"status {n}": http(n, b"no") for n in (400, 401, 403, 429, 500, 502, 503, 504)},
+    "too large": http(200, b"x" * 10_001),
+    "half of an answer": b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 9\r\n\r\n{",
+    "no HTTP": b"SSH-2.0\r\n\r\nConnection: close",
+    "no connection": DROP,
+    "no JSON": http(200, b"{"),
+    "a long length": http(200, b"{}", {LENGTH: "9" * 5000}),
+}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_nothing_that_a_passed_model_answers_takes_the_replica_from_others(
+    make, upstream, monkeypatch, name
+):
+    monkeypatch.setattr("app.inference.upstream.client.MOST_BYTES", 10_000)
+    client = make()
+    upstream.reply = HARMFUL[name]
+    for _ in range(4):
+        answer = client.post(OTHER, **BOTH_WAYS["JSON"])
+        assert answer.status_code == (422 if name == "status 400" else 503), answer.text
+        assert predict(client).status_code == 200
+    asked = sum(path == OTHER for path, _ in upstream.asked)
+    assert asked == 12 if name == "no connection" else asked == 4
+    replica = f'"replica": "localhost:{upstream.port}"'
+    counted = f'scumble_upstream_requests_total{{"outcome": "answered", {replica}}}'
+    valid = 4 if name in ("no JSON", "a long length") else 0
+    assert samples(client)[counted] == 4 + valid
 
 
 def test_rows_that_are_no_distributions_are_not_sent_out(make):

@@ -230,6 +230,7 @@ FAULTS = {
     "missing bytes": cut,
     "more bytes than outputs": more,
     "a length that is no number": plain(200, b"{}", Inference_Header_Content_Length="+1"),
+    "a length of 5000 digits": plain(200, b"{}", Inference_Header_Content_Length="9" * 5000),
     "a length beyond the body": plain(200, b"{}", Inference_Header_Content_Length="999"),
     "fewer rows": rows(lambda y: y[:-1]),
     "fewer classes": rows(lambda y: y[:, :-1]),
