@@ -58,7 +58,8 @@ UPSTREAMS = (
     "allowed: http://HOST:PORT/v2/models/NAME or https://, optionally /versions/VERSION, several "
     "with commas or spaces between; SCUMBLE_UPSTREAM_TOKEN has the token"
 )
-ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+# Part of a path: a name of dots alone would lead elsewhere.
+ModelName = Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=128)]
 URLS = frozenset({"store", "otel_endpoint"})  # settings that may contain a password
 SECRETS = frozenset({"secret", "upstream_token"})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -270,6 +269,12 @@ def _write(folder: Path, card: dict[str, Any], found: Connected) -> None:
         made.mkdir()
         (made / GOLDEN_FILE).write_bytes(orjson.dumps(golden) + b"\n")
         write_card(made, card)
+        replaced = Path(work) / "replaced"
         if folder.exists():
-            shutil.move(folder, Path(work) / "replaced")
-        shutil.move(made, folder)
+            folder.rename(replaced)
+        try:
+            made.rename(folder)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise

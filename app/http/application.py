@@ -138,6 +138,7 @@ def build(
         exception_handlers={HTTPException: refused},
     )
     app.router.route_class = Direct
+    passed = service.pass_through.models if service.pass_through else {}
     hot, labels = {}, {"/openapi.json": "/openapi.json"}
     for path, method, endpoint, description in routes(service):
         if service.access is not None:
@@ -148,10 +149,11 @@ def build(
         app.add_api_route(path, guarded(endpoint), methods=[method], **description)
         plain = path.format(model=service.card.name, version=service.card.version)
         labels[plain] = path
-        for name in service.pass_through.models if service.pass_through else ():
+        for name in passed:
             if "{version}" not in path:  # which the upstream may have any of
                 labels[path.format(model=name)] = path
-        if method == "POST":
+        # A version of the upstream is another than the card's: the endpoint needs the path.
+        if method == "POST" and not (service.card.name in passed and "{version}" in path):
             hot[method, plain] = endpoint
     app.hot = hot
     dispatch = Dispatch(hot, refused, app.route)

@@ -82,6 +82,11 @@ def test_unknown_variable_stops_the_start(monkeypatch, name, close):
             "SCUMBLE_STORE is '***'; allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB",
         ),
         (
+            "SCUMBLE_UPSTREAM_MODELS",
+            '{"..": {}}',
+            "SCUMBLE_UPSTREAM_MODELS is '..'; allowed: ",
+        ),
+        (
             "SCUMBLE_OTEL_ENDPOINT",
             "localhost:4318",
             "SCUMBLE_OTEL_ENDPOINT is '***'; allowed: http://HOST:PORT and https://HOST:PORT, "

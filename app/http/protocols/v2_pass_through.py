@@ -59,7 +59,7 @@ from scumble.defenses.evidence import Marks
 
 MOST_INPUTS, MOST_SIDES = 64, 8
 MOST_TEXT = 300  # characters of an upstream's message in the log
-VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}")
+VERSION = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,64}")  # dots alone would lead elsewhere
 NO_METADATA = "the upstream has no metadata"
 NO_ROWS = "the upstream gave no distribution for the request"
 # Refusals of the upstream that say what is wrong with a request.
@@ -136,6 +136,7 @@ class PassThroughEndpoints:
         service = self._service
         start = service.clock()
         context = request_context(request.scope)
+        context.facts = model.facts  # of refusals as well
         headers = dict(request.scope["headers"])
         deadline = service.deadline(context, headers, start)
         path = self._path(model, request)
@@ -151,7 +152,7 @@ class PassThroughEndpoints:
         read = service.clock()
         if (ended := deadline.ended(read)) is not None:
             raise ended
-        context.images, context.facts = asked.images, model.facts
+        context.images = asked.images
         defense = await self._charge(model, context, asked.images)
         before = service.clock()
         found = await self._ask(model, path, asked, context, deadline.at)
@@ -326,13 +327,15 @@ class PassThroughEndpoints:
             NotFound: another version than the one that is served.
         """
         path = f"/v2/models/{model.name}"
-        served = model.network.sent.version if model.served else ""
-        version = request.path_params.get("version")
-        if version is None:
-            return f"{path}/versions/{served}" if served else path
-        if not VERSION.fullmatch(version) or (served and version != served):
+        version: str | None = request.path_params.get("version")
+        served = model.network.sent.version
+        known = version == served if model.served else VERSION.fullmatch(version or "1")
+        if version is not None and not known:
             raise NotFound(f"unknown version {version[:64]!r} of {model.name!r}")
-        return f"{path}/versions/{version}"
+        if model.served and not served:
+            return self._through.client.replicas[0].model_path
+        version = served if model.served else version
+        return path if version is None else f"{path}/versions/{version}"
 
 
 def read_passed(

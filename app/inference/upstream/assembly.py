@@ -117,6 +117,7 @@ class UpstreamModel:
         """
         return make_pass_through(
             self.settings,
+            self.bundle.card.name,
             self.network,
             self.upstream.client,
             self.pipeline.defense,

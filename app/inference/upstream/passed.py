@@ -134,6 +134,7 @@ class PassThrough:
 
 def make_pass_through(
     settings: Settings,
+    card: str,
     network: Network,
     client: UpstreamClient,
     defense: Defense,
@@ -143,21 +144,44 @@ def make_pass_through(
 ) -> PassThrough | None:
     """The models that the settings list; None for none.
 
+    Args:
+        settings: that list them.
+        card: name of the bundle's network.
+        network: that the bundle describes.
+        client: sends the requests.
+        defense: of the bundle's network.
+        whitener: of the bundle's network, for the score `residual`.
+        threaded: defend on a thread.
+
     Raises:
-        ConfigError: a model's output or defense is missing, unknown, or needs images.
+        ConfigError: a model's output or defense is missing, unknown, or needs images; its name is
+            the card's, but it is another model; or the replicas have different models.
     """
-    served = client.replicas[0].model_path.split("/")[3]
+    if not settings.upstream_models:
+        return None
+    paths = sorted({replica.model_path for replica in client.replicas})
+    if len(paths) > 1:
+        raise ConfigError(
+            f"SCUMBLE_UPSTREAM has {' and '.join(paths)}; allowed with SCUMBLE_UPSTREAM_MODELS: "
+            "the same model on all replicas"
+        )
+    served = paths[0].split("/")[3]
     models = {}
     for name, wanted in settings.upstream_models.items():
         try:
             if name == served:
                 models[name] = _served(name, wanted, network, defense, whitener)
+            elif name == card:
+                raise ConfigError(
+                    f"the served model, {served!r} on the upstream, has this name for clients; "
+                    "allowed: other names, or another SCUMBLE_MODEL"
+                )
             else:
                 models[name] = _other(name, wanted)
             check_without_images(models[name].defense, models[name].classes or 10)
         except (DefenseError, ConfigError) as exc:
             raise ConfigError(f"SCUMBLE_UPSTREAM_MODELS: model {name!r}: {exc}") from exc
-    return PassThrough(client, models, network.sent.binary, threaded) if models else None
+    return PassThrough(client, models, network.sent.binary, threaded)
 
 
 def check_without_images(defense: Defense, classes: int) -> None:

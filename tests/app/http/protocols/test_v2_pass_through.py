@@ -1,6 +1,8 @@
 """V2 requests that are passed through: one output is defended, and nothing else leaks."""
 
 import json
+import shutil
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -102,7 +104,7 @@ MODELS = {"net": {}, "other": {"output": "y", "defense": "label"}}
 def make(make_client, upstream, folder):
     def client(models=MODELS, **settings):
         own = {"model_dir": folder, "model": "net", "engine": "upstream", "upstream": upstream.url}
-        return make_client(**own, upstream_models=models, **settings)
+        return make_client(**{**own, **settings}, upstream_models=models)
 
     return client
 
@@ -334,9 +336,57 @@ def test_readiness_of_a_model_is_the_upstreams(make):
     assert client.get("/v2/models/gone/ready").status_code == 503
 
 
-def test_another_version_of_the_served_model_is_unknown(make):
-    answer = make().post("/v2/models/net/versions/2/infer", **BOTH_WAYS["JSON"])
+def changed(folder, target, **members):
+    """A copy of the bundle whose card has other members."""
+    name = members.get("name", "net")
+    shutil.copytree(folder / "net", target / name)
+    card = json.loads((target / name / "card.json").read_text())
+    (target / name / "card.json").write_text(json.dumps({**card, **members}))
+    return {"model_dir": target, "model": name}
+
+
+@pytest.mark.parametrize("of_card", ["1", "7"])
+def test_another_version_of_the_served_model_is_unknown(make, folder, tmp_path, upstream, of_card):
+    """The versions in paths are the upstream's, whatever the card's is."""
+    client = make(**changed(folder, tmp_path, version=of_card))
+    for version, status in (("1", 200), ("2", 404), ("7", 404), ("%2E%2E", 404)):
+        answer = client.post(f"/v2/models/net/versions/{version}/infer", **BOTH_WAYS["JSON"])
+        assert answer.status_code == status, version
+    assert [path for path, _ in upstream.asked[1:]] == ["/v2/models/net/versions/1/infer"]
+
+
+@pytest.mark.parametrize("version", ["..", ".", "...", "a" * 65, "a b", "..\n"])
+def test_a_version_that_leads_elsewhere_is_unknown(make, upstream, version):
+    client = make()
+    before = len(upstream.asked)
+    encoded_version = quote(version, safe="").replace(".", "%2E")
+    answer = client.post(f"/v2/models/other/versions/{encoded_version}/infer", **BOTH_WAYS["JSON"])
     assert answer.status_code == 404
+    assert len(upstream.asked) == before
+    for valid in ("3", "..a", "v1.2"):
+        client.post(f"/v2/models/other/versions/{valid}/infer", **BOTH_WAYS["JSON"])
+        assert upstream.asked[-1][0] == f"/v2/models/other/versions/{valid}/infer"
+
+
+def test_no_version_can_be_asked_for_where_none_is_known(make, folder, tmp_path, upstream):
+    sent = json.loads((folder / "net" / "card.json").read_text())["upstream"]
+    client = make(**changed(folder, tmp_path, upstream={**sent, "version": ""}))
+    assert client.post(SERVED, **BOTH_WAYS["JSON"]).status_code == 200
+    assert upstream.asked[-1][0] == SERVED
+    answer = client.post("/v2/models/net/versions/1/infer", **BOTH_WAYS["JSON"])
+    assert answer.status_code == 404
+
+
+def test_a_model_with_the_name_of_the_card_is_the_served_one(make, folder, tmp_path):
+    with pytest.raises(ConfigError, match="model 'other': the served model, 'net' on the upstream"):
+        make(**changed(folder, tmp_path, name="other"))
+
+
+def test_replicas_have_the_same_model(make, upstream):
+    urls = f"{upstream.url} {upstream.url[: -len('net')]}other"
+    with pytest.raises(ConfigError, match="/v2/models/net and /v2/models/other"):
+        make(upstream=urls)
+    make({}, upstream=urls)
 
 
 @pytest.fixture
@@ -369,7 +419,7 @@ def test_images_are_charged_counted_and_logged(keyed, tmp_path):
     assert counted['scumble_client_images_total{"client": "acme"}'] == 6
     lines = entries(tmp_path / "log")
     assert [(line["model"], line["images"], line["status"]) for line in lines] == [
-        ("other", 3, 200), ("net", 3, 200), ("net", 0, 422), ("other", 3, 429),
+        ("other", 3, 200), ("net", 3, 200), ("other", 0, 422), ("other", 3, 429),
     ]  # fmt: skip
     assert (lines[0]["policy"], lines[0]["version"]) == ("label", None)
     assert (lines[1]["policy"], lines[1]["version"]) == ("none", "1")

@@ -1,5 +1,7 @@
 """`scumble connect` writes a bundle that serves what a server answers, or says what is missing."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -128,6 +130,23 @@ def test_a_bundle_is_replaced_only_if_asked_and_never_one_with_a_network(own_mod
             connect, [fake.url, "--name", "tiny", "--models", str(own_models), "--replace"]
         )
         assert "has a network of its own" in done.output
+
+
+def test_a_bundle_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    with running(datatype="UINT8") as fake:
+        assert run(fake, tmp_path).exit_code == 0
+        rename = Path.rename
+
+        def full(source, target):
+            if target == tmp_path / "front" and source.name == "front":
+                raise OSError(28, "No space left on device")
+            return rename(source, target)
+
+        monkeypatch.setattr(Path, "rename", full)
+        fake.version = "2"
+        assert run(fake, tmp_path, "--replace").exit_code != 0
+    assert Bundle(tmp_path / "front").card.upstream.version == "1"
+    assert [each.name for each in tmp_path.iterdir()] == ["front"]
 
 
 def test_check_asks_the_upstream(tmp_path):
