@@ -424,7 +424,7 @@ class Service:
             max(part.queue_s for part in served),
             sum(part.infer_s for part in served),
             sum(part.defend_s for part in served),
-            _joined([part.marks for part in served]),
+            joined_marks([part.marks for part in served]),
         )
 
     def count(
@@ -445,7 +445,8 @@ class Service:
             context.stages = Stages(start, read, decode_start, decoded, back, end, *served[1:4])
 
 
-def _joined(marks: list[Marks | None]) -> Marks | None:
+def joined_marks(marks: list[Marks | None]) -> Marks | None:
+    """The marks of all parts of a request; None if there are none."""
     known = [part for part in marks if part is not None]
     return np.concatenate(known) if known else None  # one defense: all parts have some, or none
 

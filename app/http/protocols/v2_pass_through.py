@@ -10,6 +10,7 @@ the defended output is used.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,11 +34,12 @@ from app.errors import (
     NotFound,
     RequestError,
     TooLarge,
+    TooLate,
     Unavailable,
     Unprocessable,
 )
 from app.http.bodies import INLINE_BYTES, Headers, brief, read_buffer, refuse_encoding
-from app.http.prediction import INLINE_VALUES, Service
+from app.http.prediction import INLINE_VALUES, Service, joined_marks
 from app.http.protocols.v2 import (
     LENGTH,
     flag,
@@ -46,7 +49,9 @@ from app.http.protocols.v2 import (
     split_body,
 )
 from app.http.responses import json_response
+from app.inference.deadline import LATE, Deadline
 from app.inference.engines import Probs
+from app.inference.upstream.batching import LEAST_S
 from app.inference.upstream.client import Answer
 from app.inference.upstream.network import Found
 from app.inference.upstream.passed import Passed, PassThrough, check_without_images
@@ -105,6 +110,8 @@ class PassThroughEndpoints:
         self._through = through
         self._throttle = Throttle()
         self._waiting = 0  # images of requests that the upstream has not answered
+        self._slots = asyncio.Semaphore(through.concurrency)
+        self._exchanges: set[asyncio.Task[Answer]] = set()
         self._count = {
             name: service.metrics.images.labels(name, "float32").inc for name in through.models
         }
@@ -155,18 +162,25 @@ class PassThroughEndpoints:
         context.images = asked.images
         defense = await self._charge(model, context, asked.images)
         before = service.clock()
-        found = await self._ask(model, path, asked, context, deadline.at)
+        found = await self._ask(model, path, asked, context, deadline)
         inferred = service.clock()
         if deadline.client.gone:
             raise ClientGone("the client closed the connection before the answer")
-        defend = partial(model.defend, defense, found)
-        if found.rows.size <= INLINE_VALUES and not self._through.threaded:
-            rows, marks = defend()
-        else:
-            ((rows, marks),) = await service.executor([defend], 0, deadline._replace(at=math.inf))
+        # How long the defense of a model takes is not known before its first answer.
+        size = self._through.max_size
+        parts = [found.part(i, i + size) for i in range(0, asked.images, size)]
+        tasks = [partial(model.defend, defense, part) for part in parts]
+        answers = await service.executor(tasks, 0, deadline)
+        rows = np.concatenate([rows for rows, _ in answers])
+        marks = joined_marks([marks for _, marks in answers])
         defended = service.clock()
-        response = write_passed(model, asked, model.values(rows))
-        self._note(context, model, found, rows, marks)
+        finish = partial(finish_passed, model, asked, found, rows)
+        if rows.size <= INLINE_VALUES:
+            response, distances = finish()
+        else:  # the inference is done: always answer
+            unlimited = deadline._replace(at=math.inf)
+            ((response, distances),) = await service.executor([finish], 0, unlimited)
+        self._note(context, model, distances, marks)
         stage = service.metrics.stage
         stage["read"].observe(read - start)
         stage["infer"].observe(inferred - before)
@@ -204,55 +218,107 @@ class PassThroughEndpoints:
         path: str,
         asked: PassedRequest,
         context: RequestContext,
-        until: float,
+        deadline: Deadline,
     ) -> Found:
         """The rows of the upstream.
 
         Raises:
             Unavailable: too many images wait, or the upstream gives no rows.
-            TooLate: no answer in time.
+            TooLate, ClientGone: no answer in time, or the client left.
             RequestError: the upstream refuses the request.
         """
-
-        def read(answer: Answer) -> Found | RequestError:
-            # A client's tensors must not make a replica look broken: nothing is raised.
-            if answer.status != 200:
-                return self._refusal(answer)
-            try:
-                return model.read(read_answer(answer.length, answer.body), asked.images)
-            except InvalidAnswer:
-                return Unavailable(NO_ROWS)
-
-        most = self._service.limits.max_queue
-        if self._waiting and self._waiting + asked.images > most:
-            raise Unavailable(f"{self._waiting} images are waiting; allowed: {most}")
         headers = asked.headers
         if context.traceparent is not None:
             headers = {**headers, "traceparent": context.traceparent}
-        self._waiting += asked.images
+        answer = await self._exchange(
+            "POST", f"{path}/infer", asked.body, headers, asked.images, deadline
+        )
+        if answer.status != 200:
+            raise self._refusal(answer)
+
+        def read() -> Found:
+            return model.read(read_answer(answer.length, answer.body), asked.images)
+
+        size = len(answer.body)
         try:
-            found = await self._through.client.ask(
-                f"{path}/infer", asked.body, headers, read,
-                until=until, of_server=True, refusals=True,
-            )  # fmt: skip
-        finally:
-            self._waiting -= asked.images
-        if isinstance(found, RequestError):
-            raise found
+            if size <= INLINE_BYTES:
+                found = read()
+            else:
+                (found,) = await self._service.executor([read], size, deadline)
+        except InvalidAnswer:
+            raise Unavailable(NO_ROWS) from None
         if found.valid is not None:
             raise Unavailable(NO_ROWS)
         return found
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        images: int,
+        deadline: Deadline,
+    ) -> Answer:
+        """Send a request when fewer than the allowed number are in flight.
+
+        A connection is not given up, and the next one checked, for a client's short deadline: the
+        exchange goes on for a moment after the client has got 504.
+
+        Args:
+            method: of HTTP.
+            path: on the upstream.
+            body: of the request.
+            headers: of the request.
+            images: in it; 1 for other requests.
+            deadline: of the client.
+
+        Raises:
+            Unavailable: too many images wait, or no replica is usable.
+            TooLate, ClientGone: no answer in time, or the client left.
+        """
+        client, clock = self._through.client, self._service.clock
+        client.refuse_unusable()
+        most = self._service.limits.max_queue
+        if self._waiting and self._waiting + images > most:
+            raise Unavailable(f"{self._waiting} images are waiting; allowed: {most}")
+        self._waiting += images
+        try:
+            try:
+                async with asyncio.timeout(_left(deadline, clock())):
+                    await self._slots.acquire()
+            except TimeoutError:
+                raise TooLate(LATE) from None
+            until = max(deadline.at, clock() + LEAST_S)
+            exchange = asyncio.create_task(
+                client.ask(
+                    path, body, headers, lambda answer: answer,
+                    until=until, method=method, of_server=True, refusals=True,
+                )
+            )  # fmt: skip
+            self._exchanges.add(exchange)
+            exchange.add_done_callback(self._ended)
+            await asyncio.wait({exchange}, timeout=_left(deadline, clock()))
+            if not exchange.done():
+                raise TooLate("the upstream did not answer in time")
+            return exchange.result()
+        finally:
+            self._waiting -= images
+
+    def _ended(self, exchange: asyncio.Task[Answer]) -> None:
+        self._slots.release()
+        self._exchanges.discard(exchange)
+        if not exchange.cancelled():
+            exchange.exception()  # is not logged, if no request waits for it any more
 
     def _note(
         self,
         context: RequestContext,
         model: Passed,
-        found: Found,
-        rows: Probs,
+        distances: npt.NDArray[np.float32],
         marks: Marks | None,
     ) -> None:
         metrics = self._service.metrics
-        distances = np.abs(rows - found.rows).sum(axis=1)
         metrics.defended_rows.inc(int((distances > 1e-6).sum()))
         for distance in distances.tolist():
             metrics.response_l1.observe(distance)
@@ -260,16 +326,16 @@ class PassThroughEndpoints:
             for kind, counter in metrics.withheld.items():
                 counter.inc(int((marks == kind).sum()))
             context.withheld = int(np.count_nonzero(marks))
-        self._count[model.name](len(rows))
+        self._count[model.name](len(distances))
 
     async def _metadata(self, model: Passed, request: Request) -> Response:
         """What the upstream says, without the outputs that are dropped.
 
         Raises:
             NotFound: the upstream has no such model or version.
-            Unavailable: the upstream does not answer.
+            Unavailable, TooLate: the upstream does not answer.
         """
-        answer = await self._get(self._path(model, request))
+        answer = await self._get(self._path(model, request), request)
         if answer.status != 200:
             raise self._refusal(answer)
         try:
@@ -295,19 +361,21 @@ class PassThroughEndpoints:
 
         Raises:
             Unavailable: this service, or the model on the upstream, is not ready.
+            TooLate: the upstream does not answer.
         """
         reason = await self._service.not_ready_reason()
         if reason is not None:
             raise Unavailable(f"{reason}; use another replica")
-        answer = await self._get(f"{self._path(model, request)}/ready")
+        answer = await self._get(f"{self._path(model, request)}/ready", request)
         if answer.status != 200:
             raise Unavailable(f"model {model.name!r} is not ready on the upstream")
         return json_response({"name": model.name, "ready": True})
 
-    async def _get(self, path: str) -> Answer:
-        return await self._through.client.ask(
-            path, b"", {}, lambda answer: answer, method="GET", of_server=True, refusals=True
-        )
+    async def _get(self, path: str, request: Request) -> Answer:
+        service = self._service
+        headers = dict(request.scope["headers"])
+        deadline = service.deadline(request_context(request.scope), headers, service.clock())
+        return await self._exchange("GET", path, b"", {}, 1, deadline)
 
     def _refusal(self, answer: Answer) -> RequestError:
         """The error for the client; the log has the upstream's text."""
@@ -391,6 +459,13 @@ def read_passed(
         request_id_of(document),
         flag(output, "binary_data", default=whole),
     )
+
+
+def finish_passed(
+    model: Passed, asked: PassedRequest, found: Found, rows: Probs
+) -> tuple[Response, npt.NDArray[np.float32]]:
+    """The answer, and the distance of each row from the clean one."""
+    return write_passed(model, asked, model.values(rows)), np.abs(rows - found.rows).sum(axis=1)
 
 
 def write_passed(model: Passed, asked: PassedRequest, values: Probs) -> Response:
@@ -511,6 +586,11 @@ def _only(given: Mapping[str, Any], what: str, allowed: set[str]) -> None:
             f"{what}: {brief(others[0])} is not passed through; "
             f"allowed: {', '.join(sorted(allowed))}"
         )
+
+
+def _left(deadline: Deadline, now: float) -> float | None:
+    """Seconds until a deadline; None without one."""
+    return None if deadline.at == math.inf else max(0.0, deadline.at - now)
 
 
 def _tensors(listed: object) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ class UpstreamModel:
             self.upstream.client,
             self.pipeline.defense,
             self._whitener if "residual" in self.network.scores else None,
-            threaded=self.threaded,
+            self.max_size,
         )
 
     def log_loaded(self, engine: EngineName, defense: defenses.Defense) -> None:
@@ -193,7 +193,8 @@ def load_upstream(
 
     Raises:
         BundleError: a file is not the one that the card lists.
-        ConfigError: the settings or the card do not fit, or the server has no output for a score.
+        ConfigError: the settings or the card do not fit, the server has no output for a score, or
+            the defense is too slow.
     """
     if settings.precision != "float32":
         raise ConfigError(
@@ -219,6 +220,12 @@ def load_upstream(
         settings, bundle, metrics, network, Upstream(client, monitor), pipeline, threaded=False
     )
     seconds = _defense_seconds(model)
+    if seconds > settings.batch_limit_s:
+        raise ConfigError(
+            f"the defense {defense!r} takes {seconds:.2g} s for {model.max_size} images; allowed: "
+            f"{settings.batch_limit_s:.2g} s, 1/4 of SCUMBLE_WATCHDOG_S, or a smaller "
+            "SCUMBLE_BATCH__MAX_SIZE"
+        )
     threaded = settings.batch.execution == "thread" or (
         settings.batch.execution == "auto" and seconds >= INLINE_S
     )

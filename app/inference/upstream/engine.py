@@ -42,7 +42,8 @@ def make_client(settings: Settings, metrics: Metrics) -> UpstreamClient:
         settings.upstream_list,
         metrics,
         timeout_s=settings.upstream_timeout_s,
-        connections=2 * settings.upstream_concurrency + 1,
+        # Batches, requests that are passed through, and a check of each replica.
+        connections=2 * settings.upstream_concurrency + 1 + len(settings.upstream_list),
         token=None if token is None else token.get_secret_value(),
         tls=open_ca(None if settings.upstream_ca is None else str(settings.upstream_ca)),
     )

@@ -41,6 +41,10 @@ class Found(NamedTuple):
     logits: Tensor | None = None
     features: Tensor | None = None
 
+    def part(self, first: int, last: int) -> Found:
+        """What it says of some of the images."""
+        return Found._make(None if column is None else column[first:last] for column in self)
+
     def evidence(self, whitener: Whitener | None) -> Evidence:
         """The scores that these outputs have."""
         residual = None

@@ -123,13 +123,15 @@ class PassThrough:
         client: sends the requests.
         models: by name.
         binary: the upstream takes tensors as bytes.
-        threaded: defend on a thread.
+        concurrency: requests in flight to it.
+        max_size: rows that are defended at once.
     """
 
     client: UpstreamClient
     models: Mapping[str, Passed]
     binary: bool
-    threaded: bool
+    concurrency: int
+    max_size: int
 
 
 def make_pass_through(
@@ -139,8 +141,7 @@ def make_pass_through(
     client: UpstreamClient,
     defense: Defense,
     whitener: Whitener | None,
-    *,
-    threaded: bool,
+    max_size: int,
 ) -> PassThrough | None:
     """The models that the settings list; None for none.
 
@@ -151,7 +152,7 @@ def make_pass_through(
         client: sends the requests.
         defense: of the bundle's network.
         whitener: of the bundle's network, for the score `residual`.
-        threaded: defend on a thread.
+        max_size: rows that are defended at once.
 
     Raises:
         ConfigError: a model's output or defense is missing, unknown, or needs images; its name is
@@ -181,7 +182,8 @@ def make_pass_through(
             check_without_images(models[name].defense, models[name].classes or 10)
         except (DefenseError, ConfigError) as exc:
             raise ConfigError(f"SCUMBLE_UPSTREAM_MODELS: model {name!r}: {exc}") from exc
-    return PassThrough(client, models, network.sent.binary, threaded)
+    concurrency = settings.upstream_concurrency
+    return PassThrough(client, models, network.sent.binary, concurrency, max_size)
 
 
 def check_without_images(defense: Defense, classes: int) -> None:

@@ -1,7 +1,9 @@
 """V2 requests that are passed through: one output is defended, and nothing else leaks."""
 
+import asyncio
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import numpy as np
@@ -18,6 +20,7 @@ from tests.app.access.test_admission import row
 from tests.app.audit.test_log import entries
 from tests.app.http.test_application import samples
 from tests.app.inference.upstream.fake import DROP, FakeUpstream, http
+from tests.app.inference.upstream.test_upstream import until
 from tests.pictures import encoded, picture
 
 PIXELS = np.stack([np.asarray(picture(seed=n)) for n in range(3)])
@@ -35,6 +38,10 @@ class Recorder(FakeUpstream):
         asked: path and document of each inference request.
         status: of the answers to inference requests; 200 for proper ones.
         reply: what the model `other` answers; None for a proper answer.
+        held: the model `other` does not answer yet.
+        in_flight: requests to it that are not answered.
+        most: of them, at a time.
+        connections: that were opened.
     """
 
     def __init__(self, **options) -> None:
@@ -42,9 +49,21 @@ class Recorder(FakeUpstream):
         self.asked: list[tuple[str, dict]] = []
         self.status = 200
         self.reply: bytes | None = None
+        self.held = False
+        self.in_flight = self.most = self.connections = 0
         self.message = b'{"error": "unexpected shape for input \'x\'"}'
 
+    async def _connection(self, reader, writer):
+        self.connections += 1
+        await super()._connection(reader, writer)
+
     async def _answer(self, method, path, headers, body):
+        if "other" in path:
+            self.in_flight += 1
+            self.most = max(self.most, self.in_flight)
+            while self.held:  # noqa: ASYNC110  # set by another thread
+                await asyncio.sleep(0.005)
+            self.in_flight -= 1
         if method == "POST":
             length = headers.get("inference-header-content-length")
             self.asked.append((path, json.loads(body[: int(length)] if length else body)))
@@ -85,6 +104,9 @@ def fresh(upstream):
     upstream.asked.clear()
     upstream.status = 200
     upstream.reply = None
+    upstream.most = 0
+    yield
+    upstream.held = False
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +308,108 @@ def test_nothing_that_a_passed_model_answers_takes_the_replica_from_others(
         assert predict(client).status_code == 200
     asked = sum(path == OTHER for path, _ in upstream.asked)
     assert asked == 12 if name == "no connection" else asked == 4
-    replica = f'"replica": "localhost:{upstream.port}"'
-    counted = f'scumble_upstream_requests_total{{"outcome": "answered", {replica}}}'
     valid = 4 if name in ("no JSON", "a long length") else 0
-    assert samples(client)[counted] == 4 + valid
+    assert answered(client, upstream) == 4 + valid
+
+
+def answered(client, upstream) -> float:
+    replica = f'"replica": "localhost:{upstream.port}"'
+    return samples(client)[f'scumble_upstream_requests_total{{"outcome": "answered", {replica}}}']
+
+
+def test_requests_that_are_passed_through_leave_room_for_others(make, upstream):
+    client = make(upstream_concurrency=2, limits={"max_queue": 8})
+    upstream.held = True
+    with ThreadPoolExecutor(8) as pool:
+        posts = [pool.submit(client.post, OTHER, **BOTH_WAYS["JSON"]) for _ in range(2)]
+        until(lambda: upstream.in_flight == 2)
+        waits = pool.submit(client.get, "/v2/models/other")
+        for _ in range(3):
+            assert predict(client).status_code == 200
+        for path in ("/v2/models/other", "/v2/models/other/ready"):
+            assert client.get(path, headers={"X-Deadline-Ms": "50"}).status_code == 504
+        full = client.post(OTHER, **BOTH_WAYS["JSON"])
+        assert full.status_code == 503
+        assert "images are waiting; allowed: 8" in full.json()["error"]
+        assert client.get("/readyz").status_code == 200
+        upstream.held = False
+        assert [each.result().status_code for each in [*posts, waits]] == [200] * 3
+    assert upstream.most == 2
+    values(client.post(OTHER, **BOTH_WAYS["JSON"]))
+
+
+def test_a_short_deadline_gives_504_and_keeps_the_connection(make, upstream, monkeypatch):
+    monkeypatch.setattr("app.http.protocols.v2_pass_through.LEAST_S", 30.0)
+    client = make()
+    values(client.post(OTHER, **BOTH_WAYS["JSON"]))
+    connections = upstream.connections
+    for n in range(2, 5):
+        upstream.held = True
+        late = client.post(OTHER, **BOTH_WAYS["JSON"], headers={"X-Deadline-Ms": "300"})
+        assert late.status_code == 504
+        assert late.json()["error"] == "the upstream did not answer in time"
+        upstream.held = False
+        until(lambda n=n: answered(client, upstream) == n)
+    assert upstream.connections == connections
+
+
+COUNTING = """
+import threading
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+from scumble.defenses.base import Defense
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Defense):
+    pause_s: float = 0.0
+    calls: ClassVar[list] = []
+
+    def __call__(self, probs, inputs):
+        self.calls.append((len(probs), threading.current_thread().name))
+        if self.pause_s and len(self.calls) > 1:  # not the one at the start
+            time.sleep(self.pause_s)
+        return probs
+"""
+
+
+@pytest.fixture
+def counting(make, tmp_path):
+    """`counting(**params)` -> a client of a model with this defense, and the list of its calls."""
+    file = tmp_path / "counting.py"
+    file.write_text(COUNTING)
+
+    def made(**params):
+        other = {"output": "y", "defense": f"{file}:Counting", "defense_params": params}
+        client = make({"other": other}, batch={"max_size": 2})
+        calls = client.app.state.service.pass_through.models["other"].defense.calls
+        calls[1:] = []
+        return client, calls
+
+    return made
+
+
+def test_a_defense_gets_parts_of_the_rows_and_never_holds_the_loop(counting, clean):
+    client, calls = counting()
+    _, rows = values(client.post(OTHER, **BOTH_WAYS["JSON"]))
+    np.testing.assert_allclose(rows, clean, atol=1e-6)
+    assert [size for size, _ in calls[1:]] == [2, 1]
+    assert all(thread.startswith("decode") for _, thread in calls[1:])
+
+
+def test_a_deadline_ends_a_defense_between_its_parts(counting):
+    client, calls = counting(pause_s=1.0)
+    late = client.post(OTHER, **BOTH_WAYS["JSON"], headers={"X-Deadline-Ms": "700"})
+    assert late.status_code == 504
+    client.post(OTHER, **BOTH_WAYS["JSON"])  # after all tasks of the first one
+    assert [size for size, _ in calls[1:]].count(1) == 1
+
+
+def test_a_defense_of_the_server_that_is_too_slow_stops_the_start(make):
+    with pytest.raises(ConfigError, match=r"takes .* for 32 images; allowed: 2.5e-07 s, 1/4 of"):
+        make(defense="label", watchdog_s=1e-6)
 
 
 def test_rows_that_are_no_distributions_are_not_sent_out(make):

@@ -1,10 +1,13 @@
 """The circuit breaker, with a clock of the test's."""
 
+import asyncio
+import time
+
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from app.errors import Unavailable
+from app.errors import TooLate, Unavailable
 from app.inference.upstream.circuit import CAP_S, FAILURES, FIRST_S, Circuit
 from app.inference.upstream.client import UpstreamClient
 from app.inference.upstream.protocol import OtherNetwork, write_request
@@ -108,3 +111,25 @@ async def test_odd_answers_to_tensors_of_a_client_open_no_circuit(own):
         finally:
             await client.close()
     assert replica.usable == own
+
+
+@pytest.mark.anyio
+async def test_an_answer_over_a_new_connection_waits_for_the_check_until_the_deadline():
+    check = asyncio.create_task(asyncio.Event().wait())
+    with running() as fake:
+        client = UpstreamClient([fake.url], Metrics(CollectorRegistry()))
+        (replica,) = client.replicas
+        replica.verified, replica.recheck = True, lambda _: check
+        await client.open()
+        try:
+            images = np.zeros((1, 3, 8, 8), np.float32)
+            body, headers = write_request({"x": ("FP32", images)}, ["y"])
+            until = time.perf_counter() + 0.5
+            async with asyncio.timeout(20):
+                with pytest.raises(TooLate):
+                    await client.ask("/infer", body, headers, lambda answer: answer, until=until)
+        finally:
+            check.cancel()
+            await client.close()
+    assert replica.usable
+    assert len(fake.requests) == 1
