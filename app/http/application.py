@@ -37,6 +37,7 @@ from app.http.routing import Route, problems
 from app.request_context import request_context
 
 if TYPE_CHECKING:
+    from app.inference.upstream.passed import Passed
     from app.telemetry.tracing import Tracing
 
 log = logging.getLogger("scumble")
@@ -145,6 +146,7 @@ def build(
             endpoint = service.access.guard(path, endpoint)
             _describe_access(path, description)
         if service.audit is not None and method == "POST":
+            endpoint = _naming(passed, endpoint) if passed else endpoint
             endpoint = service.audit.guard(path, endpoint)
         app.add_api_route(path, guarded(endpoint), methods=[method], **description)
         plain = path.format(model=service.card.name, version=service.card.version)
@@ -209,6 +211,18 @@ def routes(service: Service) -> list[Route]:
         ),
         *v2_routes.routes(service),
     ]
+
+
+def _naming(passed: Mapping[str, Passed], endpoint: Endpoint) -> Endpoint:
+    """The endpoint; the audit log names the model that is asked, also if the request is refused."""
+
+    async def named(request: Request) -> Response:
+        model = passed.get(request.path_params.get("model", ""))
+        if model is not None:
+            request_context(request.scope).facts = model.facts
+        return await endpoint(request)
+
+    return named
 
 
 def _translated(exc: Exception, request: Request) -> errors.RequestError:

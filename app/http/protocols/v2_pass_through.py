@@ -143,7 +143,6 @@ class PassThroughEndpoints:
         service = self._service
         start = service.clock()
         context = request_context(request.scope)
-        context.facts = model.facts  # of refusals as well
         headers = dict(request.scope["headers"])
         deadline = service.deadline(context, headers, start)
         path = self._path(model, request)

@@ -312,6 +312,17 @@ def test_nothing_that_a_passed_model_answers_takes_the_replica_from_others(
     assert answered(client, upstream) == 4 + valid
 
 
+def test_a_dead_replica_is_noticed_by_requests_that_are_passed_through(make, upstream):
+    second = Recorder()
+    second.start()
+    client = make(upstream=f"{upstream.url} {second.url}")
+    second.stop()
+    for _ in range(6):
+        values(client.post(OTHER, **BOTH_WAYS["JSON"]))
+    usable = f'scumble_upstream_usable{{"replica": "localhost:{second.port}"}}'
+    until(lambda: samples(client)[usable] == 0)
+
+
 def answered(client, upstream) -> float:
     replica = f'"replica": "localhost:{upstream.port}"'
     return samples(client)[f'scumble_upstream_requests_total{{"outcome": "answered", {replica}}}']
@@ -530,6 +541,9 @@ def test_images_are_charged_counted_and_logged(keyed, tmp_path):
     asked += [(OTHER, BOTH_WAYS["bytes"])]
     found = [client.post(path, **request) for path, request in asked]
     assert [answer.status_code for answer in found] == [200, 200, 422, 429]
+    stranger = client.post(OTHER, **BOTH_WAYS["JSON"], headers={"X-API-Key": "x"})
+    unclear = client.post(OTHER, **BOTH_WAYS["JSON"], headers={"X-Deadline-Ms": "x"})
+    assert (stranger.status_code, unclear.status_code) == (401, 422)
     assert ";r=4" in found[0].headers["RateLimit"]
     assert ";r=1" in found[1].headers["RateLimit"]
     counted = samples(client)
@@ -540,6 +554,7 @@ def test_images_are_charged_counted_and_logged(keyed, tmp_path):
     lines = entries(tmp_path / "log")
     assert [(line["model"], line["images"], line["status"]) for line in lines] == [
         ("other", 3, 200), ("net", 3, 200), ("other", 0, 422), ("other", 3, 429),
+        ("other", 0, 401), ("other", 0, 422),
     ]  # fmt: skip
     assert (lines[0]["policy"], lines[0]["version"]) == ("label", None)
     assert (lines[1]["policy"], lines[1]["version"]) == ("none", "1")
