@@ -147,8 +147,9 @@ def test_the_figures_are_those_of_what_was_done(prometheus):
     assert one("job:scumble_response_l1:mean_rate5m", "victim") == 0
     assert 0 < one("job:scumble_response_l1:mean_rate5m", "defended") <= 2
     assert one("job:scumble_errors:ratio_rate5m", "victim") == 0
-    for job in JOBS:  # three of five requests
-        assert one("job:scumble_refused:ratio_rate5m", job) == pytest.approx(0.6, abs=0.1)
+    # Three of five requests. Counters that begin under load are extrapolated: 2 and 4 are far off.
+    for job in JOBS:
+        assert one("job:scumble_refused:ratio_rate5m", job) == pytest.approx(0.6, abs=0.19)
         left = 'min by (job) (scumble_client_budget_left_images{client="poor"})'
         assert one(left, job) == 0
     assert {

@@ -144,7 +144,9 @@ def test_version_has_the_engines(run):
 
 @pytest.mark.parametrize("words", [(), ("serve",), ("keys", "add"), ("predict",)], ids=" ".join)
 def test_h_is_help(run, words):
-    assert run(*words, "-h").stdout == run(*words, "--help").stdout != ""
+    short, long = run(*words, "-h"), run(*words, "--help")
+    assert (short.exit_code, short.output) == (0, long.output)
+    assert long.output
 
 
 @pytest.mark.parametrize(
