@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
-HELP_OPTIONS = frozenset({"-h", "--help"})
+from scumble.help_option import HELP
+
+HELP_OPTIONS = frozenset(HELP["help_option_names"])
 OURS = frozenset({"app", "scumble"})
 REPORTED = ("onnxruntime", "openvino", "torch", "uvicorn", "numpy")
 INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
@@ -184,7 +186,7 @@ COMMANDS = {
     "scumble",
     cls=Table,
     table=COMMANDS,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
 @click.option(
     "--version",

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from app.audit.hash_chain import SEAL_TEXT, Fault, Part, verify
+from scumble.help_option import HELP
 
 BROKEN = 1
 CUT = 3  # click exits with 2 for usage errors
@@ -26,12 +27,12 @@ archived_option = click.option(
 )
 
 
-@click.group()
+@click.group(context_settings=HELP)
 def audit() -> None:
     """Verify audit logs, and print seals to keep elsewhere."""
 
 
-@audit.command("verify")
+@audit.command("verify", context_settings=HELP)
 @files_argument
 @click.option(
     "--head",
@@ -60,7 +61,7 @@ def verify_(
         ctx.exit(BROKEN if any(fault.kind == "broken" for fault in faults) else CUT)
 
 
-@audit.command("head")
+@audit.command("head", context_settings=HELP)
 @files_argument
 @archived_option
 @click.pass_context

@@ -31,6 +31,7 @@ from app.inference.upstream.connect import (
 from app.inference.upstream.engine import make_client
 from app.settings import load_settings
 from app.telemetry.metrics import Metrics
+from scumble.help_option import HELP
 
 
 class Size(click.ParamType[tuple[int, int]]):
@@ -59,7 +60,7 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is no list of numbers such as 0.5,0.5,0.5", param, ctx)
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("url")
 @click.option("--name", required=True, help="Of the bundle.")
 @click.option(

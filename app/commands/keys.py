@@ -17,6 +17,7 @@ from app.errors import ConfigError
 from app.system.json_values import parse
 from app.system.timestamps import timestamp
 from app.system.validation import allowed, sentence
+from scumble.help_option import HELP
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -29,7 +30,7 @@ file_option = click.option(
 )
 
 
-@click.group()
+@click.group(context_settings=HELP)
 def keys() -> None:
     """Create, list and revoke API keys.
 
@@ -38,7 +39,7 @@ def keys() -> None:
     """
 
 
-@keys.command()
+@keys.command(context_settings=HELP)
 @file_option
 @click.option(
     "--client", required=True, help="Name of the client; all keys of a client share its budgets."
@@ -87,7 +88,7 @@ def add(path: Path | None, **options: Any) -> None:
     click.echo(key)
 
 
-@keys.command("list")
+@keys.command("list", context_settings=HELP)
 @file_option
 def list_(path: Path | None) -> None:
     """Show all keys without their hashes, one per line."""
@@ -99,7 +100,7 @@ def list_(path: Path | None) -> None:
         click.echo("  ".join([key.id, key.client, *_facts(key)]))
 
 
-@keys.command()
+@keys.command(context_settings=HELP)
 @file_option
 @click.argument("key_id", metavar="ID")
 def revoke(path: Path | None, key_id: str) -> None:

@@ -14,6 +14,7 @@ import click
 from app.errors import ConfigError
 from app.settings import Settings, changed, load_settings, shown, variables
 from app.system.json_values import parse
+from scumble.help_option import HELP
 
 if TYPE_CHECKING:
     from app.inference.bundle import Bundle, Card
@@ -55,7 +56,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @options
 def serve(**arguments: Any) -> None:
     """Serve a model until Ctrl-C or SIGTERM.
@@ -71,7 +72,7 @@ def serve(**arguments: Any) -> None:
     raise SystemExit(code)
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @config_option
 @admin_port_option
 def reload(**arguments: Any) -> None:
@@ -99,7 +100,7 @@ def reload(**arguments: Any) -> None:
     click.echo("reloaded")
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @options
 @click.option("--all", "everything", is_flag=True, help="Show all settings, also the defaults.")
 @click.option(

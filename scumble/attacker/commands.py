@@ -23,11 +23,12 @@ from scumble.attacker.students import STUDENTS
 from scumble.attacker.third_party import short
 from scumble.attacker.transports import TRANSPORTS
 from scumble.data.image_sets import DatasetError
+from scumble.help_option import HELP
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("url")
 @click.option(
     "--attack", required=True, help=f"The attack: {', '.join(ATTACKS)}, or FILE.py:Class."

@@ -18,6 +18,7 @@ from rich.text import Text
 from scumble.client.errors import ClientError, Refused
 from scumble.client.http_client import Client
 from scumble.client.wire import Answer, Choice, ModelInfo, shown
+from scumble.help_option import HELP
 
 TOP_K = 3
 BAR = 10  # characters of a full bar
@@ -34,7 +35,7 @@ class Outcome:
     status: int | None = None
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("url")
 @click.argument(
     "images",

@@ -38,6 +38,7 @@ from app.settings import default_model_dir
 from scumble.defenses import configure
 from scumble.evaluation.experiment import Defended
 from scumble.evaluation.published_defenses import Reference, grad2_reference, mad_reference
+from scumble.help_option import HELP
 from scumble.machine import processor
 from scumble.training.auxiliary import surrogate_of
 from scumble.training.command_options import plain_errors
@@ -60,12 +61,12 @@ REFERENCES: dict[str, Reference] = {
 }
 
 
-@click.group()
+@click.group(context_settings=HELP)
 def bench() -> None:
     """Measure what defenses cost."""
 
 
-@bench.command()
+@bench.command(context_settings=HELP)
 @click.option("--models", default="mnist,cifar10", show_default=True)
 @click.option("--precisions", default="float32,int8", show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=100, show_default=True)

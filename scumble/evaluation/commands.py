@@ -47,6 +47,7 @@ from scumble.evaluation.record import BadRecord, Record, read
 from scumble.evaluation.referee import PROGRESS, judge
 from scumble.evaluation.summary import summarise
 from scumble.evaluation.tables import ordered
+from scumble.help_option import HELP
 from scumble.progress import from_file
 from scumble.training.auxiliary import TRANSFER
 
@@ -57,7 +58,7 @@ ENDED_S = 1.0
 INTERRUPTED = 130
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.option(
     "--plan",
     "plans",

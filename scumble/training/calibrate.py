@@ -31,6 +31,7 @@ from app.precision import Precision
 from app.settings import load_settings
 from scumble.data.image_sets import Dataset, load
 from scumble.defenses.codebook import Codebook, Form, find
+from scumble.help_option import HELP
 from scumble.machine import processor
 from scumble.training.codebook import fit
 from scumble.training.command_options import models_option, plain_errors, require_writable, typed
@@ -181,7 +182,7 @@ def _figures(forms: dict[str, Any], clean: Probs, test: Dataset) -> dict[str, An
     return {name: vars(Figures.of(served, clean, test)) for name, served in rows.items()}
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("name")
 @data_option
 @click.option(

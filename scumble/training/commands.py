@@ -11,6 +11,7 @@ import torch
 
 from app.inference.bundle import Bundle, InputShape, open_bundle
 from scumble.data.image_sets import load
+from scumble.help_option import HELP
 from scumble.training.bundle_export import export_bundle, finish
 from scumble.training.command_options import (
     models_option,
@@ -63,7 +64,7 @@ DATA_LICENCE = {
 }
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("name", type=click.Choice(list(RECIPES)))
 @data_option
 @models_option
@@ -145,7 +146,7 @@ def train(
     )
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("name")
 @data_option
 @click.option(

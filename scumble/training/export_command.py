@@ -19,6 +19,7 @@ from app.inference.defense_artifacts import DefenseArtifacts
 from app.inference.graph import defended
 from app.precision import Precision
 from scumble import defenses
+from scumble.help_option import HELP
 from scumble.training.command_options import (
     elapsed,
     file,
@@ -33,7 +34,7 @@ from scumble.training.sanity_checks import check_normalisation
 from scumble.training.staging import staged, write_file
 
 
-@click.command()
+@click.command(context_settings=HELP)
 @click.argument("name")
 @click.option("--torchvision", help="A model of torchvision.models, such as mobilenet_v2.")
 @click.option(

@@ -20,6 +20,7 @@ from app.inference.bundle import (
     Card,
     Preprocessing,
 )
+from scumble.help_option import HELP
 from scumble.training.command_options import (
     file,
     models_option,
@@ -91,7 +92,7 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise ExportError(f"{text!r} is not a list of numbers such as 0.5,0.5,0.5") from exc
 
 
-@click.command("import")
+@click.command("import", context_settings=HELP)
 @click.argument("source", metavar="MODEL.onnx", type=file)
 @click.argument("name", required=False)
 @click.option(

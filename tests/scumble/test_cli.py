@@ -113,7 +113,8 @@ def test_help_imports_no_subcommand():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(run.stderr.split())
     assert not loaded & {"app", "training", "numpy", "PIL", "httpx2", "pydantic", "rich", "torch"}
-    assert {name for name in loaded if name.startswith("scumble")} == {"scumble", "scumble.cli"}
+    ours = {name for name in loaded if name.startswith("scumble")}
+    assert ours == {"scumble", "scumble.cli", "scumble.help_option"}
 
 
 def test_extras_of_the_table_are_the_distributions():
@@ -147,6 +148,14 @@ def test_h_is_help(run, words):
     short, long = run(*words, "-h"), run(*words, "--help")
     assert (short.exit_code, short.output) == (0, long.output)
     assert long.output
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_was_called_on_its_own_keeps_its_h(run, name):
+    command = COMMANDS[name].load()
+    assert run("-h", command=command).exit_code == 0
+    assert run(name, "-h").exit_code == 0
 
 
 @pytest.mark.parametrize(
