@@ -147,7 +147,7 @@ def policy(name: str, share: float, *, slack: bool) -> Callable[[list[Line], Ben
     Args:
         name: of the defense.
         share: of the copy made of labels alone, by the best attacker with a recipe.
-        slack: add what the seeds may explain.
+        slack: add what the seeds may explain; else the copy must be further below than that.
     """
 
     def judge(lines: list[Line], bench: Bench) -> list[Finding]:
@@ -158,7 +158,8 @@ def policy(name: str, share: float, *, slack: bool) -> Callable[[list[Line], Ben
             for line in best(line for line in group if line.defense.name == name):
                 if reference is None:
                     continue
-                bound = share * reference.stolen.mean + (noise(line, reference) if slack else 0)
+                spread = noise(line, reference)
+                bound = share * reference.stolen.mean + (spread if slack else -spread)
                 found.append(
                     (
                         line.stolen.mean <= bound,
@@ -322,7 +323,8 @@ CLAIMS = [
     Claim(
         "Withhold halves what labels give away.",
         "the best attacker with a tuned recipe and foreign images gets a copy at most half as "
-        "accurate as the best from labels (not a claim of the paper)",
+        "accurate as the best from labels, by more than the spread of the seeds (not a claim of "
+        "the paper)",
         policy("withhold", 0.5, slack=False),
     ),
 ]  # fmt: skip
