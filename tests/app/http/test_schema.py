@@ -18,8 +18,18 @@ from app.main import create_app
 from app.settings import Settings
 from tests.app.access.test_admission import row
 
+
+
+def no_server_error(ctx, response, case):
+    """An answer of 504 is right where the request itself sets a deadline."""
+    headers = {name.lower() for name in case.headers or {}}
+    if response.status_code == 504 and "x-deadline-ms" in headers:
+        return None
+    return not_a_server_error(ctx, response, case)
+
+
 CHECKS = [
-    not_a_server_error,
+    no_server_error,
     status_code_conformance,
     content_type_conformance,
     response_schema_conformance,
