@@ -19,7 +19,6 @@ from app.settings import Settings
 from tests.app.access.test_admission import row
 
 
-
 def no_server_error(ctx, response, case):
     """An answer of 504 is right where the request itself sets a deadline."""
     headers = {name.lower() for name in case.headers or {}}
