@@ -15,14 +15,13 @@ from prometheus_client import CollectorRegistry
 
 from app.errors import ConfigError
 from app.inference.bundle import GOLDEN_FILE, Bundle, Preprocessing, write_card
+from app.inference.normalisation import PRESETS, Normalisation
 from app.inference.upstream.connect import (
     INPUTS,
-    PRESETS,
     Answers,
     Connected,
     Described,
     Layout,
-    Normalisation,
     Wishes,
     describe,
     fetch,

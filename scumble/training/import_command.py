@@ -20,6 +20,7 @@ from app.inference.bundle import (
     Card,
     Preprocessing,
 )
+from app.inference.normalisation import PRESETS, Normalisation
 from scumble.help_option import HELP
 from scumble.training.command_options import (
     file,
@@ -31,12 +32,10 @@ from scumble.training.command_options import (
 )
 from scumble.training.labels import distinct, read_labels
 from scumble.training.onnx_import import (
-    PRESETS,
     Answers,
     Decision,
     Imported,
     Layout,
-    Normalisation,
     convert,
     decide,
     read_network,

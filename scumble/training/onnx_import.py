@@ -28,6 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from app.inference.bundle import InputShape, golden_inputs
 from app.inference.graph import OPSET, TENSOR
+from app.inference.normalisation import Normalisation
 from scumble.training.sanity_checks import (
     ExportError,
     check_logits,
@@ -47,24 +48,6 @@ PASSING = ("Identity", "Reshape", "Flatten", "Squeeze", "Cast")
 Layout = Literal["nchw", "nhwc"]
 Answers = Literal["logits", "probabilities", "sigmoid", "logit"]
 Values = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What a network takes: (x - mean) / std of pixels in [0, 1], in the order of its channels."""
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    bgr: bool = False
-
-
-PRESETS = {
-    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "tf": Normalisation((0.5,), (0.5,)),
-    "0..1": Normalisation(),
-    "0..255": Normalisation((0.0,), (1 / 255,)),
-    "caffe": Normalisation((103.939 / 255, 116.779 / 255, 123.68 / 255), (1 / 255,), bgr=True),
-}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import orjson
 from app.errors import ConfigError
 from app.inference.bundle import InputShape, Sent, golden_inputs
 from app.inference.engines import Probs
+from app.inference.normalisation import Normalisation
 from app.inference.upstream.client import UpstreamClient, UpstreamFailure
 from app.inference.upstream.network import Network
 from app.inference.upstream.protocol import (
@@ -35,30 +36,6 @@ MOST_DEVIATION = 0.01  # between two answers to the same image
 PROBED = Sent(
     input="-", datatype="FP32", layout="NCHW", output="-", answers="logits", fingerprint="0" * 64
 )
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What the network takes: (pixels / 255 - mean) / std.
-
-    Attributes:
-        mean: of pixels in 0..1, per channel as the network has them, or one for all.
-        std: the same way.
-        bgr: blue comes first.
-    """
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    bgr: bool = False
-
-
-PRESETS = {
-    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "tf": Normalisation((0.5,), (0.5,)),
-    "0..1": Normalisation(),
-    "0..255": Normalisation((0.0,), (1 / 255,)),
-    "caffe": Normalisation((103.939 / 255, 116.779 / 255, 123.68 / 255), (1 / 255,), bgr=True),
-}
 
 
 @dataclass(frozen=True)

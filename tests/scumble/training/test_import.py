@@ -13,8 +13,9 @@ from PIL import Image
 from app.inference.bundle import Bundle, InputShape, Preprocessing
 from app.inference.decode import decode
 from app.inference.engines import load
+from app.inference.normalisation import PRESETS
 from scumble.training.import_command import import_onnx
-from scumble.training.onnx_import import PRESETS, convert, decide, read_network, samples
+from scumble.training.onnx_import import convert, decide, read_network, samples
 from scumble.training.sanity_checks import ExportError
 from tests.pictures import encoded, picture
 
