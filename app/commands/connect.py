@@ -42,7 +42,7 @@ class Size(click.ParamType[tuple[int, int]]):
         """Parse the text."""
         found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", str(value))
         if found is None:
-            self.fail(f"{value!r} is no size; allowed: 224 or HEIGHTxWIDTH", param, ctx)
+            self.fail(f"{value!r} is not a size; allowed: 224 or HEIGHTxWIDTH", param, ctx)
         return int(found[1]), int(found[2] or found[1])
 
 
@@ -56,7 +56,7 @@ class Numbers(click.ParamType[tuple[float, ...]]):
         try:
             return tuple(float(word) for word in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is no list of numbers such as 0.5,0.5,0.5", param, ctx)
+            self.fail(f"{value!r} is not a list of numbers such as 0.5,0.5,0.5", param, ctx)
 
 
 @click.command(context_settings=HELP)

@@ -272,7 +272,7 @@ def parameters_of(owner: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a request or a tensor; some clients send null for none.
 
     Raises:
-        BadFraming: they are no object.
+        BadFraming: they are not an object.
     """
     parameters = owner.get("parameters")
     if not isinstance(parameters, dict | None):

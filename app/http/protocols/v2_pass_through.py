@@ -2,7 +2,7 @@
 
     client -> check, count, charge -> upstream -> defend one output -> client
 
-The request is written anew from what is known to be harmless: names, shapes and values of inputs.
+The request is built again from what is known to be harmless: names, shapes and values of inputs.
 Everything else that a V2 server may offer is refused: parameters that may change what a model
 answers, further outputs, classification, shared memory. Of the answer nothing but the values of
 the defended output is used.
@@ -413,7 +413,7 @@ def read_passed(
     *,
     binary: bool,
 ) -> PassedRequest:
-    """Check a request and write it anew.
+    """Check a request and build it again.
 
     Args:
         headers: of the request.
@@ -548,7 +548,7 @@ def _the_output(document: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The requested output; empty if none is named.
 
     Raises:
-        BadFraming: outputs are no list of outputs.
+        BadFraming: outputs are not a list of outputs.
         Unprocessable: another output, or something else than its values.
     """
     outputs = document.get("outputs")

@@ -387,7 +387,7 @@ class UpstreamClient:
         replica.show()
 
     def note_invalid(self, answer: Answer, images: int) -> None:
-        """Count an answer with rows that are no distributions; an image may be the cause."""
+        """Count an answer with rows that are not distributions; an image may be the cause."""
         for replica in self.replicas:
             if replica.url == answer.url:
                 replica.metrics.invalid.inc()

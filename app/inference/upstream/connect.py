@@ -185,8 +185,8 @@ async def record(
     """Ask for the golden outputs, twice, and settle what the metadata do not say.
 
     Raises:
-        ConfigError: the server refuses the requests, or gives no distributions or other ones at the
-            second time.
+        ConfigError: the server refuses the requests, or gives rows that are not distributions,
+            or other rows at the second time.
     """
     sent = described.sent.model_copy(
         update={
@@ -309,7 +309,7 @@ def _choose(
 
 
 def _sides(sides: Sequence[int], wishes: Wishes) -> tuple[InputShape, Layout, list[int] | None]:
-    """Shape of the images, layout, and the shape of an input that is no such layout."""
+    """Shape of the images, layout, and the shape of an input with another layout."""
     height, width = wishes.size or (0, 0)
     if len(sides) == 3:
         first = sides[0] in (1, 3) and wishes.layout != "NHWC"

@@ -101,7 +101,7 @@ REFUSED = {
     "an output that is not there": ({}, ["--output", "p"], "no output named 'p'"),
     "features that are not there": ({}, ["--features", "p"], "--features is 'p'"),
     "another size": ({}, ["--size", "9"], "--size is 9x9, the input has 8x8"),
-    "no size": ({}, ["--size", "0"], "'0' is no size"),
+    "no size": ({}, ["--size", "0"], "'0' is not a size"),
     "probabilities that are none": (
         {"answers": "logits"},
         ["--normalize", "0..1", "--answers", "probabilities"],
