@@ -30,6 +30,8 @@ def create_app(
 ) -> FastAPI:
     """Make the application, with its model loaded, tested and warm.
 
+    `state.service` of the application is what answers requests, `state.model` what it was made of.
+
     Args:
         settings: what to serve, by default from the environment.
         last_good: contents to use for files that cannot be loaded.
@@ -76,10 +78,12 @@ def create_app(
         traced=tracing is not None,
     )
     model.log_loaded(engine, defense)
-    return build(
+    application = build(
         service,
         access_log=settings.access_log,
         tracing=tracing,
         root_path=settings.root_path or "",
         cors_origins=settings.cors_origins,
     )
+    application.state.model = model
+    return application

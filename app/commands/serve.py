@@ -17,11 +17,10 @@ from app.system.json_values import parse
 from scumble.help_option import HELP
 
 if TYPE_CHECKING:
-    from app.inference.bundle import Bundle, Card
-    from scumble.defenses import Defense
+    from app.inference.bundle import Card
+    from app.inference.pipeline import Pipeline
 
 RELOAD_S = 600
-CHANGED = 0.01  # share of labels that a defense may change without a warning
 
 
 config_option = click.option(
@@ -132,7 +131,8 @@ def check(everything: bool, images: Path | None, **arguments: Any) -> None:
             if engine == UPSTREAM:  # which the application asks once it runs
                 load_engine(settings, bundle)(golden_inputs(bundle.card.input))
         open_certificate(settings)
-        effect = effect_on(images, settings, bundle, defense) if images else {}
+        pipeline = app.state.model.pipeline
+        effect = effect_on(images, settings, bundle.card, pipeline) if images else {}
     except ConfigError as exc:
         raise click.ClickException(str(exc)) from exc
     shown_settings = variables() if everything else changed(settings)
@@ -189,32 +189,25 @@ def described(settings: Settings, card: Card, engine: str, defense: str) -> dict
     }
 
 
-def effect_on(folder: Path, settings: Settings, bundle: Bundle, defense: Defense) -> dict[str, str]:
+def effect_on(folder: Path, settings: Settings, card: Card, pipeline: Pipeline) -> dict[str, str]:
     """What the policy does to the answers for the images in a folder, in a few words each."""
-    from app.inference import engines
-    from app.inference.assembly import load_served, model_labels
-    from app.inference.policy_effect import policy_effect
-    from app.telemetry.assembly import make_metrics
+    from app.inference.policy_effect import images_of, policy_effects
 
-    engine = engines.resolve(settings.engine, settings.precision)
-    metrics = make_metrics(model_labels(settings, bundle, engine))
-    model = load_served(settings, bundle, engine, defense, metrics)
-    effect = policy_effect(model.pipeline, bundle.card, settings.limits, folder)
+    refused: list[str] = []
+    images = images_of(folder, card, settings.limits, refused)
+    (effect,) = policy_effects(pipeline, [pipeline.defense], images)
     said = {
         "images": f"{effect.images:,} in {folder}",
         "labels": f"{effect.changed:.2%} changed by the defense",
         "withheld": f"{effect.withheld:.2%} of the answers",
         "L1": f"{effect.l1:.3f}, mean distance to the clean answer",
     }
-    if not defense.withholds:
+    if not pipeline.defense.withholds:
         del said["withheld"]
-    if effect.refused:
-        said["refused"] = f"{len(effect.refused)} images, the first is {effect.refused[0]}"
-    if effect.changed > CHANGED:
-        said["warning"] = (
-            f"the defense changes {effect.changed:.1%} of these labels; label, codebook and "
-            "keep_top1 keep them"
-        )
+    if refused:
+        said["refused"] = f"{len(refused)} images, the first is {refused[0]}"
+    if warning := effect.warning():
+        said["warning"] = warning
     return said
 
 

@@ -24,10 +24,12 @@ from app.inference.engines import Engine, EngineName, Probs
 from app.inference.graph import tensor_input
 from app.inference.pipeline import Composed, Composer, Fused, Pipeline, self_test
 from app.inference.policy_warnings import policy_warnings
+from app.inference.score_graph import ScoredEngine
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from scumble import defenses
 from scumble.defenses.evidence import Evidence, Score
+from scumble.defenses.none import NoDefense
 from scumble.defenses.scores import Whitener
 
 if TYPE_CHECKING:
@@ -222,6 +224,26 @@ def load_engine(settings: Settings, bundle: Bundle) -> Engine:
         return UpstreamEngine(settings, bundle)
     model = bundle.onnx(settings.precision)
     return engines.load(engine, model, threads=1, precision=settings.precision)
+
+
+def load_pipeline(settings: Settings, bundle: Bundle) -> Pipeline:
+    """Load the network of a bundle with its scores for a tool, undefended and on one thread.
+
+    Raises:
+        BundleError: a file is not the one that the card lists.
+        ConfigError: the engine cannot run the network, or the settings name no upstream.
+    """
+    engine = load_engine(settings, bundle)
+    whitener = partial(whitener_of, settings, bundle)
+    if engines.resolve(settings.engine, settings.precision) == UPSTREAM:
+        from app.inference.upstream.engine import UpstreamEngine, UpstreamScores  # as above
+
+        assert isinstance(engine, UpstreamEngine)  # noqa: S101  # as load_engine makes it
+        return Pipeline(engine, NoDefense(), scores=UpstreamScores(engine, whitener))
+    name = engines.resolve(settings.engine, settings.precision)
+    load = partial(engines.load, name, threads=1, precision=settings.precision)
+    model = bundle.onnx(settings.precision)
+    return Pipeline(engine, NoDefense(), scores=ScoredEngine(load, model, whitener))
 
 
 def load_model(

@@ -1,8 +1,8 @@
-"""What a policy does to the owner's own images, before it is served."""
+"""What policies do to the owner's own images, before they are served."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,14 @@ from app.errors import ConfigError, RequestError
 from app.inference.bundle import Card
 from app.inference.decode import Pixels, decode
 from app.inference.engines import Probs
-from app.inference.pipeline import Pipeline
+from app.inference.pipeline import Pipeline, defended
 from app.settings import LimitSettings
+from scumble.defenses import Defense
+from scumble.defenses.evidence import Evidence
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 BATCH = 32
-Flags = npt.NDArray[np.bool_]
+CHANGED = 0.01  # share of labels that a policy may change without a warning
 
 
 @dataclass(frozen=True)
@@ -28,68 +30,81 @@ class PolicyEffect:
 
     Attributes:
         images: that were answered.
-        refused: files that the service refuses, each with the reason.
         changed: share of the answers with another label than the network's.
         withheld: share of the answers that were withheld; these are not among `changed`.
         l1: mean distance of the answers to the clean ones, 0 to 2.
     """
 
     images: int
-    refused: tuple[str, ...]
     changed: float
     withheld: float
     l1: float
 
+    def warning(self) -> str | None:
+        """A sentence about a policy that changes many labels; None for others."""
+        if self.changed <= CHANGED:
+            return None
+        return (
+            f"the defense changes {self.changed:.1%} of these labels; label, codebook and "
+            "keep_top1 keep them"
+        )
 
-def policy_effect(
-    pipeline: Pipeline, card: Card, limits: LimitSettings, folder: Path
-) -> PolicyEffect:
-    """Answer all images below a folder, as the service would.
+
+def policy_effects(
+    pipeline: Pipeline, policies: Sequence[Defense], images: Iterable[Pixels]
+) -> list[PolicyEffect]:
+    """Answer images under each of several policies; the network sees each image once.
 
     Args:
-        pipeline: network and policy.
+        pipeline: the network; its own policy does not count.
+        policies: to be compared.
+        images: (H, W, C), one by one.
+
+    Raises:
+        ConfigError: the network lacks scores that a policy needs.
+    """
+    needs = frozenset().union(*(policy.needs for policy in policies))
+    rows: list[list[npt.NDArray[np.float64]]] = [[] for _ in policies]
+    for batch in _batches(images):
+        clean: Probs = pipeline.engine(batch)
+        evidence: Evidence | None = None
+        if needs and not rows[0]:
+            pipeline.evidence(batch, clean, needs)  # loads what the scores need
+        if needs and pipeline.scores is not None:
+            clean, evidence = pipeline.scores(batch)
+        for policy, found in zip(policies, rows, strict=True):
+            answers, marks = defended(policy, clean, evidence, batch, [(len(batch), None)])
+            withheld = np.zeros(len(batch), bool) if marks is None else marks != 0
+            moved = (answers.argmax(1) != clean.argmax(1)) & ~withheld
+            found.append(np.stack([moved, withheld, np.abs(answers - clean).sum(1)], axis=1))
+    effects = []
+    for found in rows:
+        columns = np.concatenate(found) if found else np.empty((0, 3))
+        means = columns.mean(axis=0).tolist() if len(columns) else (0.0, 0.0, 0.0)
+        effects.append(PolicyEffect(len(columns), *means))
+    return effects
+
+
+def images_of(
+    folder: Path, card: Card, limits: LimitSettings, refused: list[str]
+) -> Iterator[Pixels]:
+    """The pictures below a folder, as the service decodes them.
+
+    Args:
+        folder: with PNG, JPEG and WebP files at any depth.
         card: of the network.
         limits: of the service.
-        folder: with PNG, JPEG and WebP files at any depth.
+        refused: gets what the service refuses, each file with the reason.
 
     Raises:
         ConfigError: the folder has no image that the service takes.
     """
-    refused: list[str] = []
-    changed: list[Flags] = []
-    withheld: list[Flags] = []
-    distance: list[Probs] = []
-    for images in _batches(_pixels(folder, card, limits, refused)):
-        clean = pipeline.engine(images)
-        if not changed:  # what scores need is loaded once
-            pipeline.evidence(images, clean, pipeline.defense.needs)
-        answers = pipeline.by_client(images, [(len(images), None)])
-        marks = np.zeros(len(images)) if answers.marks is None else answers.marks
-        moved = answers.probabilities.argmax(1) != clean.argmax(1)
-        changed.append(moved & (marks == 0))
-        withheld.append(marks != 0)
-        distance.append(answers.l1)
-    if not changed:
-        first = f": {refused[0]}" if refused else ""
-        raise ConfigError(f"no image in {str(folder)!r} can be answered{first}")
-    return PolicyEffect(
-        sum(map(len, changed)),
-        tuple(refused),
-        float(np.concatenate(changed).mean()),
-        float(np.concatenate(withheld).mean()),
-        float(np.concatenate(distance).mean()),
-    )
-
-
-def _pixels(
-    folder: Path, card: Card, limits: LimitSettings, refused: list[str]
-) -> Iterator[Pixels]:
-    """Image after image; what the service refuses is added to `refused`."""
+    count = 0
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() not in SUFFIXES or not file.is_file():
             continue
         try:
-            yield decode(
+            pixels = decode(
                 file.read_bytes(),
                 card.input,
                 card.preprocessing,
@@ -98,6 +113,12 @@ def _pixels(
             )
         except (RequestError, OSError) as exc:
             refused.append(f"{file.name}: {exc}")
+            continue
+        count += 1
+        yield pixels
+    if not count:
+        first = f": {refused[0]}" if refused else ""
+        raise ConfigError(f"no image in {str(folder)!r} can be answered{first}")
 
 
 def _batches(images: Iterable[Pixels]) -> Iterator[Pixels]:

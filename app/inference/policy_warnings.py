@@ -17,7 +17,6 @@ from scumble.defenses.label import Label
 from scumble.defenses.none import NoDefense
 from scumble.defenses.withhold import Withhold
 
-FITTED = ("codebook", "gate")  # by `scumble calibrate`
 MANY = 100  # classes from which dcp moves labels
 GATE = 0.03  # half the width of dcp's gate at its default nu
 UNCHANGED = 1e-6
@@ -59,17 +58,33 @@ def policy_hint(card: Card, precision: Precision, defense: defenses.Defense) -> 
         precision: that is served.
         defense: the policy.
     """
-    calibrated = {name: f"{name}.{_stored(precision)}.json" in card.files for name in FITTED}
+    recommended = recommended_policy(card, precision)
     steps = defense.steps if isinstance(defense, Chain) else (defense,)
     if any(isinstance(step, Withhold) for step in steps):
         return None
     if any(isinstance(step, Codebook | Label) for step in steps):
-        if calibrated["gate"]:
+        if recommended == "withhold":
             return "withhold gives no answer to images unlike your own; copies need such images"
         return "scumble calibrate fits withhold, which gives no answer to images unlike your own"
-    if calibrated["codebook"]:
+    if _calibrated(card, precision, "codebook"):
         return "codebook keeps the label and a confidence, and nothing can be recovered from it"
     return "label keeps the label; after scumble calibrate, codebook keeps a confidence as well"
+
+
+def recommended_policy(card: Card, precision: Precision) -> str:
+    """The defense that `docs/explanation/results.md` recommends for what the bundle has.
+
+    Args:
+        card: of the model.
+        precision: that is served.
+    """
+    fitted = (name for name in ("gate", "codebook") if _calibrated(card, precision, name))
+    return {"gate": "withhold", "codebook": "codebook"}.get(next(fitted, ""), "label")
+
+
+def _calibrated(card: Card, precision: Precision, name: str) -> bool:
+    """Whether `scumble calibrate` fitted this to the file that is served."""
+    return f"{name}.{_stored(precision)}.json" in card.files
 
 
 def _stored(precision: Precision) -> str:

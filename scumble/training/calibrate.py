@@ -13,7 +13,6 @@ from typing import Any
 import click
 import numpy as np
 import orjson
-from rich.console import Console
 from rich.table import Table
 
 from app.errors import ConfigError
@@ -49,6 +48,7 @@ from scumble.training.gate_report import (
     shares,
 )
 from scumble.training.measure import answers, as_input, decoder_of, describe, gap, open_set, threads
+from scumble.training.policy_table import settings_of, show, show_policies
 from scumble.training.staging import staged
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
@@ -213,11 +213,17 @@ def calibrate(
 
     That is the few rows that `codebook` answers with, and the thresholds of `withhold`, from the
     images of --own and mild shifts of them. Prints what honest users get of each kind of answer,
-    and which share of which images is withheld; see docs/reference/defenses.md.
+    which share of which images is withheld, and which share of labels policies change; see
+    docs/reference/defenses.md.
     """
     with plain_errors():
         bundle = open_bundle(models, name)
         require_writable(bundle.folder)
+        engine = "auto" if bundle.card.upstream is None else "upstream"
+        settings = {
+            precision: settings_of(models, name, precision=precision, engine=engine)
+            for precision in PRECISIONS
+        }
         own = open_set(own_source or name, "train", data, bundle.card)
         test = open_set(test_source or name, "test", data, bundle.card)
         if own_source is None:
@@ -231,11 +237,14 @@ def calibrate(
             for name in foreign_sources
         }
         card = ship(bundle, own, test, foreign, typed(ctx))
-    console = Console()
-    console.print(_answers_table(card, f"{bundle.folder}: fitted to {len(own):,} images"))
+    show(_answers_table(card, f"{bundle.folder}: fitted to {len(own):,} images"))
     for precision in PRECISIONS:
         if found := card.auxiliary["gate"].get(precision):
-            console.print(_gate_table(found, f"{precision}: share withheld, by measure and loss"))
+            show(_gate_table(found, f"{precision}: share withheld, by measure and loss"))
+    pixels = as_input(test, card.input, MOST)
+    for precision in PRECISIONS:
+        if precision in card.auxiliary["codebook"]:
+            show_policies(settings[precision], pixels, "of --test")
 
 
 def _answers_table(card: Card, title: str) -> Table:

@@ -30,6 +30,7 @@ from scumble.training.command_options import (
     version_option,
 )
 from scumble.training.labels import distinct, read_labels
+from scumble.training.policy_table import images_option, settings_of, show_folder
 from scumble.training.sanity_checks import check_normalisation
 from scumble.training.staging import staged, write_file
 
@@ -88,6 +89,7 @@ from scumble.training.staging import staged, write_file
 @click.option("--licence", default="", help="Of the training data, for the card.")
 @version_option
 @models_option
+@images_option
 @click.option("--defense", help="Write the bundle NAME as one ONNX file with this defense inside.")
 @click.option(
     "--param",
@@ -122,6 +124,7 @@ def export(
     precision: Precision,
     out: Path | None,
     models: Path,
+    images: Path | None,
     **network: Any,
 ) -> None:
     """Write a network of your own as the float bundle NAME, or the bundle NAME defended.
@@ -143,6 +146,7 @@ def export(
             click.echo(line)
         else:
             require_writable(models / name)
+            settings = None if images is None else settings_of(models, name, precision="float32")
             command = typed(ctx)
             sources: dict[str, Any] = {
                 "torchvision": torchvision,
@@ -151,6 +155,8 @@ def export(
                 "pt2": pt2,
             }
             click.echo(write_bundle(models, name, command=command, **sources, **network))
+            if settings and images:
+                show_folder(settings, images)
 
 
 def write_defended(

@@ -40,6 +40,7 @@ from scumble.training.onnx_import import (
     decide,
     read_network,
 )
+from scumble.training.policy_table import images_option, settings_of, show_folder
 from scumble.training.sanity_checks import ExportError, check_normalisation
 from scumble.training.staging import remove_derived, staged
 
@@ -141,6 +142,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 @click.option("--licence", default="", help="Of the training data, for the card.")
 @version_option
 @models_option
+@images_option
 @click.pass_context
 def import_onnx(
     ctx: click.Context,
@@ -162,6 +164,7 @@ def import_onnx(
     licence: str,
     version: str,
     models: Path,
+    images: Path | None,
 ) -> None:
     """Write an ONNX classifier as the float bundle NAME, by default that of the file.
 
@@ -170,6 +173,7 @@ def import_onnx(
     name = name or source.stem
     with plain_errors():
         require_writable(models / name)
+        settings = None if images is None else settings_of(models, name, precision="float32")
         network = read_network(source)
         normalisation = normalisation_of(preset, mean, std, bgr)
         decision = decide(
@@ -204,6 +208,8 @@ def import_onnx(
         for note in made.notes:
             click.echo(f"note: {note}")
         click.echo(_write(models / name, made, card))
+        if settings and images:
+            show_folder(settings, images)
 
 
 def _labels(path: Path | None, decision: Decision) -> list[str]:

@@ -3,6 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
+from app.inference import engines
 from scumble.cli import main
 from tests.app import probe_defenses
 from tests.pictures import encoded, picture
@@ -75,3 +76,19 @@ def test_withheld_answers_are_no_changed_labels(tmp_path):
     assert done.exit_code == 0, done.output
     assert "withheld  100.00% of the answers" in done.output  # noise is no digit
     assert "labels    0.00% changed" in done.output
+
+
+def test_the_model_is_not_loaded_again_for_the_images(check, monkeypatch):
+    loaded, load = [], engines.load
+
+    def counting(*args, **more):
+        loaded.append(args)
+        return load(*args, **more)
+
+    monkeypatch.setattr(engines, "load", counting)
+    check("label")
+    with_images = len(loaded)
+    loaded.clear()
+    done = CliRunner().invoke(main, ["check", "--defense", "label"])
+    assert done.exit_code == 0
+    assert len(loaded) == with_images > 0

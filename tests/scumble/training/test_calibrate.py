@@ -147,6 +147,8 @@ def test_the_command_writes_codebook_and_gate_and_says_what_they_cost(models, tm
     done = CliRunner().invoke(calibrate, words)
     assert done.exit_code == 0, done.output
     assert "float32 pooled 4" in done.output
+    shown = done.output[done.output.index("images of --test, float32") :]
+    assert [name in shown for name in ("labels changed", "Withhold(", "DCP(")] == [True] * 3
 
     bundle = Bundle(models / "own")
     made = bundle.card.auxiliary["codebook"]

@@ -91,10 +91,12 @@ def test_export_own_module_with_labels_and_weights(tmp_path):
     command = (
         f"own --module {tmp_path}/own.py:net --weights {tmp_path}/weights.pt --size 12 "
         f"--channels 1 --labels {tmp_path}/labels.txt --mean 0.5 --std 0.25 --fit crop --ratio 0.9 "
-        f"--models {tmp_path}/models"
+        f"--models {tmp_path}/models --images docs/digits"
     )
     done = CliRunner().invoke(export, command.split(), prog_name="export")
     assert done.exit_code == 0, done.output
+    assert "6 images in docs/digits, float32" in done.output
+    assert [word in done.output for word in ("labels changed", "Label()", "DCP(")] == [True] * 3
     bundle = Bundle(tmp_path / "models" / "own")
     assert bundle.card.labels == ["cat", "dog", "bird"]
     assert bundle.card.preprocessing == Preprocessing(fit="crop", ratio=0.9)

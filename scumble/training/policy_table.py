@@ -1,0 +1,103 @@
+"""What policies do to the owner's images, as a table below the commands that make bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from app.errors import ConfigError
+from app.inference.assembly import configure_defense, load_pipeline
+from app.inference.bundle import Bundle, open_bundle
+from app.inference.decode import Pixels
+from app.inference.policy_effect import images_of, policy_effects
+from app.inference.policy_warnings import recommended_policy
+from app.settings import Settings, load_settings
+from scumble.defenses import Defense, DefenseError
+
+images_option = click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with images of yours; shows which share of their labels policies change.",
+)
+COMPARED = ("dcp", {"beta": 1.2})  # which changes more labels, the more classes there are
+
+
+def settings_of(models: Path, name: str, **more: Any) -> Settings:
+    """The settings of the environment, for a bundle.
+
+    Raises:
+        ConfigError: a setting is not allowed.
+    """
+    return load_settings(model_dir=models, model=name, **more)
+
+
+def policies_of(settings: Settings, bundle: Bundle) -> dict[str, Defense]:
+    """The policy of the settings, the recommended one and `dcp`, each by what it is.
+
+    Raises:
+        ConfigError: the bundle lacks what the settings' defense needs, or a parameter of it is not
+            allowed.
+    """
+    compared, default = COMPARED
+    wanted: dict[str, Mapping[str, Any]] = {settings.defense: settings.defense_params}
+    wanted.setdefault(recommended_policy(bundle.card, settings.precision), {})
+    wanted.setdefault(compared, bundle.card.recommended.get(compared, default))
+    wanted.pop("none", None)
+    found: dict[str, Defense] = {}
+    for name, params in wanted.items():
+        try:
+            defense = configure_defense(settings, bundle, name, params)
+        except DefenseError as exc:
+            raise ConfigError(f"defense {name!r}: {exc}") from exc
+        found[repr(defense)] = defense
+    return found
+
+
+def policy_table(settings: Settings, bundle: Bundle, images: Iterable[Pixels], of: str) -> Table:
+    """Shares of labels changed and answers withheld, and the mean distance to the clean answers.
+
+    Args:
+        settings: whose policy is one of those compared.
+        bundle: the network.
+        images: (H, W, C), as the network takes them.
+        of: what the images are, for the title.
+
+    Raises:
+        ConfigError: the policy of the settings cannot be served with this bundle.
+    """
+    policies = policies_of(settings, bundle)
+    effects = policy_effects(load_pipeline(settings, bundle), list(policies.values()), images)
+    table = Table(title=f"{effects[0].images:,} images {of}, {settings.precision}")
+    for column in ("policy", "labels changed", "withheld", "L1"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for name, effect in zip(policies, effects, strict=True):
+        row = f"{effect.changed:.2%}", f"{effect.withheld:.2%}", f"{effect.l1:.3f}"
+        table.add_row(name, *row)
+    return table
+
+
+def show_policies(settings: Settings, images: Iterable[Pixels], of: str) -> None:
+    """Print the table; the bundle is made by now, so what cannot be compared is a note."""
+    try:
+        show(policy_table(settings, open_bundle(settings.model_dir, settings.model), images, of))
+    except ConfigError as exc:
+        click.echo(f"note: no policies are compared: {exc}")
+
+
+def show_folder(settings: Settings, folder: Path) -> None:
+    """Print the table of the images in a folder, and what the service refuses of it."""
+    card = open_bundle(settings.model_dir, settings.model).card
+    refused: list[str] = []
+    show_policies(settings, images_of(folder, card, settings.limits, refused), f"in {folder}")
+    if refused:
+        click.echo(f"note: {len(refused)} images are refused, the first is {refused[0]}")
+
+
+def show(table: Table) -> None:
+    """Print a table to the standard output."""
+    Console().print(table)
