@@ -25,6 +25,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic.fields import FieldInfo
@@ -54,9 +55,11 @@ STORE_SCHEMES = frozenset({"memory", "sqlite", "redis", "rediss", "unix"})
 STORES = "allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB"
 COLLECTORS = "allowed: http://HOST:PORT and https://HOST:PORT, without a query"
 MODEL_PATH = r"(/[^/]+)*/v2/models/[^/]+(/versions/[^/]+)?/?"
+BASE_PATH = r"(/[^/]+)*/?"
 UPSTREAMS = (
     "allowed: http://HOST:PORT/v2/models/NAME or https://, optionally /versions/VERSION, several "
-    "with commas or spaces between; SCUMBLE_UPSTREAM_TOKEN has the token"
+    "with commas or spaces between; with SCUMBLE_UPSTREAM_TEMPLATE, http://HOST:PORT; "
+    "SCUMBLE_UPSTREAM_TOKEN has the token"
 )
 # Part of a path: a name of dots alone would lead elsewhere.
 ModelName = Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=128)]
@@ -217,13 +220,16 @@ def store_url(url: str) -> str:
     return url
 
 
-def upstream_urls(text: str) -> str:
-    """Check the URLs of a model on one or more V2 servers; return them with a space between.
+def upstream_urls(text: str, info: ValidationInfo) -> str:
+    """Check the URLs of a model on one or more servers; return them with a space between.
+
+    They are of a V2 model, or with a template of the servers.
 
     Raises:
         ValueError: one is not such a URL; the message contains no part of it.
     """
     urls = text.replace(",", " ").split()
+    path = MODEL_PATH if info.data.get("upstream_template") is None else BASE_PATH
     for url in urls:
         parts = split(url) if "://" in url else None
         if (
@@ -233,7 +239,7 @@ def upstream_urls(text: str) -> str:
             or "@" in parts.netloc
             or parts.query
             or parts.fragment
-            or not re.fullmatch(MODEL_PATH, parts.path)
+            or not re.fullmatch(path, parts.path)
         ):
             raise ValueError(UPSTREAMS)
     return " ".join(url.rstrip("/") for url in urls)
@@ -282,10 +288,14 @@ class Settings(BaseSettings):
         default="auto",
         description="auto selects the first that is installed; upstream asks another server",
     )
+    upstream_template: Path | None = Field(
+        default=None, description="TOML file that describes the JSON API of upstream servers"
+    )
     upstream: Annotated[str, AfterValidator(upstream_urls)] = Field(
         default="",
         repr=False,
-        description="URLs of the model on V2 servers, http://HOST:PORT/v2/models/NAME",
+        description="URLs of the model on V2 servers, http://HOST:PORT/v2/models/NAME, or of the "
+        "servers that the template describes",
     )
     upstream_token: SecretStr | None = Field(
         default=None, description="bearer token that is sent to them"

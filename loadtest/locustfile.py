@@ -19,7 +19,7 @@ import numpy as np
 from locust import FastHttpUser, LoadTestShape, constant_throughput, events, task
 from locust.env import Environment
 
-from scumble.data.png import encode_png
+from scumble.png import encode_png
 
 BATCH = 64
 # seconds until the end of the stage, honest clients

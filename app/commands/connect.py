@@ -6,16 +6,20 @@ import asyncio
 import re
 import sys
 import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 import orjson
+from click.core import ParameterSource
 from prometheus_client import CollectorRegistry
 
 from app.errors import ConfigError
 from app.inference.bundle import GOLDEN_FILE, Bundle, Preprocessing, write_card
 from app.inference.normalisation import PRESETS, Normalisation
+from app.inference.upstream.client import UpstreamClient
 from app.inference.upstream.connect import (
     INPUTS,
     Answers,
@@ -26,11 +30,19 @@ from app.inference.upstream.connect import (
     describe,
     fetch,
     record,
+    record_template,
 )
 from app.inference.upstream.engine import make_client
+from app.inference.upstream.template_network import TemplateNetwork
 from app.settings import load_settings
 from app.telemetry.metrics import Metrics
 from scumble.help_option import HELP
+
+# Options that a template takes the place of; labels may be other ones.
+DESCRIBED = frozenset(
+    {"input_name", "datatype", "layout", "size", "preset", "mean", "std", "bgr"}
+    | {"output", "answers", "logits", "features", "model_version", "max_batch"}
+)
 
 
 class Size(click.ParamType[tuple[int, int]]):
@@ -68,6 +80,11 @@ class Numbers(click.ParamType[tuple[float, ...]]):
     default=Path("models"),
     show_default=True,
     help="Folder of bundles.",
+)
+@click.option(
+    "--template",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="TOML file that describes the JSON API of a server without V2.",
 )
 @click.option("--bundle-version", default="1", show_default=True, help="Of the bundle.")
 @click.option("--replace", is_flag=True, help="Replace the bundle if there is one of this name.")
@@ -125,10 +142,14 @@ class Numbers(click.ParamType[tuple[float, ...]]):
     show_default=True,
     help="Filter of the resizing.",
 )
+@click.pass_context
 def connect(
+    context: click.Context,
+    /,
     url: str,
     name: str,
     models: Path,
+    template: Path | None,
     bundle_version: str,
     replace: bool,
     labels: Path | None,
@@ -146,12 +167,14 @@ def connect(
     model_version: str | None,
     **wishes: Any,
 ) -> None:
-    """Write the bundle NAME for the model that a V2 server has at URL.
+    """Write the bundle NAME for the model that another server has at URL.
 
     URL is http://HOST:PORT/v2/models/NAME, of Triton, KServe, MLServer, OpenVINO Model Server or
     another server of the Open Inference Protocol. Its metadata say what they can, the options say
-    the rest. The network's answers to some images are recorded, so that the engine `upstream`
-    notices another network. SCUMBLE_UPSTREAM_TOKEN and SCUMBLE_UPSTREAM_CA are used as it does.
+    the rest. With --template, URL is http://HOST:PORT of a server with a JSON API.
+
+    The network's answers to some images are recorded, so that the engine `upstream` notices another
+    network. SCUMBLE_UPSTREAM_TOKEN and SCUMBLE_UPSTREAM_CA are used as it does.
     """
     wished = Wishes(input=input_name, version=model_version, **wishes)
     try:
@@ -164,8 +187,13 @@ def connect(
         def normalisation(described: Described) -> Normalisation:
             return _normalisation(described, preset, mean, std, bgr)
 
-        found, classes = asyncio.run(_connect(url, wished, normalisation, answers, tolerance))
-        names = _labels(labels, found.rows.shape[1])
+        classes = None
+        if template is not None:
+            _refuse_described(context)
+            found = asyncio.run(_connect_template(url, template, tolerance))
+        else:
+            found, classes = asyncio.run(_connect(url, wished, normalisation, answers, tolerance))
+        names = _labels(labels, found.rows.shape[1], found.labels)
         click.echo(found.sentence())
         card = {
             "name": name,
@@ -178,7 +206,7 @@ def connect(
                 "shorter": shorter,
                 "interpolation": interpolation,
             },
-            "upstream": found.sent.model_dump(),
+            "upstream": found.card.model_dump(),
         }
         _write(folder, card, found)
     except ConfigError as exc:
@@ -187,22 +215,51 @@ def connect(
         raise click.ClickException(f"{str(models)!r} cannot be written: {exc}") from exc
     note = "" if classes in (None, len(names)) else f" (the metadata say {classes})"
     click.echo(f"{folder}: {len(names)} classes{note}")
-    click.echo(f"serve it with SCUMBLE_ENGINE=upstream SCUMBLE_UPSTREAM={url}")
+    more = "" if template is None else f" SCUMBLE_UPSTREAM_TEMPLATE={template}"
+    click.echo(f"serve it with SCUMBLE_ENGINE=upstream SCUMBLE_UPSTREAM={url}{more}")
 
 
 async def _connect(
     url: str, wishes: Wishes, normalisation: Any, answers: Answers | None, tolerance: float | None
 ) -> tuple[Connected, int | None]:
-    settings = load_settings(engine="upstream", upstream=url)
-    client = make_client(settings, Metrics(CollectorRegistry()))
-    await client.open()
-    try:
+    async with _client(url, None) as client:
         metadata, config = await fetch(client)
         described = describe(metadata, config, wishes)
         found = await record(client, described, normalisation(described), answers, tolerance)
         return found, described.classes
+
+
+async def _connect_template(url: str, template: Path, tolerance: float | None) -> Connected:
+    network = TemplateNetwork.load(template)
+    async with _client(url, template) as client:
+        return await record_template(client, network, tolerance)
+
+
+@asynccontextmanager
+async def _client(url: str, template: Path | None) -> AsyncIterator[UpstreamClient]:
+    settings = load_settings(engine="upstream", upstream=url, upstream_template=template)
+    client = make_client(settings, Metrics(CollectorRegistry()))
+    await client.open()
+    try:
+        yield client
     finally:
         await client.close()
+
+
+def _refuse_described(context: click.Context) -> None:
+    """Refuse options about what a template describes.
+
+    Raises:
+        ConfigError: names them.
+    """
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in DESCRIBED
+        and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise ConfigError(f"{', '.join(given)} given; with --template the template says it")
 
 
 def _normalisation(
@@ -241,9 +298,9 @@ def _normalisation(
     return given
 
 
-def _labels(path: Path | None, classes: int) -> list[str]:
+def _labels(path: Path | None, classes: int, known: Sequence[str] | None) -> list[str]:
     if path is None:
-        return [str(k) for k in range(classes)]
+        return [str(k) for k in range(classes)] if known is None else list(known)
     try:
         text = path.read_text(encoding="utf-8")
         listed = orjson.loads(text) if text.lstrip().startswith("[") else text.splitlines()

@@ -8,7 +8,8 @@
     codebook.float32.json, codebook.int8.json    optional, what the defense `codebook` serves
     gate.float32.json, gate.int8.json    optional, below which scores `withhold` withholds
 
-A bundle for the engine `upstream` has no network: its card says how another server is asked.
+A bundle for the engine `upstream` has no network: its card says how another server is asked, or
+which template says it.
 
 Each file is read once, hashed and passed on as bytes, so that the bytes that were checked are those
 that run. A card names only files in its own folder, and a network stores all weights in its file.
@@ -23,7 +24,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from app.errors import BundleError
 from app.precision import Precision
@@ -151,6 +160,27 @@ class Sent(Frozen):
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
+class Templated(Frozen):
+    """How a JSON API takes the images of a network: as a template says, which the settings name.
+
+    Attributes:
+        template: fingerprint of the template, without its headers.
+    """
+
+    template: Sha256
+
+
+def _kind_of_upstream(value: Any) -> str:
+    given = value if isinstance(value, Mapping) else vars(value)
+    return "template" if "template" in given else "v2"
+
+
+Upstream = Annotated[
+    Annotated[Sent, Tag("v2")] | Annotated[Templated, Tag("template")],
+    Discriminator(_kind_of_upstream),
+]
+
+
 class Accuracy(Frozen):
     """Share of correct predictions, in [0, 1], on `images` images of `data`."""
 
@@ -175,7 +205,7 @@ class Card(Frozen):
     auxiliary: dict[str, Any] = {}
     recommended: dict[str, Parameters] = {}
     data_licence: str = ""
-    upstream: Sent | None = None
+    upstream: Upstream | None = None
 
     @model_validator(mode="after")
     def _shorter_covers_the_input(self) -> Self:
@@ -190,7 +220,7 @@ class Card(Frozen):
 
     @model_validator(mode="after")
     def _one_or_each_channel(self) -> Self:
-        for name in ("mean", "std") if self.upstream is not None else ():
+        for name in ("mean", "std") if isinstance(self.upstream, Sent) else ():
             count = len(getattr(self.upstream, name))
             if count not in (1, self.input.channels):
                 raise ValueError(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from scumble.attacker.transports import Images
 from scumble.data.image_sets import Dataset
-from scumble.data.png import to_image
+from scumble.png import to_image
 
 
 @dataclass(frozen=True, repr=False)

@@ -25,12 +25,12 @@ from torch import nn
 
 from scumble.attacker import (
     adapt,
-    api_template,
     attacks,
     consent,
     device,
     settings,
     students,
+    template_transport,
     transfer,
 )
 from scumble.attacker.attacks import Attack
@@ -134,7 +134,7 @@ def run(
     """
     clock, started = time.perf_counter(), datetime.now(UTC)
     attack, modifiers = configure(job)
-    described = api_template.load(job.template) if job.template else None
+    described = template_transport.load(job.template) if job.template else None
     attack.check(job.budget, images=job.queries is not None)
     require_data(job)
     if job.threads:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from scumble.data.image_sets import Dataset, DatasetError, load, require
-from scumble.data.png import to_image
+from scumble.png import to_image
 
 Pixels = npt.NDArray[np.uint8]
 DRAWN, BLOCK, SIDE = 20_000, 500, 32  # images of a drawn set, drawn at a time, and their size

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from scumble.data.png import encode_png
+from scumble.api_template import levels
+from scumble.png import encode_png
 
 Images = npt.NDArray[np.float32]
 """float32 (N, C, H, W) in [0, 1], whatever the transport makes of it."""
@@ -52,14 +53,6 @@ class Transport(Protocol):
     def largest(self, limits: dict[str, int]) -> int:
         """Images that one request may hold."""
         ...
-
-
-def levels(images: Images) -> npt.NDArray[np.uint8]:
-    """(N, C, H, W) in [0, 1] -> uint8 (N, H, W, C), rounded to the nearest level."""
-    whole: npt.NDArray[np.uint8] = np.rint(images.clip(0, 1).transpose(0, 2, 3, 1) * 255).astype(
-        np.uint8
-    )
-    return whole
 
 
 class Png:

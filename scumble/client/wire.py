@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from scumble.client.errors import BadAnswer, BadImage, Refused
-from scumble.data.png import encode_png, to_image
+from scumble.png import encode_png, to_image
 
 Sendable: TypeAlias = bytes | str | PathLike[str] | Image.Image | npt.NDArray[np.uint8]
 T = TypeVar("T")

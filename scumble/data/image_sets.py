@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from scumble.data.png import encode_png
+from scumble.png import encode_png
 
 SPLITS = ("train", "test")
 CACHE = Path.home() / ".cache" / "scumble"  # of downloads

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from scumble.data.png import to_image
+from scumble.png import to_image
 
 Pixels = npt.NDArray[np.uint8]
 One = Callable[[Pixels, np.random.Generator], Pixels]

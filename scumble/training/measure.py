@@ -22,7 +22,7 @@ from app.inference.formats import SIGNATURE
 from app.precision import Precision
 from scumble.data import image_sets
 from scumble.data.image_sets import Dataset, DatasetError, Decoder
-from scumble.data.png import to_image
+from scumble.png import to_image
 from scumble.progress import bar
 
 BATCH_VALUES = 250 * 32 * 32 * 3  # levels of the images in a batch: 250 small ones or 5 photos

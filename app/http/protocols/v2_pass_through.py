@@ -53,9 +53,9 @@ from app.inference.deadline import LATE, Deadline
 from app.inference.engines import Probs
 from app.inference.upstream.batching import LEAST_S
 from app.inference.upstream.client import Answer
-from app.inference.upstream.network import Found
+from app.inference.upstream.network_interface import Found, InvalidAnswer
 from app.inference.upstream.passed import Passed, PassThrough, check_without_images
-from app.inference.upstream.protocol import InvalidAnswer, read_answer, read_json
+from app.inference.upstream.v2_messages import read_answer, read_json
 from app.request_context import RequestContext, request_context
 from app.settings import LimitSettings
 from app.system.background import Throttle

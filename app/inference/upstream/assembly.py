@@ -26,8 +26,9 @@ from app.inference.upstream.batching import UpstreamBatcher
 from app.inference.upstream.client import UpstreamClient
 from app.inference.upstream.engine import UpstreamEngine, UpstreamScores, make_client, network_of
 from app.inference.upstream.monitor import Monitor
-from app.inference.upstream.network import Network
+from app.inference.upstream.network_interface import Network
 from app.inference.upstream.passed import PassThrough, make_pass_through
+from app.inference.upstream.v2_network import V2Network
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from scumble import defenses
@@ -84,7 +85,7 @@ class UpstreamModel:
     @property
     def max_size(self) -> int:
         """Images of the largest batch."""
-        return min(self.settings.batch.max_size, self.network.sent.max_batch)
+        return min(self.settings.batch.max_size, self.network.max_batch)
 
     def pixels(self) -> Batchers:
         """The batchers for uint8 images."""
@@ -115,6 +116,12 @@ class UpstreamModel:
         Raises:
             ConfigError: the settings of one are not allowed.
         """
+        if not isinstance(self.network, V2Network):
+            if self.settings.upstream_models:
+                raise ConfigError(
+                    "SCUMBLE_UPSTREAM_MODELS needs a V2 server; the upstream is a JSON API"
+                )
+            return None
         return make_pass_through(
             self.settings,
             self.bundle.card.name,
@@ -201,7 +208,7 @@ def load_upstream(
             f"SCUMBLE_PRECISION is {settings.precision!r}; allowed with the engine upstream: "
             "float32, as the other server decides what it computes with"
         )
-    network = network_of(bundle)
+    network = network_of(settings, bundle)
     golden = bundle.golden()
     shape = np.shape(golden.probabilities.get("float32", ()))
     if shape != (GOLDEN_COUNT, network.classes) or "float32" not in golden.tolerance:
@@ -242,8 +249,7 @@ def require(network: Network, needs: frozenset[Score]) -> None:
     """
     if missing := sorted(needs - network.scores):
         raise ConfigError(
-            f"the upstream has no output for: {', '.join(missing)}; `scumble connect` takes "
-            "--logits for the energy and --features for the residual"
+            f"the upstream has no output for: {', '.join(missing)}; {network.score_hint}"
         )
 
 

@@ -16,13 +16,11 @@ from app.inference.deadline import LATE, NO_DEADLINE, Deadline
 from app.inference.engines import Batch
 from app.inference.pipeline import Answers, Pipeline, defended
 from app.inference.upstream.client import Answer, UpstreamClient
-from app.inference.upstream.network import Found, Network
-from app.inference.upstream.protocol import read_answer
+from app.inference.upstream.network_interface import Found, Network
 from app.telemetry.metrics import Metrics
 from scumble.defenses import Defense
 from scumble.defenses.scores import Whitener
 
-INLINE_VALUES = 250_000  # of the images of a batch, up to which its body is written on the loop
 LEAST_S = 1.0  # that a batch may take, whatever the deadlines of its requests
 INVALID = "upstream gave no distribution for an image of the request"
 
@@ -168,7 +166,7 @@ class UpstreamBatcher(Batcher):
 
     async def _ask(self, images: Batch, jobs: list[Job]) -> Found:
         network = self._network
-        if images.size <= INLINE_VALUES:
+        if images.size <= network.inline_values:
             body, headers = network.request(images)
         else:
             body, headers = await asyncio.to_thread(network.request, images)
@@ -177,14 +175,16 @@ class UpstreamBatcher(Batcher):
             headers["traceparent"] = trace
 
         def read(answer: Answer) -> Found:
-            found = network.read(read_answer(answer.length, answer.body), len(images))
+            found = network.read(answer, len(images))
             if found.valid is not None:
                 self._client.note_invalid(answer, int((~found.valid).sum()))
             return found
 
         # A connection is not given up, and the next one checked, for a client's short deadline.
         until = max(max(job.deadline.at for job in jobs), self._clock() + LEAST_S)
-        return await self._client.ask("/infer", body, headers, read, until=until)
+        return await self._client.ask(
+            network.path, body, headers, read, until=until, method=network.method
+        )
 
     def _defend(self, images: Batch, found: Found, jobs: list[Job]) -> Any:
         evidence = None

@@ -21,7 +21,8 @@ from aiohttp import hdrs
 
 from app.errors import ConfigError, RequestError, TooLate, Unavailable
 from app.inference.upstream.circuit import Circuit
-from app.inference.upstream.protocol import LENGTH, InvalidAnswer, OtherNetwork
+from app.inference.upstream.network_interface import InvalidAnswer, OtherNetwork
+from app.inference.upstream.v2_messages import LENGTH
 from app.system.background import Throttle
 from app.telemetry.metrics import Metrics, UpstreamMetrics
 
@@ -82,7 +83,7 @@ class Replica:
     """One server that has the model.
 
     Args:
-        url: of the model, `http://HOST/v2/models/NAME`.
+        url: of the model, `http://HOST/v2/models/NAME`, or of the server of a JSON API.
         circuit: opens when the replica fails.
         metrics: of the replica.
 
@@ -228,7 +229,7 @@ class UpstreamClient:
         """Send a request to a usable replica, and on failure to another.
 
         Args:
-            path: below the URL of the model, such as `/infer`.
+            path: below the URL of the replica, such as `/infer`.
             body: of the request.
             headers: of the request.
             read: parses the answer, and raises InvalidAnswer if it is none.

@@ -1,4 +1,7 @@
-"""Makes the card of a network that another server runs, from its metadata and its answers."""
+"""Makes the card of a network that another server runs, from its answers.
+
+A V2 server has metadata, which say how it is asked; for a JSON API a template says that.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,14 @@ import numpy as np
 import orjson
 
 from app.errors import ConfigError
-from app.inference.bundle import InputShape, Sent, golden_inputs
+from app.inference.bundle import InputShape, Sent, Templated, golden_inputs
 from app.inference.engines import Probs
 from app.inference.normalisation import Normalisation
 from app.inference.upstream.client import UpstreamClient, UpstreamFailure
-from app.inference.upstream.network import Network
-from app.inference.upstream.protocol import (
-    InvalidAnswer,
-    Tensors,
-    read_answer,
-    read_json,
-)
+from app.inference.upstream.network_interface import Found, InvalidAnswer, Network
+from app.inference.upstream.template_network import TemplateNetwork
+from app.inference.upstream.v2_messages import Tensors, read_answer, read_json
+from app.inference.upstream.v2_network import V2Network
 
 Datatype = Literal["FP32", "FP16", "UINT8"]
 Layout = Literal["NCHW", "NHWC"]
@@ -75,33 +75,24 @@ class Connected:
 
     Attributes:
         shape: of the images.
-        sent: how they are sent.
+        card: what the bundle's card says of it.
         rows: (n, K) probabilities of the golden inputs.
         tolerance: for later answers to the same.
+        labels: of the classes; None if the server does not tell them.
+        request: how the network is asked.
     """
 
     shape: InputShape
-    sent: Sent
+    card: Sent | Templated
     rows: Probs
     tolerance: float
+    labels: Sequence[str] | None
+    request: str
 
     def sentence(self) -> str:
         """How the network is asked, for the operator to check."""
-        sent, shape = self.sent, self.shape
-        scale = "pixels as they are" if sent.datatype == "UINT8" else _scale(sent)
-        first = ", blue first" if sent.bgr else ""
-        scores = [f"{name} from {what!r}" for name, what in _scores(sent)]
-        return "\n".join(
-            (
-                f"input     {sent.input!r}: {sent.datatype} {sent.layout}, "
-                f"{shape.height}x{shape.width}x{shape.channels}, {scale}{first}",
-                f"output    {sent.output!r}: {sent.answers} of {self.rows.shape[1]} classes",
-                f"scores    {', '.join(scores) or 'none'}",
-                f"version   {sent.version or 'the server names none'}",
-                f"requests  up to {sent.max_batch} images, as {'bytes' if sent.binary else 'JSON'}",
-                f"golden    {len(self.rows)} images, within {self.tolerance:.2g}",
-            )
-        )
+        golden = f"golden    {len(self.rows)} images, within {self.tolerance:.2g}"
+        return f"{self.request}\n{golden}"
 
 
 def describe(metadata: Mapping[str, Any], config: Mapping[str, Any], wishes: Wishes) -> Described:
@@ -205,22 +196,79 @@ async def record(
         sent = sent.model_copy(update={"version": first[0].version})
     kind = answers or ("probabilities" if _are_distributions(values) else "logits")
     sent = sent.model_copy(update={"answers": kind})
-    network = Network(values.shape[1], sent)
+    network = V2Network(values.shape[1], sent)
     try:
-        single = sent.model_copy(update={"max_batch": 1})
-        again = await _ask(client, single, images)
-        rows = _rows(network, first, images, sent.max_batch)
-        others = _rows(network, again, images, 1)
+        rows = await _golden(client, network, images, sent.max_batch)
+    except (UpstreamFailure, InvalidAnswer) as exc:
+        raise ConfigError(f"the server's answers cannot be used: {exc}") from exc
+    allowed = await _tolerance(client, network, images, rows, tolerance)
+    told = _v2_request(described.shape, sent, network.classes)
+    return Connected(described.shape, sent, rows, allowed, None, told)
+
+
+async def record_template(
+    client: UpstreamClient, network: TemplateNetwork, tolerance: float | None
+) -> Connected:
+    """Ask for the golden outputs, twice.
+
+    Raises:
+        ConfigError: the server refuses the requests, gives no distributions, or other ones at the
+            second time.
+    """
+    images = golden_inputs(network.shape)
+    try:
+        rows = await _golden(client, network, images, network.max_batch)
+    except (UpstreamFailure, InvalidAnswer) as exc:
+        raise ConfigError(f"the server does not answer as the template says: {exc}") from exc
+    allowed = await _tolerance(client, network, images, rows, tolerance)
+    return Connected(
+        network.shape, network.card, rows, allowed, network.template.model.labels,
+        _template_request(network),
+    )  # fmt: skip
+
+
+async def _tolerance(
+    client: UpstreamClient,
+    network: Network,
+    images: np.ndarray,
+    rows: Probs,
+    tolerance: float | None,
+) -> float:
+    """How far later answers to the same images, one at a time, may be off.
+
+    Raises:
+        ConfigError: there are none, or they are further off than networks are.
+    """
+    try:
+        others = await _golden(client, network, images, 1)
     except (UpstreamFailure, InvalidAnswer) as exc:
         raise ConfigError(f"the server's answers cannot be used: {exc}") from exc
     deviation = float(np.abs(rows - others).max())
-    if deviation > MOST_DEVIATION and tolerance is None:
+    if tolerance is not None:
+        return tolerance
+    if deviation > MOST_DEVIATION:
         raise ConfigError(
             f"two answers to the same image are {deviation:.2g} apart; allowed: "
             f"{MOST_DEVIATION}, or --tolerance"
         )
-    allowed = max(LEAST_TOLERANCE, 4 * deviation) if tolerance is None else tolerance
-    return Connected(described.shape, sent, rows, allowed)
+    return max(LEAST_TOLERANCE, 4 * deviation)
+
+
+async def _golden(client: UpstreamClient, network: Network, images: np.ndarray, size: int) -> Probs:
+    """The rows of images, `size` at a time.
+
+    Raises:
+        UpstreamFailure, InvalidAnswer: there are none.
+    """
+    replica = client.replicas[0]
+    found = []
+    for i in range(0, len(images), size):
+        part = images[i : i + size]
+        body, headers = network.request(part)
+        url = replica.url + network.path
+        answer = await client.send(replica, network.method, url, body, headers, math.inf)
+        found.append(_rows(network, network.read(answer, len(part))))
+    return np.concatenate(found)
 
 
 async def _binary_or_json(
@@ -239,7 +287,7 @@ async def _binary_or_json(
 
 async def _ask(client: UpstreamClient, sent: Sent, images: np.ndarray) -> list[Tensors]:
     replica = client.replicas[0]
-    network = Network(1, sent)
+    network = V2Network(1, sent)
     found = []
     for i in range(0, len(images), sent.max_batch):
         body, headers = network.request(images[i : i + sent.max_batch])
@@ -248,14 +296,10 @@ async def _ask(client: UpstreamClient, sent: Sent, images: np.ndarray) -> list[T
     return found
 
 
-def _rows(network: Network, parts: Sequence[Tensors], images: np.ndarray, size: int) -> Probs:
-    rows = []
-    for i, part in enumerate(parts):
-        found = network.read(part, len(images[i * size : (i + 1) * size]))
-        if found.valid is not None:
-            raise InvalidAnswer(f"{network.sent.output!r} gives no {network.sent.answers}")
-        rows.append(found.rows)
-    return np.concatenate(rows)
+def _rows(network: Network, found: Found) -> Probs:
+    if found.valid is not None:
+        raise InvalidAnswer(f"{network.output} gives no {network.answers}")
+    return found.rows
 
 
 def _values(answer: Tensors, name: str) -> np.ndarray:
@@ -336,6 +380,36 @@ def _sides(sides: Sequence[int], wishes: Wishes) -> tuple[InputShape, Layout, li
 
 def _shape(height: int, width: int, channels: int) -> InputShape:
     return InputShape.model_validate({"height": height, "width": width, "channels": channels})
+
+
+def _v2_request(shape: InputShape, sent: Sent, classes: int) -> str:
+    scale = "pixels as they are" if sent.datatype == "UINT8" else _scale(sent)
+    first = ", blue first" if sent.bgr else ""
+    scores = [f"{name} from {what!r}" for name, what in _scores(sent)]
+    return "\n".join(
+        (
+            f"input     {sent.input!r}: {sent.datatype} {sent.layout}, "
+            f"{shape.height}x{shape.width}x{shape.channels}, {scale}{first}",
+            f"output    {sent.output!r}: {sent.answers} of {classes} classes",
+            f"scores    {', '.join(scores) or 'none'}",
+            f"version   {sent.version or 'the server names none'}",
+            f"requests  up to {sent.max_batch} images, as {'bytes' if sent.binary else 'JSON'}",
+        )
+    )
+
+
+def _template_request(network: TemplateNetwork) -> str:
+    request, response, shape = network.template.request, network.template.response, network.shape
+    layout = f" {request.layout}" if request.encoding == "floats" else ""
+    sides = f"{shape.height}x{shape.width}x{shape.channels}"
+    return "\n".join(
+        (
+            f"request   {network.method} {network.path}: {request.encoding}{layout}, {sides}",
+            f"answer    {network.output}: {response.form} of {network.classes} {response.scale}",
+            f"scores    {'energy' if network.scores else 'none'}",
+            f"requests  up to {network.max_batch} images",
+        )
+    )
 
 
 def _scale(sent: Sent) -> str:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from prometheus_client import CollectorRegistry
 
 from app.errors import ConfigError, RequestError
-from app.inference.bundle import Bundle
+from app.inference.bundle import Bundle, Templated
 from app.inference.engines import Batch, Probs
 from app.inference.upstream.client import UpstreamClient, open_ca
 from app.inference.upstream.monitor import Monitor
-from app.inference.upstream.network import Found, Network
-from app.inference.upstream.protocol import read_answer
+from app.inference.upstream.network_interface import Found, Network
+from app.inference.upstream.template_network import TemplateNetwork
+from app.inference.upstream.v2_network import V2Network
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
 from scumble.defenses.evidence import Evidence
@@ -35,7 +37,7 @@ def make_client(settings: Settings, metrics: Metrics) -> UpstreamClient:
     if not settings.upstream:
         raise ConfigError(
             "SCUMBLE_UPSTREAM is not set; needed for the engine upstream: "
-            "http://HOST:PORT/v2/models/NAME"
+            "http://HOST:PORT/v2/models/NAME, or http://HOST:PORT with SCUMBLE_UPSTREAM_TEMPLATE"
         )
     token = settings.upstream_token
     return UpstreamClient(
@@ -60,7 +62,7 @@ class UpstreamEngine:
     def __init__(self, settings: Settings, bundle: Bundle) -> None:
         self._settings = settings
         self._bundle = bundle
-        self._network = network_of(bundle)
+        self._network = network_of(settings, bundle)
 
     def __call__(self, batch: Batch, /) -> Probs:
         """Probabilities of each image.
@@ -84,7 +86,8 @@ class UpstreamEngine:
     async def _found(self, batch: Batch) -> list[Found]:
         client = make_client(self._settings, Metrics(CollectorRegistry()))
         monitor = Monitor(client, self._network, self._bundle.card.input, self._bundle.golden())
-        size = self._network.sent.max_batch
+        network = self._network
+        size = network.max_batch
         found = []
         async with monitor.running():
             if client.unusable is not None:
@@ -92,14 +95,15 @@ class UpstreamEngine:
                 raise ConfigError("; ".join(changed) or f"{client.unusable}; see the log")
             for i in range(0, len(batch), size):
                 part = batch[i : i + size]
-                body, headers = self._network.request(part)
+                body, headers = network.request(part)
+                read = partial(network.read, n=len(part))
                 try:
-                    tensors = await client.ask(
-                        "/infer", body, headers, lambda a: read_answer(a.length, a.body)
+                    answer = await client.ask(
+                        network.path, body, headers, read, method=network.method
                     )
                 except RequestError as exc:
                     raise ConfigError(str(exc)) from exc
-                found.append(self._network.read(tensors, len(part)))
+                found.append(answer)
                 if found[-1].valid is not None:
                     raise ConfigError("upstream gave no distribution for an image")
         return found
@@ -150,16 +154,25 @@ def joined(parts: list[Found]) -> Found:
     return Found(column("rows"), None, column("logits"), column("features"))
 
 
-def network_of(bundle: Bundle) -> Network:
-    """The network that a bundle's card describes.
+def network_of(settings: Settings, bundle: Bundle) -> Network:
+    """The network that a bundle's card describes, and the template of the settings if it has one.
 
     Raises:
-        ConfigError: the bundle has a network of its own.
+        ConfigError: the bundle has a network of its own, or the template is not the card's.
     """
+    template = settings.upstream_template
+    if isinstance(bundle.card.upstream, Templated):
+        return TemplateNetwork.of(bundle.card, template)
     try:
-        return Network.of(bundle.card)
+        network = V2Network.of(bundle.card)
     except ValueError:
         raise ConfigError(
             f"engine is 'upstream', but {bundle} describes no network of another server; "
             "make a bundle that does with `scumble connect`"
         ) from None
+    if template is not None:
+        raise ConfigError(
+            f"SCUMBLE_UPSTREAM_TEMPLATE is {str(template)!r}, but {bundle} describes a V2 server; "
+            "allowed: a bundle that `scumble connect --template` made"
+        )
+    return network

@@ -18,8 +18,8 @@ import numpy as np
 from app.inference.bundle import Golden, InputShape, golden_inputs
 from app.inference.engines import Probs
 from app.inference.upstream.client import Replica, UpstreamClient, UpstreamFailure
-from app.inference.upstream.network import Network
-from app.inference.upstream.protocol import InvalidAnswer, OtherNetwork, read_answer, read_json
+from app.inference.upstream.network_interface import InvalidAnswer, Network, OtherNetwork
+from app.inference.upstream.v2_messages import read_json
 from app.system.background import repeat, start
 
 TICK_S = 0.05
@@ -116,8 +116,8 @@ class Monitor:
         Raises:
             UpstreamFailure, InvalidAnswer: the replica gives no answer.
         """
-        wanted = self._network.sent.version
-        rows, size = [], self._network.sent.max_batch
+        wanted = self._network.version
+        rows, size = [], self._network.max_batch
         for i in range(0, len(self._images), size):
             part = self._images[i : i + size]
             given, version = await self._answer(replica, part)
@@ -132,13 +132,14 @@ class Monitor:
         return f"its golden outputs are off by {distance:.2g}; allowed: {self._tolerance:.2g}"
 
     async def _answer(self, replica: Replica, part: np.ndarray) -> tuple[Probs, str]:
-        body, headers = self._network.request(part)
+        network = self._network
+        body, headers = network.request(part)
+        url = replica.url + network.path
         answer = await self._client.send(
-            replica, "POST", f"{replica.url}/infer", body, headers, self._client.timeout_s
+            replica, network.method, url, body, headers, self._client.timeout_s
         )
-        tensors = read_answer(answer.length, answer.body)
-        found = self._network.read(tensors._replace(version=""), len(part))
-        return found.rows, tensors.version
+        found = network.read(answer, len(part), any_version=True)
+        return found.rows, network.version_of(answer) if network.version else ""
 
     async def _version(self, replica: Replica, wanted: str) -> str:
         """The version that the metadata name, for servers whose answers name none."""

@@ -17,8 +17,9 @@ from app.errors import ConfigError
 from app.inference.bundle import Sent
 from app.inference.engines import Probs
 from app.inference.upstream.client import UpstreamClient
-from app.inference.upstream.network import Found, Network
-from app.inference.upstream.protocol import InvalidAnswer, Tensors
+from app.inference.upstream.network_interface import Found, InvalidAnswer
+from app.inference.upstream.v2_messages import Tensors
+from app.inference.upstream.v2_network import V2Network
 from app.settings import PassedModel, Settings
 from scumble import defenses
 from scumble.defenses import Defense, DefenseError
@@ -65,7 +66,7 @@ class Passed:
     """
 
     name: str
-    network: Network
+    network: V2Network
     classes: int | None
     served: bool
     defense: Defense
@@ -90,7 +91,7 @@ class Passed:
             if len(shape) != 2 or not shape[1]:
                 raise InvalidAnswer(f"output {self.output!r} has shape {list(shape)}")
             network = replace(network, classes=shape[1])
-        return network.read(answer, n)
+        return network.read_tensors(answer, n)
 
     def defend(self, defense: Defense | None, found: Found) -> tuple[Probs, Marks | None]:
         """The rows to send out, and what was withheld.
@@ -137,7 +138,7 @@ class PassThrough:
 def make_pass_through(
     settings: Settings,
     card: str,
-    network: Network,
+    network: V2Network,
     client: UpstreamClient,
     defense: Defense,
     whitener: Whitener | None,
@@ -204,7 +205,7 @@ def check_without_images(defense: Defense, classes: int) -> None:
 
 
 def _served(
-    name: str, wanted: PassedModel, network: Network, defense: Defense, whitener: Whitener | None
+    name: str, wanted: PassedModel, network: V2Network, defense: Defense, whitener: Whitener | None
 ) -> Passed:
     if wanted.model_fields_set:
         raise ConfigError(
@@ -222,4 +223,4 @@ def _other(name: str, wanted: PassedModel) -> Passed:
     sent = UNKNOWN.model_copy(update={"output": wanted.output, "answers": wanted.answers})
     defense = defenses.configure(wanted.defense, wanted.defense_params)
     facts = {"model": name, "version": None, "policy": wanted.defense}
-    return Passed(name, Network(0, sent), None, False, defense, facts=facts)
+    return Passed(name, V2Network(0, sent), None, False, defense, facts=facts)

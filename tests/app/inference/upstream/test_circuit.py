@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry
 from app.errors import TooLate, Unavailable
 from app.inference.upstream.circuit import CAP_S, FAILURES, FIRST_S, Circuit
 from app.inference.upstream.client import UpstreamClient
-from app.inference.upstream.protocol import OtherNetwork, write_request
+from app.inference.upstream.network_interface import OtherNetwork
+from app.inference.upstream.v2_messages import write_request
 from app.telemetry.metrics import Metrics
 from tests.app.inference.upstream.fake import running
 

@@ -444,8 +444,8 @@ def test_tls_is_checked_with_the_named_certificates(front, tmp_path):
 
 
 def test_the_energy_comes_from_logits_and_the_residual_from_features(front):
-    from app.inference.upstream.network import Network
-    from app.inference.upstream.protocol import Tensors
+    from app.inference.upstream.v2_messages import Tensors
+    from app.inference.upstream.v2_network import V2Network
     from scumble.defenses.scores import Whitener
 
     card = Card.model_validate_json(
@@ -470,10 +470,10 @@ def test_the_energy_comes_from_logits_and_the_residual_from_features(front):
             }
         )
     )
-    network = Network.of(card)
+    network = V2Network.of(card)
     fake = FakeUpstream(datatype="UINT8", layout="NHWC")
     rows, logits, features = fake.network(IMAGES)
-    found = network.read(Tensors({"y": rows, "z": logits, "h": features}, "1"), len(IMAGES))
+    found = network.read_tensors(Tensors({"y": rows, "z": logits, "h": features}, "1"), len(IMAGES))
     rng = np.random.default_rng(0)
     whitener = Whitener(
         features.mean(0), rng.normal(size=(2, features.shape[1])).astype(np.float32)

@@ -15,23 +15,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import orjson
+
+from app.inference.upstream.network_interface import InvalidAnswer, Tensor
 
 LENGTH = "Inference-Header-Content-Length"
 DATATYPES: dict[str, str] = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "UINT8": "u1"}
 SHOWN = 60  # characters of an answer in a message
 MOST_DIGITS = 15  # of a length
-
-Tensor = npt.NDArray[Any]
-
-
-class InvalidAnswer(Exception):
-    """What the upstream sent is not the answer that the protocol prescribes."""
-
-
-class OtherNetwork(InvalidAnswer):
-    """A valid answer, but of another network than the bundle's card describes."""
 
 
 class Tensors(NamedTuple):

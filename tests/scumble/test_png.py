@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from scumble.data.image_sets import load, write_parquet
-from scumble.data.png import encode_png, to_image
+from scumble.png import encode_png, to_image
 
 RNG = np.random.default_rng(0)
 

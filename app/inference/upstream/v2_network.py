@@ -1,64 +1,27 @@
 """The network of a V2 server as a bundle's card describes it: images to its input, outputs to rows.
 
-    x = (pixels / 255 - mean) / std, in the layout of the card; UINT8 inputs take the pixels
-
-A row is checked before it is used: a row that is not finite, or not a distribution where the card
-says so, is marked as invalid and replaced.
+x = (pixels / 255 - mean) / std, in the layout of the card; UINT8 inputs take the pixels
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from app.inference.bundle import Card, Sent
-from app.inference.engines import Batch, Probs
-from app.inference.upstream.protocol import OtherNetwork, Tensor, Tensors, write_request
+from app.inference.engines import Batch
+from app.inference.upstream.client import Answer
+from app.inference.upstream.network_interface import Found, OtherNetwork, Tensor, checked
+from app.inference.upstream.v2_messages import Tensors, read_answer, write_request
 from scumble.defenses.base import canonical
-from scumble.defenses.evidence import Evidence, Score
-from scumble.defenses.scores import Whitener, energy
-
-SUM_TOLERANCE = 0.01  # of FP16 rows over many classes
-ROUNDING = 1e-5
-
-
-class Found(NamedTuple):
-    """What the network says of a batch.
-
-    Attributes:
-        rows: (N, K) clean probabilities; uniform where `valid` is false.
-        valid: (N,) whether the server gave a distribution; None if it did for all.
-        logits: (N, K); None where the server has no such output.
-        features: (N, d); None where the server has no such output.
-    """
-
-    rows: Probs
-    valid: npt.NDArray[np.bool_] | None = None
-    logits: Tensor | None = None
-    features: Tensor | None = None
-
-    def part(self, first: int, last: int) -> Found:
-        """What it says of some of the images."""
-        return Found._make(None if column is None else column[first:last] for column in self)
-
-    def evidence(self, whitener: Whitener | None) -> Evidence:
-        """The scores that these outputs have."""
-        residual = None
-        if self.features is not None and whitener is not None:
-            residual = whitener.residual(self.features)
-        return Evidence(
-            np.maximum.reduce(self.rows, axis=1),
-            None if self.logits is None else energy(self.logits),
-            residual,
-        )
+from scumble.defenses.evidence import Score
 
 
 @dataclass(frozen=True)
-class Network:
+class V2Network:
     """Writes the requests for batches and reads the answers.
 
     Attributes:
@@ -68,17 +31,51 @@ class Network:
 
     classes: int
     sent: Sent
+    inline_values: ClassVar[int] = 250_000
+    score_hint: ClassVar[str] = (
+        "`scumble connect` takes --logits for the energy and --features for the residual"
+    )
 
     @classmethod
-    def of(cls, card: Card) -> Network:
+    def of(cls, card: Card) -> V2Network:
         """The network of a card that has one.
 
         Raises:
             ValueError: the card describes no network of another server.
         """
-        if card.upstream is None:
-            raise ValueError(f"card of {card.name} names no network of another server")
+        if not isinstance(card.upstream, Sent):
+            raise ValueError(f"card of {card.name} names no network of a V2 server")
         return cls(len(card.labels), card.upstream)
+
+    @property
+    def max_batch(self) -> int:
+        """Images of the largest request."""
+        return self.sent.max_batch
+
+    @property
+    def method(self) -> str:
+        """Method of the requests."""
+        return "POST"
+
+    @property
+    def path(self) -> str:
+        """Path of the requests, below the URL of a replica."""
+        return "/infer"
+
+    @property
+    def version(self) -> str:
+        """Version that the answers must have; empty for any."""
+        return self.sent.version
+
+    @property
+    def output(self) -> str:
+        """Name of the output with the rows, for messages."""
+        return f"output {self.sent.output!r}"
+
+    @property
+    def answers(self) -> Literal["probabilities", "logits"]:
+        """What its rows are."""
+        return self.sent.answers
 
     @property
     def scores(self) -> frozenset[Score]:
@@ -123,7 +120,25 @@ class Network:
             found -= (mean / std).astype(np.float32).reshape(sides)
         return self._shaped(found)
 
-    def read(self, answer: Tensors, n: int) -> Found:
+    def read(self, answer: Answer, n: int, *, any_version: bool = False) -> Found:
+        """Parse, check and convert the answer for `n` images.
+
+        Raises:
+            InvalidAnswer: it is not what the protocol says.
+            OtherNetwork: another version, or an output is missing or has another shape or type.
+        """
+        tensors = read_answer(answer.length, answer.body)
+        return self.read_tensors(tensors._replace(version="") if any_version else tensors, n)
+
+    def version_of(self, answer: Answer) -> str:
+        """The version that an answer names; empty if it names none.
+
+        Raises:
+            InvalidAnswer: it is not what the protocol says.
+        """
+        return read_answer(answer.length, answer.body).version
+
+    def read_tensors(self, answer: Tensors, n: int) -> Found:
         """Check and convert the answer for `n` images.
 
         Raises:
@@ -142,24 +157,7 @@ class Network:
         features = None
         if sent.features is not None:
             features = self._output(answer, sent.features, n, None)
-        with np.errstate(all="ignore"):
-            rows = softmax(given) if sent.answers == "logits" else given.astype(np.float32)
-            total = rows.sum(axis=1, dtype=np.float64)
-            valid = (np.abs(total - 1) <= SUM_TOLERANCE) & (rows.min(axis=1) >= -SUM_TOLERANCE)
-            for more in (logits, features):
-                if more is not None:
-                    valid &= np.isfinite(more).all(axis=1)
-        if not valid.all():
-            rows[~valid] = np.float32(1 / self.classes)
-            total[~valid] = 1
-            if logits is not None:
-                logits = np.where(valid[:, np.newaxis], logits, 0)
-            if features is not None:
-                features = np.where(valid[:, np.newaxis], features, 0)
-        if (np.abs(total - 1) > ROUNDING).any() or rows.min() < 0:
-            np.maximum(rows, 0, out=rows)
-            rows /= rows.sum(axis=1, keepdims=True)
-        return Found(rows, None if valid.all() else valid, logits, features)
+        return checked(given, sent.answers, logits=logits, features=features)
 
     def _shaped(self, values: Tensor) -> Tensor:
         shape = self.sent.shape
@@ -182,12 +180,3 @@ class Network:
                 f"output {name!r} has {flat.shape[1]} values of an image, the card {width} labels"
             )
         return flat.astype(np.float32)
-
-
-def softmax(logits: Tensor) -> Probs:
-    """Probabilities (N, K) of logits, computed in double precision."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
-    np.exp(wide, out=wide)
-    wide /= wide.sum(axis=1, keepdims=True)
-    return wide.astype(np.float32)

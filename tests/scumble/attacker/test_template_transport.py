@@ -23,10 +23,10 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-import scumble.attacker.api_template
-from scumble.attacker.api_template import load
+import scumble.api_template
 from scumble.attacker.errors import AttackError, BadTemplate, OracleRefused
 from scumble.attacker.oracle import HttpOracle
+from scumble.attacker.template_transport import load
 
 LABELS = ["cat", "dog", "a bird", "größer.4"]
 WEIGHTS = np.random.default_rng(1).normal(0, 2, (3 * 4 * 5, len(LABELS)))
@@ -334,9 +334,7 @@ def test_the_oracle_gives_what_the_plain_function_gives(encoding, form, loaded):
 
 
 def test_the_example_of_the_module(tmp_path):
-    text = textwrap.dedent(
-        scumble.attacker.api_template.__doc__.split("\n\n", 1)[1].rsplit("\n\n", 1)[0]
-    )
+    text = textwrap.dedent(scumble.api_template.__doc__.split("\n\n", 1)[1].rsplit("\n\n", 1)[0])
     path = tmp_path / "example.toml"
     path.write_text(text, encoding="utf-8")
     template = load(path)
@@ -572,7 +570,7 @@ LEAVES = (
     | st.sampled_from(["/x", '"$image"', '{"a": "$images"}', 2, 3, [0, 255], ["a", "b"]])
     | st.sampled_from([[3, 2, 2], [1, 2, 2]])
 )
-FIELDS = [f for t in scumble.attacker.api_template.TABLES.values() for f in t.model_fields]
+FIELDS = [f for t in scumble.api_template.TABLES.values() for f in t.model_fields]
 KEYS = st.sampled_from(FIELDS) | st.text(string.printable, max_size=4)
 VALUES = st.recursive(
     LEAVES, lambda x: st.lists(x, max_size=4) | st.dictionaries(KEYS, x, max_size=4), max_leaves=8
@@ -605,7 +603,7 @@ def test_any_document_loads_or_is_bad(content, folder):
 CHANGES = st.one_of(
     *(
         st.tuples(st.just(name), st.sampled_from(list(table.model_fields)), VALUES)
-        for name, table in scumble.attacker.api_template.TABLES.items()
+        for name, table in scumble.api_template.TABLES.items()
         if name
     )
 )

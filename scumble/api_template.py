@@ -28,29 +28,29 @@
     scale = "logits"                  # or probabilities, percent
 
 The path of the response leads to one answer, or where the body has "$images" to a list with one
-answer for each. Labels that an answer omits get 0, and the others keep their values.
+answer for each. The attacker asks such an API, and the engine `upstream` serves one.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
+import re
 import reprlib
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlencode
 
-import httpx2
 import numpy as np
+import numpy.typing as npt
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from scumble.attacker.errors import BadTemplate, OracleRefused
-from scumble.attacker.transports import Images, Message, Probs, levels
-from scumble.client import wire
+from scumble.png import encode_png
 
 # Who is asked, who asks and how long the body is are settled elsewhere.
 TAKEN = {"authorization", "connection", "content-length", "host", "transfer-encoding"}
@@ -61,6 +61,15 @@ OPTIONS = {
     "base64": JSON | {"prefix"},
     "floats": JSON | {"layout", "range", "mean", "std"},
 }
+BOUNDARY = "scumble-api-template"
+LONGEST_TARGET = 60_000
+
+Images = npt.NDArray[np.float32]
+"""float32 (N, C, H, W) in [0, 1]."""
+
+
+class InvalidTemplate(ValueError):
+    """A file does not describe an API: which field, which value, what is allowed."""
 
 
 def _json(text: str) -> str:
@@ -130,20 +139,13 @@ class Request(Part):
     @property
     def target(self) -> str:
         """Path and query."""
-        return str(httpx2.URL(self.path, params=self.query)) if self.query else self.path
+        return f"{self.path}?{urlencode(self.query)}" if self.query else self.path
 
-    def encode(self, images: Images) -> tuple[bytes, str]:
-        """(N, C, H, W) -> a body and its media type; N is 1 unless `several`."""
-        if self.encoding == "png":
-            return _png(images)
-        if self.encoding == "multipart":
-            files = {self.field: ("image.png", *_png(images))}
-            form = httpx2.Request("POST", "http://localhost", files=files)
-            return form.read(), form.headers["content-type"]
-        body, item = orjson.loads(self.body), orjson.loads(self.item)
-        items = [_fill(item, "$image", self._value(image)) for image in images]
-        body = _fill(body, "$images", items) if self.several else _fill(body, "$image", items[0])
-        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), "application/json"
+    def encode(self, images: Images) -> tuple[bytes, dict[str, str]]:
+        """(N, C, H, W) -> a body and the headers; N is 1 unless `several`."""
+        content, kind = self._body(images)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        return content, {"content-type": kind, **headers}
 
     def longest(self, values: int) -> int:
         """An upper bound on an image's bytes; a PNG of noise is larger than its pixels."""
@@ -153,10 +155,20 @@ class Request(Part):
         sizes = {"base64": png * 4 // 3 + extra, "floats": values * 20 + extra}
         return sizes.get(self.encoding, png)
 
+    def _body(self, images: Images) -> tuple[bytes, str]:
+        if self.encoding == "png":
+            return _png(images), "image/png"
+        if self.encoding == "multipart":
+            return _form(self.field, _png(images)), f"multipart/form-data; boundary={BOUNDARY}"
+        body, item = orjson.loads(self.body), orjson.loads(self.item)
+        items = [_fill(item, "$image", self._value(image)) for image in images]
+        body = _fill(body, "$images", items) if self.several else _fill(body, "$image", items[0])
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), "application/json"
+
     def _value(self, image: Images) -> object:
         """(C, H, W) as something that JSON can hold."""
         if self.encoding == "base64":
-            return self.prefix + base64.b64encode(_png(image[None])[0]).decode()
+            return self.prefix + base64.b64encode(_png(image[None])).decode()
         low, high = self.range
         mean, std = (np.array(x, np.float32).reshape(-1, 1, 1) for x in (self.mean, self.std))
         pixels = (low + image * (high - low) - mean) / std
@@ -189,31 +201,19 @@ class Response(Part):
     score: Dotted = "score"
     scale: Literal["probabilities", "percent", "logits"] = "probabilities"
 
-    def row(self, answer: Any, places: Mapping[str, int]) -> Probs:
-        """An answer as probabilities (K,).
+    def scores(self, answer: Any, labels: Sequence[str]) -> dict[str, Any]:
+        """What an answer has for each label; it may omit some, and the values are not checked.
 
         Raises:
-            ValueError: it is not what the template says.
+            ValueError: it has another form, or labels that are not among these.
         """
-        scores = self._scores(answer, list(places))
-        if unknown := [label for label in scores if label not in places]:
+        scores = self._scores(answer, labels)
+        known = set(labels)
+        if unknown := [label for label in scores if label not in known]:
             raise ValueError(f"unknown labels: {reprlib.repr(unknown)}")
-        if odd := [x for x in scores.values() if type(x) not in (int, float)]:
-            raise ValueError(f"not numbers: {reprlib.repr(odd)}")
-        probs = np.array(list(scores.values()), np.float64)
-        if self.scale == "percent":
-            probs /= 100
-        elif self.scale == "logits":
-            with np.errstate(over="ignore"):  # a difference of -inf is a probability of 0
-                probs = np.exp(probs - probs.max(initial=-np.inf))
-            probs /= probs.sum()
-        if not ((probs > -1e-6) & (probs < 1 + 1e-6)).all():
-            raise ValueError(f"no {self.scale}: {reprlib.repr(scores)}")
-        row = np.zeros(len(places), np.float32)
-        row[[places[label] for label in scores]] = probs
-        return row
+        return scores
 
-    def _scores(self, answer: Any, labels: list[str]) -> dict[str, Any]:
+    def _scores(self, answer: Any, labels: Sequence[str]) -> dict[str, Any]:
         match self.form, answer:
             case "list", list() if len(answer) == len(labels):
                 return dict(zip(labels, answer, strict=True))
@@ -243,83 +243,52 @@ class Document(Part):
             raise ValueError(f"request.mean or std; allowed: 1 or {channels} numbers")
         try:
             _ = request.target, request.encode(np.zeros((1, channels, 1, 1), np.float32))
-        except (TypeError, RecursionError, httpx2.InvalidURL) as exc:
+        except (TypeError, RecursionError) as exc:
             raise ValueError(f"request cannot be made: {exc}") from exc
+        if len(request.target) > LONGEST_TARGET:
+            raise ValueError(
+                f"request cannot be made: path and query have {len(request.target)} characters; "
+                f"allowed: {LONGEST_TARGET}"
+            )
         return self
 
+    @property
+    def largest(self) -> int:
+        """Images that a request may have: as many as the API takes and its longest body holds."""
+        room = self.model.max_body_bytes // self.request.longest(math.prod(self.model.shape))
+        return max(1, min(self.request.batch, room))
 
-class TemplateTransport:
-    """The way of asking that a file describes."""
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of all but the headers, which may have a key that changes."""
+        told = self.model_dump(mode="json", exclude={"request": {"headers"}})
+        return hashlib.sha256(orjson.dumps(told, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
-    def __init__(self, stem: str, document: Document) -> None:
-        self.name = f"template:{stem}"
-        self.step = 0.0 if document.request.encoding == "floats" else 1 / 255
-        self._request = document.request
-        self._response = document.response
-        self._values = math.prod(document.model.shape)
-        self._places = {label: i for i, label in enumerate(document.model.labels)}
+    def answers(self, document: Any) -> list[Any]:
+        """The answers of a parsed body, one for each image.
 
-    def pack(self, model: str, images: Images) -> Message:
-        """Images in the template's encoding."""
-        del model
-        content, kind = self._request.encode(images)
-        headers = {name.lower(): value for name, value in self._request.headers.items()}
-        headers = {"content-type": kind, **headers}
-        return Message(self._request.target, content, headers, self._request.method)
-
-    def unpack(self, headers: Any, content: bytes, labels: int) -> Probs:
-        """The answers that the template's path leads to."""
-        del headers
-        try:
-            found = _follow(orjson.loads(content), self._response.path)
-            answers = found if self._request.several else [found]
-            if not isinstance(answers, list):
-                raise ValueError(f"no list of answers: {reprlib.repr(answers)}")
-            rows = [self._response.row(answer, self._places) for answer in answers]
-        except ValueError as exc:
-            raise OracleRefused(f"the answer does not follow {self.name}: {exc}") from exc
-        return np.array(rows, np.float32).reshape(len(rows), labels)
-
-    def largest(self, limits: dict[str, int]) -> int:
-        """As many images as the API takes and its longest body holds."""
-        room = limits["max_body_bytes"] // self._request.longest(self._values)
-        return max(1, min(self._request.batch, room))
+        Raises:
+            ValueError: there are none where the template says.
+        """
+        found = _follow(document, self.response.path)
+        answers = found if self.request.several else [found]
+        if not isinstance(answers, list):
+            raise ValueError(f"no list of answers: {reprlib.repr(answers)}")
+        return answers
 
 
-@dataclass(frozen=True)
-class Template:
-    """What `HttpOracle` needs to query another API.
-
-    Attributes:
-        transport: how images and answers travel.
-        model: what `/v1/model` would have told.
-    """
-
-    transport: TemplateTransport
-    model: dict[str, Any]
-
-
-def load(path: Path) -> Template:
+def read_template(path: Path) -> Document:
     """The template in a file.
 
     Raises:
-        BadTemplate: it cannot be read, or a field of it is not what is allowed.
+        InvalidTemplate: it cannot be read, or a field of it is not what is allowed.
     """
     try:
-        document = Document.model_validate(tomllib.loads(path.read_text("utf-8")))
+        return Document.model_validate(tomllib.loads(path.read_text("utf-8")))
     except ValidationError as exc:
-        raise BadTemplate(f"{path}: {_sentence(exc)}") from exc
+        raise InvalidTemplate(f"{path}: {_sentence(exc)}") from exc
     except (OSError, ValueError, RecursionError) as exc:
-        raise BadTemplate(f"{path}: {exc}") from exc
-    model = document.model
-    described = {
-        "name": model.name,
-        "version": "",
-        "labels": list(model.labels),
-        "input": dict(zip(("channels", "height", "width"), model.shape, strict=True)),
-        "limits": {"max_body_bytes": model.max_body_bytes, "max_images": document.request.batch},
-    }
-    return Template(TemplateTransport(path.stem, document), described)
+        raise InvalidTemplate(f"{path}: {exc}") from exc
 
 
 def _sentence(invalid: ValidationError) -> str:
@@ -355,9 +324,27 @@ def _follow(node: Any, path: str) -> Any:
     return _follow(node[step], rest) if step else node
 
 
-def _png(images: Images) -> tuple[bytes, str]:
+def levels(images: Images) -> npt.NDArray[np.uint8]:
+    """(N, C, H, W) in [0, 1] -> uint8 (N, H, W, C), rounded to the nearest level."""
+    whole: npt.NDArray[np.uint8] = np.rint(images.clip(0, 1).transpose(0, 2, 3, 1) * 255).astype(
+        np.uint8
+    )
+    return whole
+
+
+def _png(images: Images) -> bytes:
     (picture,) = levels(images)
-    return wire.encode(picture)
+    return encode_png(picture)
+
+
+def _form(field: str, file: bytes) -> bytes:
+    """A form with one file."""
+    name = re.sub(r'["\x00-\x1f]', lambda found: f"%{ord(found[0]):02X}", field)
+    head = (
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; '
+        'filename="image.png"\r\nContent-Type: image/png\r\n\r\n'
+    )
+    return b"".join((head.encode(), file, f"\r\n--{BOUNDARY}--\r\n".encode()))
 
 
 def _has(text: str, word: str) -> bool:
