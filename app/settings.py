@@ -320,7 +320,7 @@ class Settings(BaseSettings):
         description="models there whose V2 requests are passed through, a JSON object by name",
     )
     tensor_input: bool = Field(
-        default=True, description="accept float tensors (FP32), not only 8-bit pixels"
+        default=True, description="accept float tensors (FP32, FP16, BF16), not only 8-bit pixels"
     )
     defense: str = Field(default="none", description="name of the defense")
     defense_params: Parameters = Field(default={}, description="its parameters, a JSON object")

@@ -88,6 +88,7 @@ def seeds() -> dict[str, Asked]:
         "v2-json-file": infer({**image, "data": [text]}),
         "v2-bytes": infer(uint8, pixels.tobytes(), id="a", parameters={"binary_data_output": True}),
         "v2-bytes-floats": infer(fp32, planar.tobytes()),
+        "v2-bytes-halves": infer({**fp32, "datatype": "FP16"}, planar.astype("<f2").tobytes()),
         "v2-bytes-file": infer(image, file),
         "v2-raw-file": Asked("POST", INFER, ((LENGTH.encode(), b"0"),), png),
     }

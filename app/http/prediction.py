@@ -344,7 +344,7 @@ class Service:
             Unprocessable: the server does not take float tensors.
         """
         if self.tensors is None:
-            raise Unprocessable("datatype is 'FP32'; this server takes UINT8 only")
+            raise Unprocessable("this server takes no float tensors; allowed for pixels: UINT8")
         if (made := self.tensors.made) is not None:
             return made
         left = deadline.at - self.clock()

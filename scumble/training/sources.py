@@ -1,15 +1,17 @@
-"""Networks for `scumble export`: torchvision's, a `.pt2` file, or a function in a file."""
+"""Networks for `scumble export`: of torchvision, of timm, in a file, or of a function in a file."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import pickle
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,18 +34,24 @@ UNREADABLE = (
 )
 
 
+Fit = Literal["stretch", "crop", "resize_crop", "letterbox"]
+FIT_OF: dict[str, Fit] = {"center": "resize_crop", "squash": "stretch", "border": "letterbox"}
+FILTERS = ("bilinear", "bicubic", "lanczos")
+
+
 @dataclass(frozen=True)
 class Published:
-    """What torchvision says of weights that it publishes.
+    """What torchvision or timm says of weights that it publishes.
 
     Attributes:
         name: such as `IMAGENET1K_V1`.
-        labels: of their classes.
+        labels: of their classes; none if they are not known.
         size: of the input, in pixels.
         shorter: side that pictures are resized to before the crop.
         interpolation: filter of that.
         mean: of each channel.
         std: of each channel.
+        fit: how pictures of another size are brought to size.
     """
 
     name: str
@@ -53,6 +61,7 @@ class Published:
     interpolation: str
     mean: list[float]
     std: list[float]
+    fit: Fit = "resize_crop"
 
     @classmethod
     def of(cls, entry: Any) -> Published:
@@ -67,6 +76,19 @@ class Published:
             list(transforms.mean),
             list(transforms.std),
         )
+
+    def preprocessing(
+        self, size: int | None, fit: Fit | None, ratio: float | None, shorter: int | None
+    ) -> tuple[Fit, float | None, int | None]:
+        """Fit, ratio and shorter side, where the arguments are what the owner says.
+
+        For another size than the weights' the share of the picture that is seen stays the same.
+        """
+        if size is None and fit is None and ratio is None and self.fit != "crop":
+            return self.fit, None, shorter or self.shorter
+        if fit in (None, "crop"):
+            return "crop", ratio or min(1.0, self.size / self.shorter), shorter
+        return fit, ratio, shorter
 
 
 def torchvision_weights(name: str, weights: str | None) -> tuple[Published, Path | None]:
@@ -132,6 +154,55 @@ def torchvision_model(name: str, classes: int, weights: str | None = None) -> nn
     return net
 
 
+def timm_model(
+    name: str, classes: int | None, channels: int, weights: str | None
+) -> tuple[nn.Module, Published]:
+    """A classifier of the package timm, and what timm says of its weights.
+
+    Args:
+        name: of the model, with or without the tag of its weights, as `resnet18.a1_in1k`.
+        classes: K; None for those of the weights.
+        channels: of the input.
+        weights: `pretrained` for timm's, which are downloaded if need be; else they are random, or
+            come from a file later.
+
+    Raises:
+        ExportError: timm is not installed, has no such model, or cannot load its weights.
+    """
+    try:
+        import timm
+        import timm.data
+    except ImportError as exc:
+        raise ExportError("--timm needs the package timm: pip install timm") from exc
+    more = {} if classes is None else {"num_classes": classes}
+    try:
+        net: nn.Module = timm.create_model(
+            name, pretrained=weights == "pretrained", in_chans=channels, **more
+        )
+    except OSError as exc:
+        raise ExportError(
+            f"weights of {name} cannot be downloaded: {exc}; give their file with --weights FILE"
+        ) from exc
+    except (RuntimeError, ValueError, TypeError) as exc:
+        raise ExportError(f"timm cannot make the model {name!r}: {exc}") from exc
+    config = timm.data.resolve_model_data_config(net)
+    size, cropped = config["input_size"][1], config.get("crop_pct") or 1.0
+    subset = timm.data.infer_imagenet_subset(net)
+    info = timm.data.ImageNetInfo(subset) if subset else None
+    labels = [info.index_to_description(k) for k in range(info.num_classes())] if info else []
+    said = Published(
+        getattr(net, "pretrained_cfg", {}).get("tag") or name,
+        labels,
+        size,
+        math.floor(size / cropped),
+        config["interpolation"] if config["interpolation"] in FILTERS else "bilinear",
+        list(config["mean"]),
+        list(config["std"]),
+        FIT_OF.get(config.get("crop_mode") or "center", "resize_crop"),
+    )
+    return net, said
+
+
 def own_module(source: str) -> nn.Module:
     """What FUNCTION of `FILE.py:FUNCTION` returns; the file is run.
 
@@ -166,6 +237,24 @@ def pt2_module(path: Path) -> nn.Module:
     except UNREADABLE as exc:
         raise ExportError(f"{str(path)!r} is not a torch.export file: {exc}") from exc
     return Exported(program.module())
+
+
+def torchscript_module(path: Path) -> nn.Module:
+    """The module of a file that `torch.jit.save` wrote.
+
+    Raises:
+        ExportError: torch cannot read it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # that torch.export is newer
+            module = torch.jit.load(path, map_location="cpu")
+    except UNREADABLE as exc:
+        raise ExportError(
+            f"{str(path)!r} is not a TorchScript file: {str(exc).split('. ')[0]}"
+        ) from exc
+    net: nn.Module = module.eval().float()
+    return net
 
 
 class Exported(nn.Module):

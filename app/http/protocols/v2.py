@@ -13,6 +13,7 @@ classification.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ from app.inference.engines import Batch, Probs
 from app.inference.executor import BoundedExecutor
 from app.settings import LimitSettings
 
+HALF = re.compile(rb"FP16|BF16")
 LENGTH = "inference-header-content-length"
 OUTPUT = "probabilities"
 
@@ -68,7 +70,7 @@ class V2:
     Attributes:
         card: the model's.
         limits: of a request.
-        executor: parses large JSON.
+        executor: parses large JSON, and widens large tensors of half precision.
     """
 
     card: Card
@@ -84,7 +86,9 @@ class V2:
         self.check_path(request)
         refuse_encoding(headers)
         body = await read_buffer(headers, request.receive, self.limits.max_body_bytes)
-        if json_length(headers, body) <= INLINE_BYTES:
+        length = json_length(headers, body)
+        small = len(body) <= INLINE_BYTES
+        if length <= INLINE_BYTES and (small or HALF.search(body, 0, length) is None):
             return read_infer(headers, body, self.card, self.limits)
         task = partial(read_infer, headers, body, self.card, self.limits)
         (asked,) = await self.executor([task], len(body), deadline)
@@ -123,7 +127,7 @@ class V2:
 
 def metadata(card: Card, *, floats: bool) -> dict[str, Any]:
     """Inputs and outputs of the model; a request has one of the inputs."""
-    kinds = {kind: shape for kind, shape in shapes(card).items() if floats or kind != "FP32"}
+    kinds = {kind: shape for kind, shape in shapes(card).items() if floats or kind == "UINT8"}
     inputs = [
         (FILES, "BYTES", [-1]),
         *((PIXELS, kind, [-1, *side]) for kind, side in kinds.items()),

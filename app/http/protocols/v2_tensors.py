@@ -1,10 +1,11 @@
 """The input tensor of a V2 request -> images: pixels as an array, or files to decode.
 
     image    BYTES (N,) or (N, 1): PNG, JPEG or WebP files
-    pixels   UINT8 (N, H, W, C), or FP32 (N, C, H, W) in [0, 1]
+    pixels   UINT8 (N, H, W, C), or FP32, FP16 or BF16 (N, C, H, W) in [0, 1]
 
 In JSON a file is a base64 string; as bytes it follows its length, 4 bytes little-endian. Pixels as
-bytes are not copied: the array is a view of the request's body.
+bytes are not copied: the array is a view of the request's body. FP16 and BF16 have no form in JSON,
+as in the protocol, and become float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from app.inference.engines import Batch
 from app.settings import LimitSettings
 
 FILES, PIXELS = "image", "pixels"
-WIDTHS = {"UINT8": 1, "FP32": 4}  # bytes of an element
+WIDTHS = {"UINT8": 1, "FP32": 4, "FP16": 2, "BF16": 2}  # bytes of an element
+HALVES = ("FP16", "BF16")
 HEAD = 1024  # bytes of a request beside its pixels
 PREFIX = 4  # bytes of the length before a file
 
@@ -29,7 +31,7 @@ PREFIX = 4  # bytes of the length before a file
 def shapes(card: Card) -> dict[str, tuple[int, int, int]]:
     """The shape of an image for each datatype of `pixels`."""
     h, w, c = card.input.height, card.input.width, card.input.channels
-    return {"UINT8": (h, w, c), "FP32": (c, h, w)}
+    return {kind: (h, w, c) if kind == "UINT8" else (c, h, w) for kind in WIDTHS}
 
 
 def most_images(datatype: str, card: Card, limits: LimitSettings) -> int:
@@ -114,15 +116,32 @@ def _pixels(tensor: dict[str, Any], tail: memoryview, card: Card, max_images: in
     batch = (
         _pixels_from_json(tensor.get("data"), datatype, shape)
         if size is None
-        else np.frombuffer(tail, np.uint8 if datatype == "UINT8" else "<f4").reshape(shape)
+        else _pixels_from_bytes(tail, datatype).reshape(shape)
     )
-    if datatype == "FP32" and not (batch.min() >= 0 and batch.max() <= 1):  # false for NaN too
-        raise Unprocessable("FP32 pixels must lie in [0, 1]")
+    if datatype != "UINT8" and not (batch.min() >= 0 and batch.max() <= 1):  # false for NaN too
+        raise Unprocessable(f"{datatype} pixels must lie in [0, 1]")
     return batch
+
+
+def _pixels_from_bytes(tail: memoryview, datatype: str) -> Batch:
+    if datatype == "UINT8":
+        return np.frombuffer(tail, np.uint8)
+    if datatype == "FP32":
+        return np.frombuffer(tail, "<f4")
+    if datatype == "FP16":
+        return np.frombuffer(tail, "<f2").astype(np.float32)
+    wide = np.frombuffer(tail, "<u2").astype(np.uint32)
+    wide <<= 16  # BF16 is the upper half of a float32
+    return wide.view(np.float32)
 
 
 def _pixels_from_json(data: object, datatype: str, shape: list[int]) -> Batch:
     """Numbers, nested or flat."""
+    if datatype in HALVES:
+        raise Unprocessable(
+            f"{datatype} has no form in JSON; allowed: its bytes after the JSON "
+            "(binary_data_size), or FP32"
+        )
     try:
         wide = np.array(data, np.float64).reshape(shape)
     except (ValueError, TypeError, OverflowError) as exc:

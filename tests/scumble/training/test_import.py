@@ -259,7 +259,16 @@ def sigmoids() -> onnx.ModelProto:
     return model
 
 
+def four_channels(layout: str) -> onnx.ModelProto:
+    model = network(layout=layout)
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    dims[1 if layout == "nchw" else 3].dim_value = 4
+    return model
+
+
 IMPLAUSIBLE = {
+    "RGBA": (four_channels("nchw"), ["--normalize=tf"], "takes 4 channels; allowed: 1 and 3"),
+    "RGBA last": (four_channels("nhwc"), ["--normalize=tf"], "takes 4 channels; allowed: 1 and 3"),
     "NaN": (with_weight("b1", np.full(6, np.nan)), [], "the weights 'b1' have values that are NaN"),
     "std 0": (network(), ["--std", "0"], "std is 0; allowed: numbers above 0"),
     "mean 127.5": (network(), ["--mean", "127.5"], "mean is 127.5; allowed: -1 to 1"),

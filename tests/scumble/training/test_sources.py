@@ -3,6 +3,9 @@
 import io
 import json
 import struct
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,13 +16,20 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import nn
 
-from app.inference.bundle import Bundle, InputShape, Preprocessing
+from app.inference.bundle import Bundle, InputShape, Preprocessing, golden_inputs
 from app.inference.decode import decode
 from app.inference.engines import load
-from scumble.training.bundle_export import classes_of, notes_of
+from scumble.training.bundle_export import check_same, classes_of, notes_of, to_onnx
 from scumble.training.export_command import export
 from scumble.training.sanity_checks import ExportError
-from scumble.training.sources import load_weights, read_safetensors, torchvision_weights
+from scumble.training.sources import (
+    load_weights,
+    normalized,
+    read_safetensors,
+    timm_model,
+    torchscript_module,
+    torchvision_weights,
+)
 from tests.pictures import encoded
 
 SMALL = InputShape(height=9, width=8, channels=3)
@@ -189,6 +199,167 @@ def test_photos_are_answered_as_torchvision_answers_them(published, tmp_path, by
         found = run(decode(data, card.input, card.preprocessing, 4_000_000)[None])
         np.testing.assert_allclose(found, expected, atol=1e-4)
         assert found.argmax() == expected.argmax()
+
+
+# -- TorchScript --
+
+
+def saved(module: torch.jit.ScriptModule, folder: Path) -> Path:
+    torch.jit.save(module, folder / "net.pt")
+    return folder / "net.pt"
+
+
+SCRIPTS = {
+    "scripted": lambda: torch.jit.script(net(1).eval()),
+    "traced": lambda: torch.jit.trace(net(1).eval(), torch.rand(2, 3, 9, 8)),
+    "frozen": lambda: torch.jit.freeze(torch.jit.script(net(1).eval())),
+    "in training mode": lambda: torch.jit.script(net(1)),
+    "half precision": lambda: torch.jit.script(net(1).eval().half()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_torchscript_answers_as_its_network(name, prepared, tmp_path):
+    found = torchscript_module(saved(SCRIPTS[name](), tmp_path))
+    if prepared:
+        found = normalized(found, [0.4], [0.2])
+    assert classes_of(found, SMALL) == 4
+    model = to_onnx(found, SMALL).SerializeToString()
+    check_same(found, model, SMALL)
+    pixels = golden_inputs(SMALL)
+    x = torch.from_numpy(pixels.transpose(0, 3, 1, 2) / np.float32(255))
+    with torch.inference_mode():
+        expected = net(1).eval()((x - 0.4) / 0.2 if prepared else x).softmax(1).numpy()
+    run = load("onnxruntime", model, threads=1, precision="float32")
+    np.testing.assert_allclose(run(pixels), expected, atol=2e-3 if "half" in name else 1e-5)
+
+
+class OfTheBatch(nn.Module):
+    """Answers that depend on the other images of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return self.net(x) * (1 + 100 * x.mean())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_what_torchscript_cannot_be_is_one_sentence(tmp_path):
+    script = torchscript_module(saved(torch.jit.script(net().eval()), tmp_path))
+    with pytest.raises(
+        ExportError, match=r"take \(2, 1, 9, 8\): RuntimeError: Given groups"
+    ) as info:
+        classes_of(script, InputShape(height=9, width=8, channels=1))
+    assert "\n" not in str(info.value)
+    fixed = torch.jit.trace(nn.Sequential(net().eval(), Fixed()), torch.rand(2, 3, 9, 8))
+    with pytest.raises(ExportError, match=r"does not take \(3, 3, 9, 8\): "):
+        classes_of(torchscript_module(saved(fixed, tmp_path)), SMALL)
+    mixed = OfTheBatch().eval()
+    with pytest.raises(ExportError, match="answers differently from the network, by 0"):
+        check_same(mixed, to_onnx(torch.jit.script(mixed), SMALL).SerializeToString(), SMALL)
+    for file, content in {"w.pt": b"no archive", "e.pt": b""}.items():
+        (tmp_path / file).write_bytes(content)
+        with pytest.raises(ExportError, match=f"{file}' is not a TorchScript file: "):
+            torchscript_module(tmp_path / file)
+
+
+class Fixed(nn.Module):
+    def forward(self, x):
+        return x.reshape(2, 4)
+
+
+# -- timm, which is not installed here: what is asked of it, and what its answers become --
+
+
+class Timm(ModuleType):
+    """A package timm with one model, in its three modes of cropping."""
+
+    def __init__(self, **config) -> None:
+        super().__init__("timm")
+        self.made: list[dict] = []
+        self.data = ModuleType("timm.data")
+        config = {
+            "input_size": (3, 9, 9), "interpolation": "bicubic", "crop_pct": 0.9,
+            "crop_mode": "center", "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2), **config,
+        }  # fmt: skip
+        self.data.resolve_model_data_config = lambda model: config
+        self.data.infer_imagenet_subset = lambda model: (
+            "four" if model[-1].out_features == 4 else None
+        )
+        self.data.ImageNetInfo = lambda subset: Info()
+
+    def create_model(self, name, **options):
+        if name != "small.four":
+            raise RuntimeError(f"Unknown model ({name})")
+        if options["pretrained"] and options.get("num_classes", 4) != 4:
+            raise OSError("no network")
+        self.made.append(options)
+        made = net(1)
+        made[-1] = nn.Linear(6, options.get("num_classes", 4))
+        return made
+
+
+class Info:
+    def num_classes(self):
+        return 4
+
+    def index_to_description(self, k):
+        return ["cat", "crane", "dog", "crane"][k]
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """`timm(**config)` puts the package in place and gives it."""
+
+    def install(**config):
+        module = Timm(**config)
+        monkeypatch.setitem(sys.modules, "timm", module)
+        monkeypatch.setitem(sys.modules, "timm.data", module.data)
+        return module
+
+    return install
+
+
+def test_a_model_of_timm_brings_its_labels_and_preprocessing(timm):
+    package = timm()
+    model, said = timm_model("small.four", None, 3, "pretrained")
+    assert package.made == [{"pretrained": True, "in_chans": 3}]
+    assert said.labels == ["cat", "crane", "dog", "crane"]
+    assert (said.size, said.shorter, said.interpolation) == (9, 10, "bicubic")
+    assert said.preprocessing(None, None, None, None) == ("resize_crop", None, 10)
+    assert said.preprocessing(18, None, None, None) == ("crop", 0.9, None)
+    assert said.mean == [0.5, 0.4, 0.3]
+    assert classes_of(model, SMALL) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"crop_mode": "squash"}, ("stretch", None, 10)),
+        ({"crop_mode": "border"}, ("letterbox", None, 10)),
+        ({"crop_mode": None, "crop_pct": None}, ("resize_crop", None, 9)),
+    ],
+)
+def test_how_timm_crops(timm, config, expected):
+    timm(**config, interpolation="random")
+    _, said = timm_model("small.four", None, 3, None)
+    assert said.preprocessing(None, None, None, None) == expected
+    assert said.interpolation == "bilinear"
+
+
+def test_what_timm_lacks_is_one_sentence(timm, monkeypatch):
+    timm()
+    with pytest.raises(ExportError, match=r"make the model 'nope': Unknown model \(nope\)"):
+        timm_model("nope", None, 3, None)
+    with pytest.raises(ExportError, match="no network; give their file with --weights FILE"):
+        timm_model("small.four", 9, 3, "pretrained")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ExportError, match="--timm needs the package timm: pip install timm"):
+        timm_model("small.four", None, 3, None)
 
 
 # -- networks that cannot be meant --

@@ -20,6 +20,7 @@ from app.inference.bundle import Card
 from app.main import create_app
 from app.settings import LimitSettings, Settings
 from tests.app import probe_defenses
+from tests.app.http.test_large_json import Recording
 from tests.pictures import encoded, picture
 from tests.tiny import LABELS, SHAPE
 
@@ -133,8 +134,10 @@ def test_every_form_of_an_image_gets_the_same_random_answer(make_client):
     floats = [planar, *((planar + n).clip(0, 1) for n in noise)]
     floats += [np.where(planar == 0, planar * sign, planar) for sign in signs]
     assert any(np.signbit(array).any() for array in floats)
-    for array in (pixels, *floats):
-        found = from_binary(client.post(URL, **binary(array)))
+    asks = [binary(array) for array in (pixels, *floats)]
+    asks += [half(planar, datatype) for datatype in ("FP16", "BF16")]
+    for ask in asks:
+        found = from_binary(client.post(URL, **ask))
         np.testing.assert_allclose(found, expected, atol=1e-2)  # another draw is off by 0.5
 
 
@@ -150,6 +153,69 @@ def test_every_form_gives_the_answer_of_v1(client, expected, array):
         found = np.array(output["data"], np.float32).reshape(output["shape"])
         np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_allclose(from_binary(client.post(URL, **binary(array))), expected, atol=1e-6)
+
+
+def halves(array: np.ndarray, datatype: str) -> np.ndarray:
+    """Floats as FP16, or as the upper half of each."""
+    if datatype == "FP16":
+        return array.astype("<f2")
+    rounded = array.astype("<f4").view(np.uint32) + np.uint32(0x8000)
+    return (rounded >> 16).astype("<u2")
+
+
+def half(array: np.ndarray, datatype: str, **changes) -> dict:
+    """The body of an infer request with floats of half precision."""
+    return binary(halves(array, datatype), datatype=datatype, **changes)
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "BF16"])
+def test_half_precision_is_answered_as_the_same_values_in_fp32(client, datatype):
+    sent = halves(PLANAR, datatype)
+    wide = sent.astype("<f4")
+    if datatype == "BF16":
+        wide = (sent.astype(np.uint32) << 16).view("<f4")
+    assert 0 < np.abs(wide - PLANAR).max() < 0.5 / 255
+    answer = client.post(URL, **half(PLANAR, datatype))
+    same = client.post(URL, **binary(wide.reshape(PLANAR.shape)))
+    np.testing.assert_array_equal(from_binary(answer), from_binary(same))
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "BF16"])
+def test_half_precision_that_is_refused(client, make_client, datatype):
+    over = client.post(URL, **half(PLANAR * 2, datatype))
+    assert (over.status_code, over.json()["detail"]) == (
+        422,
+        f"{datatype} pixels must lie in [0, 1]",
+    )
+    nan = client.post(URL, **half(np.where(PLANAR > 0.5, np.nan, PLANAR), datatype))
+    assert nan.status_code == 422
+    listed = tensor(PLANAR, datatype=datatype, data=PLANAR.tolist())
+    answer = client.post(URL, json={"inputs": [listed]})
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith(f"{datatype} has no form in JSON; allowed: its bytes")
+    short = client.post(URL, **half(PLANAR, datatype, tail=b"1234"))
+    assert short.status_code == 400
+    fp32 = client.post(URL, **binary(PLANAR, datatype=datatype))
+    assert fp32.status_code == 400  # twice the bytes
+    none = make_client(tensor_input=False).post(URL, **half(PLANAR, datatype))
+    assert none.json()["detail"] == "this server takes no float tensors; allowed for pixels: UINT8"
+
+
+@pytest.mark.parametrize(
+    ("images", "datatype", "beside"),
+    [(3, "FP16", False), (300, "FP16", True), (300, "BF16", True), (300, "FP32", False)],
+)
+def test_large_tensors_of_half_precision_are_widened_beside_the_loop(
+    client, images, datatype, beside
+):
+    many = np.concatenate([PLANAR] * (images // 3))
+    executor = Recording()
+    service = replace(client.app.state.service, executor=executor)
+    ask = binary(many) if datatype == "FP32" else half(many, datatype)
+    answer = TestClient(build(service)).post(URL, **ask)
+    assert answer.status_code == 200
+    assert executor.sizes == ([len(ask["content"])] if beside else [])
+    executor.close()
 
 
 FILES = {

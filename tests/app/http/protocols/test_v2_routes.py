@@ -12,6 +12,8 @@ MODEL = {
         {"name": "image", "datatype": "BYTES", "shape": [-1]},
         {"name": "pixels", "datatype": "UINT8", "shape": [-1, 8, 8, 3]},
         {"name": "pixels", "datatype": "FP32", "shape": [-1, 3, 8, 8]},
+        {"name": "pixels", "datatype": "FP16", "shape": [-1, 3, 8, 8]},
+        {"name": "pixels", "datatype": "BF16", "shape": [-1, 3, 8, 8]},
     ],
     "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 4]}],
 }
