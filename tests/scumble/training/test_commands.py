@@ -124,7 +124,7 @@ def test_export_torchvision_has_imagenet_defaults(tmp_path):
         (train, "imagenet", "'imagenet' is not one of"),
         (train, "mnist --data {folder}/none", "does not exist"),
         (quantize, "none --data {data} --models {folder}", "no model 'none'"),
-        (export, "x", "give one of --torchvision, --pretrained, --module, --pt2 and --defense"),
+        (export, "x", "give one of --torchvision, --pretrained, --timm, --module, --pt2, "),
         (export, "x --torchvision resnet1", "no torchvision classifier 'resnet1'"),
         (export, "x --module none.py:net", "FILE.py:FUNCTION"),
         (export, "x --module {folder}/own.py:net --size 12", "does not take (2, 3, 12, 12)"),
