@@ -37,9 +37,11 @@ from app.http.routing import Route, problems
 from app.request_context import request_context
 
 if TYPE_CHECKING:
+    from app.inference.bundle import Card
     from app.inference.upstream.passed import Passed
     from app.telemetry.tracing import Tracing
 
+MOST_TEXT = 64  # characters of a name in a path
 log = logging.getLogger("scumble")
 
 
@@ -146,7 +148,8 @@ def build(
             endpoint = service.access.guard(path, endpoint)
             _describe_access(path, description)
         if service.audit is not None and method == "POST":
-            endpoint = _naming(passed, endpoint) if passed else endpoint
+            if "{model}" in path:
+                endpoint = _naming(service.card, passed, endpoint)
             endpoint = service.audit.guard(path, endpoint)
         app.add_api_route(path, guarded(endpoint), methods=[method], **description)
         plain = path.format(model=service.card.name, version=service.card.version)
@@ -213,16 +216,32 @@ def routes(service: Service) -> list[Route]:
     ]
 
 
-def _naming(passed: Mapping[str, Passed], endpoint: Endpoint) -> Endpoint:
-    """The endpoint; the audit log names the model that is asked, also if the request is refused."""
+def _naming(card: Card, passed: Mapping[str, Passed], endpoint: Endpoint) -> Endpoint:
+    """The endpoint; the audit log names the model that is asked, also if there is none of it."""
 
     async def named(request: Request) -> Response:
-        model = passed.get(request.path_params.get("model", ""))
-        if model is not None:
-            request_context(request.scope).facts = model.facts
+        name = request.path_params.get("model")
+        if name is not None:  # a hot route is the served model's
+            version = request.path_params.get("version")
+            request_context(request.scope).facts = _asked(card, passed.get(name), name, version)
         return await endpoint(request)
 
     return named
+
+
+def _asked(
+    card: Card, model: Passed | None, name: str, version: str | None
+) -> Mapping[str, str | None] | None:
+    """What the audit log says of the model in a path; None for the served one."""
+    if model is not None and not model.served:
+        return model.facts
+    served = card.version if model is None else model.network.sent.version
+    if (model is not None or name == card.name) and version in (None, served):
+        return None
+    return {
+        "model": name[:MOST_TEXT],
+        "version": None if version is None else version[:MOST_TEXT],
+    }
 
 
 def _translated(exc: Exception, request: Request) -> errors.RequestError:

@@ -560,6 +560,27 @@ def test_images_are_charged_counted_and_logged(keyed, tmp_path):
     assert (lines[1]["policy"], lines[1]["version"]) == ("none", "1")
 
 
+UNKNOWN = {
+    "nothing": ("nothing", None),
+    "nothing/versions/9": ("nothing", "9"),
+    "x" * 300: ("x" * 64, None),
+    "net/versions/9": ("net", "9"),
+    "net/versions/" + "9" * 300: ("net", "9" * 64),
+}
+
+
+def test_the_audit_log_has_the_unknown_model_or_version_that_was_asked(keyed, tmp_path):
+    client = keyed(row("acme", limits={"total_images": 7}), audit_on_failure="closed")
+    client.headers["X-API-Key"] = "acme"
+    for path in UNKNOWN:
+        answer = client.post(f"/v2/models/{path}/infer", **BOTH_WAYS["JSON"])
+        assert answer.status_code == 404, path
+    lines = entries(tmp_path / "log")
+    assert [(line["model"], line["version"]) for line in lines] == list(UNKNOWN.values())
+    assert {(line["client"], line["images"]) for line in lines} == {("acme", 0)}
+    assert not [name for name in samples(client) if "nothing" in name or "xxx" in name]
+
+
 def test_a_keys_own_defense_is_for_the_served_model_alone(keyed, clean):
     client = keyed(
         row("label", output={"form": "label"}),
