@@ -8,6 +8,8 @@ import json
 import re
 import sys
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -100,6 +102,34 @@ SERVERS = {
     ),
     "litserve": (["python", "litserve_app.py"], "/health", each_array),
 }
+
+
+def test_the_file_of_triton_s_python_backend_sends_out_defended_rows(rows, tmp_path, monkeypatch):
+    """With a stand-in for Triton's module, which exists only in the backend's own process."""
+    for file, text in files().items():
+        (tmp_path / file).write_text(text)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    backend = SimpleNamespace(
+        Tensor=lambda name, values: SimpleNamespace(name=name, as_numpy=lambda: values),
+        InferenceResponse=lambda outputs: SimpleNamespace(outputs=outputs),
+        get_input_tensor_by_name=lambda request, name: request[name],
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    monkeypatch.delitem(sys.modules, "defended", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = run_path(str(tmp_path / "model.py"))["TritonPythonModel"]()
+    monkeypatch.delitem(sys.modules, "defended")
+    requests = [{"pixels": backend.Tensor("pixels", part)} for part in (PIXELS[:2], PIXELS[2:])]
+    responses = model.execute(requests)
+    (names, values) = zip(
+        *((output.name, output.as_numpy()) for each in responses for output in each.outputs),
+        strict=True,
+    )
+    clean, defended = rows
+    assert set(names) == {"probabilities"}
+    np.testing.assert_allclose(np.concatenate(values), defended, atol=1e-6)
+    assert np.abs(defended - clean).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", SERVERS)
