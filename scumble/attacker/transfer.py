@@ -2,7 +2,8 @@
 
 A source is a list of terms, `fashion_mnist,fashion_mnist@outlines,fractal[:5000]`, whose images are
 put together. A term is what `scumble.data.image_sets.load` opens, or the name of a drawn set; then
-`:train` or `:test`, `@VARIANT` and `[FROM:TO]`, each of which may be left out.
+`:train` or `:test`, `@VARIANT` and `[FROM:TO]`, each of which may be left out. A drawn set has
+20,000 images where TO is left out; any up to 100,000 can be named.
 
 Sources: Kataoka et al., "Pre-training without Natural Images" (IJCV 2022), for fractals; Baradad et
 al., "Learning to See by Looking at Noise" (NeurIPS 2021), for noise.
@@ -26,7 +27,8 @@ from scumble.data.image_sets import Dataset, DatasetError, load, require
 from scumble.png import to_image
 
 Pixels = npt.NDArray[np.uint8]
-DRAWN, BLOCK, SIDE = 20_000, 500, 32  # images of a drawn set, drawn at a time, and their size
+DRAWN, MOST_DRAWN = 20_000, 100_000  # images of a drawn set, and those that can be named
+BLOCK, SIDE = 500, 32  # images drawn at a time, and their size
 TERM = re.compile(
     r"(?P<name>.+?)(?::(?P<part>train|test))?(?:@(?P<variant>\w+))?"
     r"(?:\[(?P<first>\d*):(?P<last>\d*)\])?$"
@@ -115,16 +117,19 @@ def fitted(images: Pixels, height: int, width: int, channels: int) -> Pixels:
 def _term(term: str, split: str, root: Path | None) -> Dataset:
     match = parsed(term)
     name, part, variant = match["name"], match["part"], match["variant"]
+    first = int(match["first"] or 0)
     if name in POOLS:
-        found = drawn(name, min(DRAWN, int(match["last"] or DRAWN)))
+        last = min(MOST_DRAWN, int(match["last"] or DRAWN))
+        if first >= last:
+            raise DatasetError(f"{term!r} has no images: {name} has {MOST_DRAWN}")
+        found = drawn(name, last, first)
     else:
         found = load(name, part or split, root=root)
-    first, last = int(match["first"] or 0), int(match["last"] or len(found))
-    rows = np.arange(len(found))[first:last]
-    if not len(rows):
-        raise DatasetError(f"{term!r} has no images: {name} has {len(found)}")
-    if len(rows) < len(found):
-        found = found.subset(rows)
+        rows = np.arange(len(found))[first : int(match["last"] or len(found))]
+        if not len(rows):
+            raise DatasetError(f"{term!r} has no images: {name} has {len(found)}")
+        if len(rows) < len(found):
+            found = found.subset(rows)
     if variant is None:
         return found
     return replace(found, name=f"{found.name}@{variant}", images=VARIANTS[variant](found.images))
@@ -194,18 +199,42 @@ def noise(n: int, rng: np.random.Generator) -> Pixels:
     return _pixels(torch.where(hard, (total[:, :1] > 0.6).float().expand_as(total), total))
 
 
+def texture(n: int, rng: np.random.Generator) -> Pixels:
+    """Two crossing waves, bent by a smooth field, in two colours (n, SIDE, SIDE, 3).
+
+    Half of them have hard edges: stripes, dots and checks.
+    """
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    bends = torch.from_numpy(rng.standard_normal((n, 2, 4, 4)).astype(np.float32))
+    smooth = F.interpolate(bends, (SIDE, SIDE), mode="bicubic", align_corners=True).numpy()
+    total = np.ones((n, SIDE, SIDE))
+    for k in range(2):
+        angle, phase = rng.uniform(0, 2 * np.pi, (2, n, 1, 1))
+        cycles, bend = rng.uniform(1, 8, (n, 1, 1)), rng.uniform(0, 2, (n, 1, 1))
+        along = x * np.cos(angle) + y * np.sin(angle)
+        wave = np.sin(2 * np.pi * cycles * along + phase + bend * smooth[:, k])
+        total *= np.where(rng.random((n, 1, 1)) < 0.5 * k, 1, wave)
+    hard = rng.random((n, 1, 1)) < 0.5
+    light = np.where(hard, total > rng.uniform(-0.3, 0.3, (n, 1, 1)), (total + 1) / 2)[..., None]
+    back, front = rng.uniform(0, 1, (2, n, 1, 1, 3))
+    drawn: Pixels = np.rint(255 * (back + light * (front - back))).astype(np.uint8)
+    return drawn
+
+
 POOLS: dict[str, Callable[[int, np.random.Generator], Pixels]] = {
     "fractal": fractal,
     "noise": noise,
+    "texture": texture,
 }
 
 
-def drawn(name: str, count: int = DRAWN) -> Dataset:
-    """The first images of a set that a program draws, the same each time."""
-    parts = [POOLS[name](BLOCK, np.random.default_rng(i)) for i in range(-(-count // BLOCK))]
-    images = np.concatenate(parts)[:count]
+def drawn(name: str, last: int = DRAWN, first: int = 0) -> Dataset:
+    """The images from `first` to `last` of a set that a program draws, the same each time."""
+    begin = first // BLOCK
+    parts = [POOLS[name](BLOCK, np.random.default_rng(i)) for i in range(begin, -(-last // BLOCK))]
+    images = np.concatenate(parts)[first - begin * BLOCK : last - begin * BLOCK]
     labels = np.zeros(len(images), np.int64)
-    return Dataset(name, images, labels, (name,), tuple(f"{name}/{i}" for i in range(len(images))))
+    return Dataset(name, images, labels, (name,), tuple(f"{name}/{i}" for i in range(first, last)))
 
 
 def _planes(images: Pixels) -> Tensor:

@@ -47,7 +47,16 @@ from scumble.training.gate_report import (
     report,
     shares,
 )
-from scumble.training.measure import answers, as_input, decoder_of, describe, gap, open_set, threads
+from scumble.training.measure import (
+    answers,
+    as_input,
+    decoder_of,
+    describe,
+    gap,
+    open_set,
+    own_set,
+    threads,
+)
 from scumble.training.policy_table import settings_of, show, show_policies
 from scumble.training.staging import staged
 
@@ -224,8 +233,9 @@ def calibrate(
             precision: settings_of(models, name, precision=precision, engine=engine)
             for precision in PRECISIONS
         }
-        own = open_set(own_source or name, "train", data, bundle.card)
-        test = open_set(test_source or name, "test", data, bundle.card)
+        known = own_set(bundle.card)
+        own = open_set(own_source or known, "train", data, bundle.card)
+        test = open_set(test_source or known, "test", data, bundle.card)
         if own_source is None:
             recipe = bundle.card.training.get("recipe", {})
             _, own = own.split(recipe.get("holdout", 0.05), recipe.get("seed", 0))

@@ -27,6 +27,7 @@ from scumble.training.measure import (
     card_accuracy,
     describe,
     open_set,
+    own_set,
     share_right,
     threads,
 )
@@ -71,6 +72,7 @@ DATA_LICENCE = {
 @version_option
 @click.option("--epochs", type=click.IntRange(1), help="Instead of the recipe's.")
 @click.option("--seed", type=int, help="Instead of the recipe's.")
+@click.option("--bundle", help="Name of the bundle.  [default: NAME]")
 @click.option(
     "--outliers",
     help="Images that show none of the classes, of which the network should be unsure: a .parquet "
@@ -92,18 +94,19 @@ def train(
     version: str,
     epochs: int | None,
     seed: int | None,
+    bundle: str | None,
     outliers: str | None,
     outlier_weight: float,
 ) -> None:
     """Train the victim NAME by its recipe and write it as a float bundle."""
-    recipe = RECIPES[name]
+    recipe, place = RECIPES[name], models / (bundle or name)
     recipe = replace(
         recipe,
         epochs=recipe.epochs if epochs is None else epochs,
         seed=recipe.seed if seed is None else seed,
     )
     with plain_errors():
-        require_writable(models / name)
+        require_writable(place)
         images = load(name, "train", root=data)
         test = load(name, "test", root=data)
         rest, held_out = images.split(recipe.holdout, recipe.seed)
@@ -117,12 +120,13 @@ def train(
             exposed = {"outliers": describe(found_outliers), "outlier_weight": outlier_weight}
         network = fit(recipe, rest, exposure=exposure)
         card: dict[str, Any] = {
-            "name": name,
+            "name": place.name,
             "version": version,
             "labels": list(images.classes),
             "data_licence": DATA_LICENCE.get(name, ""),
             "training": {
                 "command": typed(ctx),
+                "set": name,
                 "recipe": asdict(recipe),
                 "images": len(rest),
                 "held_out": len(held_out),
@@ -131,7 +135,7 @@ def train(
                 "torch": torch.__version__,
             },
         }
-        with staged(models / name) as folder:
+        with staged(place) as folder:
             export_bundle(network, folder, shape, card, threads=threads())
             card["input"] = shape.model_dump()
             model = Bundle(folder).onnx("float32")
@@ -141,7 +145,7 @@ def train(
             accuracy = {"float32": found.model_dump()}
             finish(folder, {**card, "accuracy": accuracy}, threads=threads())
     click.echo(
-        f"{models / name}: accuracy {found.value:.2%} on {len(test):,} test images "
+        f"{place}: accuracy {found.value:.2%} on {len(test):,} test images "
         f"and {validation:.2%} on {len(held_out):,} held-out images"
     )
 
@@ -192,13 +196,13 @@ def quantize(
     with plain_errors():
         bundle = open_bundle(models, name)
         require_writable(bundle.folder)
-        recipe = bundle.card.training.get("recipe", {})
-        images = open_set(train_source or name, "train", data, bundle.card, unlabelled=True)
+        recipe, known = bundle.card.training.get("recipe", {}), own_set(bundle.card)
+        images = open_set(train_source or known, "train", data, bundle.card, unlabelled=True)
         share = recipe.get("holdout", 0.05) if test_source or not train_source else OWN_HOLDOUT
         rest, held_out = images.split(share, recipe.get("seed", 0))
         test = held_out
         if test_source or not train_source:
-            test = open_set(test_source or name, "test", data, bundle.card, unlabelled=True)
+            test = open_set(test_source or known, "test", data, bundle.card, unlabelled=True)
         augment = augment or recipe.get("augment", "none")
         tuning = Tuning(epochs=epochs, lr=lr, augment=augment, seed=seed)
         judge = Judge(bundle.read("float32.onnx"), held_out, test)

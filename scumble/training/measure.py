@@ -65,6 +65,11 @@ def open_set(
     return fitted(data, card)
 
 
+def own_set(card: Card) -> str:
+    """The data set that a bundle was trained on: the one it is named after, if none is stated."""
+    return str(card.training.get("set", card.name))
+
+
 def fitted(data: Dataset, card: Card) -> Dataset:
     """`data` with pictures of the card's input size and the numbers of its labels.
 

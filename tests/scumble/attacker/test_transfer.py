@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
         ("{0}, {0}@blended, {0}@posterised[:1]", 25),
         ("{0}, digits:test[:7]", 19),
         ("{0}[:2],fractal[:3],noise[:4]", 9),
+        ("{0}[:2],texture[20000:20003]", 5),
     ],
 )
 def test_terms_are_put_together(terms, images, folder):
@@ -55,6 +56,8 @@ def test_parts_do_not_overlap(folder):
     [
         ("{0}@sepia", "is 'sepia'; allowed: outlines, posterised, blended"),
         ("{0}[20:30]", "has no images"),
+        ("noise[100000:100001]", "has no images: noise has 100000"),
+        ("noise[5:5]", "has no images"),
         ("{0},nowhere", "no data set 'nowhere'"),
     ],
 )
@@ -71,6 +74,14 @@ def test_drawn_pictures_are_varied_and_the_same_each_time(name):
     assert found.images.shape == (30, 32, 32, 3)
     assert len(np.unique(found.images.reshape(30, -1), axis=0)) == 30
     assert found.images.std() > 20
+
+
+def test_parts_of_a_drawn_set_are_those_of_the_whole():
+    whole = transfer.drawn("noise", 510).images
+    for first, last in ((490, 510), (500, 505)):
+        part = transfer.drawn("noise", last, first)
+        np.testing.assert_array_equal(part.images, whole[first:last])
+        assert part.groups[0] == f"noise/{first}"
 
 
 def test_outlines_are_light_edges_on_black():

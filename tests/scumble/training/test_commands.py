@@ -38,9 +38,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(data, tmp_path_factory):
-    """A model folder after `scumble train mnist`."""
+    """A model folder after `scumble train mnist` with outliers and another name."""
     folder = tmp_path_factory.mktemp("models")
+    noise = np.random.default_rng(0).integers(0, 256, (30, 6, 6, 3), np.uint8)
+    write_parquet(data / "noise.parquet", noise, [0] * 30)
     words = ["mnist", "--data", str(data), "--models", str(folder), "--epochs", "30"]
+    words += ["--bundle", "reader", "--outliers", str(data / "noise.parquet")]
     done = CliRunner().invoke(train, words, prog_name="train")
     assert done.exit_code == 0, done.output
     assert "on 300 test images" in done.output
@@ -48,10 +51,14 @@ def models(data, tmp_path_factory):
 
 
 def test_train(models, data):
-    card = Bundle(models / "mnist").card
+    card = Bundle(models / "reader").card
+    assert (card.name, card.training["set"]) == ("reader", "mnist")
     assert shlex.split(card.training["command"]) == shlex.split(
-        f"scumble train mnist --data {data} --models {models} --epochs 30"
+        f"scumble train mnist --data {data} --models {models} --epochs 30 --bundle reader "
+        f"--outliers {data}/noise.parquet"
     )
+    assert card.training["outliers"].startswith("noise (sha256 of pixels and labels ")
+    assert card.training["outlier_weight"] == 0.5
     assert card.training["recipe"]["epochs"] == 30
     assert card.training["images"] + card.training["held_out"] == 600
     assert card.labels == [str(k) for k in range(10)]
@@ -62,12 +69,12 @@ def test_train(models, data):
 
 
 def test_quantize(models, data):
-    words = ["mnist", "--data", str(data), "--models", str(models), "--epochs", "1"]
+    words = ["reader", "--data", str(data), "--models", str(models), "--epochs", "1"]
     done = CliRunner().invoke(quantize, words, prog_name="quantize")
     assert done.exit_code == 0, done.output
     for name in ("ptq-server", "qat-server", "ptq-mobile", "qat-mobile"):
         assert f"{name} " in done.output
-    card = Bundle(models / "mnist").card
+    card = Bundle(models / "reader").card
     assert len(card.quantization["candidates"]) == 4
     assert card.quantization["qat"]["augment"] == "digits"
     assert card.training["recipe"]["epochs"] == 30  # kept
@@ -76,7 +83,7 @@ def test_quantize(models, data):
     words += ["--method", "ptq", "--preset", "mobile"]
     done = CliRunner().invoke(quantize, words, prog_name="quantize")
     assert done.exit_code == 0, done.output
-    assert list(Bundle(models / "mnist").card.quantization["candidates"]) == ["ptq-mobile"]
+    assert list(Bundle(models / "reader").card.quantization["candidates"]) == ["ptq-mobile"]
 
 
 def test_export_own_module_with_labels_and_weights(tmp_path):
@@ -156,7 +163,7 @@ def test_other_classes_than_the_bundle_has(models, data, tmp_path):
     grey = np.full((8, 6, 6), 200, np.uint8)
     write_parquet(tmp_path / "many.parquet", grey, np.arange(8) + 4)
     for file, message in (("many", "12 classes, the bundle 10"), ("none", "no file")):
-        words = ["mnist", "--models", str(models), "--data", str(data)]
+        words = ["reader", "--models", str(models), "--data", str(data)]
         words += ["--test", str(tmp_path / f"{file}.parquet")]
         done = CliRunner().invoke(quantize, words, prog_name="quantize")
         assert done.exit_code == 1
