@@ -165,7 +165,7 @@ class PassThroughEndpoints:
         inferred = service.clock()
         if deadline.client.gone:
             raise ClientGone("the client closed the connection before the answer")
-        # How long the defense of a model takes is not known before its first answer.
+        # On a thread: how many classes a model has is not known before its first answer.
         size = self._through.max_size
         parts = [found.part(i, i + size) for i in range(0, asked.images, size)]
         tasks = [partial(model.defend, defense, part) for part in parts]

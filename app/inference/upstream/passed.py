@@ -17,6 +17,7 @@ from app.errors import ConfigError
 from app.inference.bundle import Sent
 from app.inference.engines import Probs
 from app.inference.upstream.client import UpstreamClient
+from app.inference.upstream.defense_time import measured
 from app.inference.upstream.network_interface import Found, InvalidAnswer
 from app.inference.upstream.v2_messages import Tensors
 from app.inference.upstream.v2_network import V2Network
@@ -26,6 +27,7 @@ from scumble.defenses import Defense, DefenseError
 from scumble.defenses.evidence import Evidence, Marks
 from scumble.defenses.scores import Whitener
 
+ASSUMED_CLASSES = 1000  # of a model whose answers nobody has seen yet
 UNKNOWN = Sent(
     input="", datatype="FP32", layout="NCHW", output="", answers="logits", fingerprint="0" * 64
 )
@@ -156,8 +158,8 @@ def make_pass_through(
         max_size: rows that are defended at once.
 
     Raises:
-        ConfigError: a model's output or defense is missing, unknown, or needs images; its name is
-            the card's, but it is another model; or the replicas have different models.
+        ConfigError: a model's output or defense is missing, unknown, needs images or is too slow;
+            its name is the card's, but it is another model; or the replicas have different models.
     """
     if not settings.upstream_models:
         return None
@@ -181,6 +183,8 @@ def make_pass_through(
             else:
                 models[name] = _other(name, wanted)
             check_without_images(models[name].defense, models[name].classes or 10)
+            if name != served:  # whose defense was measured with its own rows
+                check_time(models[name].defense, max_size, settings.batch_limit_s)
         except (DefenseError, ConfigError) as exc:
             raise ConfigError(f"SCUMBLE_UPSTREAM_MODELS: model {name!r}: {exc}") from exc
     concurrency = settings.upstream_concurrency
@@ -202,6 +206,28 @@ def check_without_images(defense: Defense, classes: int) -> None:
             f"the defense {defense!r} needs images, which tensors that are passed through are not; "
             "allowed: a defense of rows, such as codebook, label, round or top_k"
         ) from None
+
+
+def check_time(defense: Defense, images: int, limit_s: float) -> None:
+    """Refuse a defense that takes too long for as many rows as are defended at once.
+
+    How many classes the model has is not known before its first answer, so rows of
+    `ASSUMED_CLASSES` are tried.
+
+    Raises:
+        ConfigError: it takes longer, or fails.
+    """
+    rows = np.full((images, ASSUMED_CLASSES), 1 / ASSUMED_CLASSES, np.float32)
+    column = np.ones(images, np.float32)
+    evidence = Evidence(column, column, column)
+    try:
+        measured(defense, lambda: defense.answer(rows, NO_IMAGES, evidence), images, limit_s)
+    except ConfigError:
+        raise
+    except Exception as exc:
+        raise ConfigError(
+            f"the defense {defense!r} fails on {images} rows of {ASSUMED_CLASSES} classes: {exc!r}"
+        ) from exc
 
 
 def _served(

@@ -380,7 +380,7 @@ class Counting(Defense):
 
     def __call__(self, probs, inputs):
         self.calls.append((len(probs), threading.current_thread().name))
-        if self.pause_s and len(self.calls) > 1:  # not the one at the start
+        if self.pause_s and probs.shape[1] == 4:  # not those at the start
             time.sleep(self.pause_s)
         return probs
 """
@@ -421,6 +421,38 @@ def test_a_deadline_ends_a_defense_between_its_parts(counting):
 def test_a_defense_of_the_server_that_is_too_slow_stops_the_start(make):
     with pytest.raises(ConfigError, match=r"takes .* for 32 images; allowed: 2.5e-07 s, 1/4 of"):
         make(defense="label", watchdog_s=1e-6)
+
+
+AT_START = """
+import time
+from dataclasses import dataclass
+
+from scumble.defenses.base import Defense
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Defense):
+    def __call__(self, probs, inputs):
+        time.sleep(0.15 if len(probs) > 1 else 0)
+        return probs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fails(Defense):
+    def __call__(self, probs, inputs):
+        return probs[:, :10] if len(probs) == 1 else probs / "0"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("Slow", "takes 0.* s for 32 images; allowed: 0.1 s"), ("Fails", "fails on")]
+)
+def test_the_defense_of_another_model_is_tried_at_start(make, tmp_path, name, said):
+    file = tmp_path / "at_start.py"
+    file.write_text(AT_START)
+    models = {"other": {"output": "y", "defense": f"{file}:{name}"}}
+    with pytest.raises(ConfigError, match=f"SCUMBLE_UPSTREAM_MODELS: model 'other': .*{said}"):
+        make(models, watchdog_s=0.4)
 
 
 def test_rows_that_are_no_distributions_are_not_sent_out(make):
