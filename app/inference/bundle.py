@@ -189,6 +189,30 @@ class Accuracy(Frozen):
     data: str
 
 
+class MeasuredCopy(Frozen):
+    """What the strongest attacker that was measured made of one policy's answers.
+
+    Attributes:
+        precision: that was served.
+        defense: of the policy.
+        params: of the defense.
+        attacker: whose copy was the most accurate.
+        queries: that it asked.
+        copied: accuracy of the copy, of the victim's own test images.
+        served: accuracy of what honest users got.
+        seeds: of which these are the means.
+    """
+
+    precision: Precision
+    defense: str
+    params: Parameters
+    attacker: str
+    queries: int = Field(gt=0)
+    copied: float = Field(ge=0, le=1)
+    served: float = Field(ge=0, le=1)
+    seeds: int = Field(gt=0)
+
+
 class Card(Frozen):
     """`card.json`, written by `scumble/training/`, never by hand."""
 
@@ -204,6 +228,7 @@ class Card(Frozen):
     training: dict[str, Any] = {}
     auxiliary: dict[str, Any] = {}
     recommended: dict[str, Parameters] = {}
+    copies: list[MeasuredCopy] = []
     data_licence: str = ""
     upstream: Upstream | None = None
 

@@ -185,6 +185,8 @@ def main(cells: Path, out: Path) -> None:
     for victim in victims(lines):
         for name, plot in PLOTS.items():
             save(plot(lines, victim), out / "results" / f"{victim}-{name}.png")
+    if (cells, out) == (CELLS, DOCS):
+        click.echo("run python -m docs.generators.recommended too: the cards have these figures")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
             "params": card.defense_params(settings.defense, settings.defense_params),
         },
         "defenses": offered(settings, card),
+        "copies": measured_copies(settings, card),
         "golden": GOLDEN_COUNT,
         "formats": sorted(FORMATS),
         "max_body_bytes": settings.limits.max_body_bytes,
@@ -98,6 +99,12 @@ def offered(settings: Settings, card: Card) -> list[dict[str, Any]]:
         fixed = Knob("The served defense; its parameters cannot be changed here.")
         rows.insert(0, {**asdict(fixed), "name": ACTIVE, "params": {}})
     return rows
+
+
+def measured_copies(settings: Settings, card: Card) -> list[dict[str, Any]]:
+    """What attackers made of the model that is served, as far as it was measured."""
+    precision = "float32" if settings.precision == "bf16" else settings.precision
+    return [copy.model_dump() for copy in card.copies if copy.precision == precision]
 
 
 def client_policies(keys_file: Path | None) -> dict[str, list[str]]:

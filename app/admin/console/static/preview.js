@@ -3,6 +3,7 @@
 import { preview } from "./api.js";
 import { clearBars, showBars } from "./bars.js";
 import { $, make, say } from "./dom.js";
+import { showCopies } from "./copies.js";
 import { policyText, settingsLines } from "./facts.js";
 
 // Gives a function that takes other facts, after a reload.
@@ -77,11 +78,9 @@ export function startPreview(facts) {
       : `Active: ${policyText(policy)}`;
     $("reset").disabled = isActive;
     const { name, params } = chosen();
-    const isFixed = name === "active";
-    $("lines").textContent = settingsLines(
-      isFixed ? policy.defense : name,
-      isFixed ? policy.params : params,
-    );
+    const shown = name === "active" ? policy : { defense: name, params };
+    $("lines").textContent = settingsLines(shown.defense, shown.params);
+    showCopies(facts.copies, shown, known.get(name).parameter);
     $("copied").textContent = "";
   }
 

@@ -350,6 +350,35 @@ def test_the_shown_settings_are_the_lines_of_an_environment(open_page):
     expect(page.locator("#copied")).to_contain_text("cop")
 
 
+def copy(defense: str, copied: float, **params: float) -> dict:
+    return {
+        "precision": "float32", "defense": defense, "params": params, "attacker": "knockoff",
+        "queries": 20000, "copied": copied, "served": 0.99, "seeds": 1,
+    }  # fmt: skip
+
+
+def test_what_a_copy_is_worth_follows_the_slider(open_page):
+    page = open_page()
+    best, by = page.locator("#best-copy"), page.locator("#copy-by")
+    expect(best).to_have_text("–")
+    expect(by).to_have_text("Not measured for this model.")
+    curve = [copy("none", 0.9), copy("label", 0.6), copy("dcp", 0.7, beta=1.0)]
+    curve += [copy("reverse_sigmoid", share, beta=beta) for beta, share in ((0.4, 0.8), (2, 0.5))]
+    altered(page, "about", copies=curve)
+    altered(page, "metrics", served="of another process")
+    expect(best).to_have_text("80.0%")
+    expect(page.locator("#copy-none")).to_have_text("90.0%")
+    expect(page.locator("#copy-label")).to_have_text("60.0%")
+    page.locator("#strength").fill("1.7")
+    expect(best).to_have_text("50.0%")
+    expect(by).to_contain_text("by knockoff, 20,000 queries, measured at beta 2. Honest users")
+    page.locator("#defense").select_option("label")
+    expect(best).to_have_text("60.0%")
+    page.locator("#defense").select_option("round")
+    expect(best).to_have_text("–")
+    expect(by).to_have_text("Not measured under round.")
+
+
 def test_the_api_page_shows_every_route_of_the_public_port(browser, server):
     document = httpx2.get(f"{server.admin}/console/openapi.json").json()
     assert document == httpx2.get(f"{server.url}/openapi.json").json()

@@ -1,6 +1,10 @@
+import pytest
+
 from app.access.keys import Key, KeyFile, write_keys
 from app.admin.api_description import OPENAPI_FILE, leave_description
-from app.admin.console.facts import client_policies
+from app.admin.console.facts import client_policies, measured_copies
+from app.inference.bundle import open_bundle
+from app.settings import default_model_dir, load_settings
 
 
 def key(name, number, **fields):
@@ -30,6 +34,17 @@ def test_each_client_has_the_policies_of_its_valid_keys(tmp_path):
 
 def test_a_file_of_keys_that_cannot_be_read_shows_no_policies(tmp_path):
     assert client_policies(tmp_path / "none.json") == client_policies(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("precision", "stored"), [("float32", "float32"), ("bf16", "float32"), ("int8", "int8")]
+)
+def test_copies_are_those_of_the_served_precision(precision, stored):
+    card = open_bundle(default_model_dir(), "mnist").card
+    found = measured_copies(load_settings(model="mnist", precision=precision), card)
+    assert {copy["precision"] for copy in found} == {stored}
+    assert {"none", "label", "dcp"} <= {copy["defense"] for copy in found}
+    assert measured_copies(load_settings(), card.model_copy(update={"copies": []})) == []
 
 
 def test_the_first_worker_leaves_the_description(tmp_path):
