@@ -17,8 +17,17 @@ from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
 from scumble.evaluation.local_server import serving, without_settings
 from tests.ports import free_ports
+from tests.preloaded_commands import PreloadedCommands
 
 ROOT = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    """A folder for the path of a shell, with a `scumble` that is forked."""
+    process = PreloadedCommands(tmp_path_factory.mktemp("commands"))
+    yield process.folder
+    process.close()
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +56,14 @@ def run_python(example: Example) -> None:
 
 def run_bash(example: Example) -> None:
     """Run a block as a user would paste it; every command must succeed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    programs = example.namespace["commands"], Path(sys.executable).parent
     done = subprocess.run(  # noqa: S603  # our own docs
         ["bash", "-euo", "pipefail", "-c", _localized(example)],  # noqa: S607  # the bash on the path, as a user has it
         cwd=ROOT,
-        env={**without_settings(os.environ), "PATH": path},
+        env={
+            **without_settings(os.environ),
+            "PATH": os.pathsep.join([*map(str, programs), os.environ["PATH"]]),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -67,5 +79,5 @@ pytest_collect_file = Sybil(
         SkipParser(),
     ],
     patterns=["README.md", "docs/**/*.md"],
-    fixtures=["docs_server"],
+    fixtures=["commands", "docs_server"],
 ).pytest()

@@ -26,16 +26,16 @@ def blocks(page: str) -> list[tuple[str, str]]:
     )
 
 
-def run(commands: list[str], folder: Path) -> list[str]:
+def run(blocks: list[str], folder: Path, programs: Path) -> list[str]:
     """What each block prints."""
     ports = dict(zip(("8000", "8001", "9000", "9001"), free_ports(4), strict=True))
-    script = "".join(f"{block}echo '{END}'\n" for block in commands)
+    script = "".join(f"{block}echo '{END}'\n" for block in blocks)
     # The page's first server has the default ports.
     first = "scumble.toml <<'END'\n"
     script = script.replace(first, f"{first}port = 8000\nadmin_port = 9000\n")
     for name, port in ports.items():
         script = script.replace(name, str(port))
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [*LIMITED_BASH, f"trap 'kill $(jobs -p)' ERR\n{script}"],
         cwd=folder,
@@ -58,8 +58,8 @@ def kind(text: str) -> str:
 
 @pytest.mark.torch
 @pytest.mark.server
-def test_the_commands_print_what_the_page_shows(tmp_path):
+def test_the_commands_print_what_the_page_shows(tmp_path, commands):
     shown = blocks(PAGE.read_text())
-    printed = run([commands for commands, _ in shown], tmp_path)
-    for (commands, output), real in zip(shown, printed, strict=True):
-        assert kind(output) == kind(real), f"{commands}\nprints:\n{real}"
+    printed = run([block for block, _ in shown], tmp_path, commands)
+    for (block, output), real in zip(shown, printed, strict=True):
+        assert kind(output) == kind(real), f"{block}\nprints:\n{real}"

@@ -239,7 +239,9 @@ def run_cells(
     """
     command = shlex.join(["scumble", *sys.argv[1:]])
     failed = 0
-    context = get_context("spawn")
+    # Its processes share one import of torch, and of what its optimizers import when first made.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["scumble.evaluation.referee", "torch._dynamo"])
     progress = Progress(
         TextColumn("{task.description}", table_column=Column(width=34, no_wrap=True)),
         BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(),
