@@ -306,9 +306,21 @@ def test_no_codec_is_imported_by_a_request(models):
     assert done.stdout.strip() == "{200} set()"
 
 
-def test_the_supervisor_is_quick_to_start_and_small():
-    modules = "app.processes.supervisor, app.admin.application, app.admin.console.preview_process"
-    heavy = {"numpy", "PIL", "imagecodecs", "fastapi", "openvino"}
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (
+            "app.processes.supervisor, app.admin.application, app.admin.console.preview_process",
+            {"numpy", "PIL", "imagecodecs", "fastapi", "openvino"},
+        ),
+        (
+            "app.main, app.processes.worker, app.inference.upstream.assembly",
+            {"onnx", "onnxruntime", "openvino", "torch", "httpx2", "scumble.api_template"},
+        ),
+    ],
+    ids=["supervisor", "worker in front of a V2 server"],
+)
+def test_a_process_imports_only_what_it_needs(modules, heavy):
     code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -20,7 +20,6 @@ from app.inference.engines import Batch, Probs
 from app.inference.upstream.client import UpstreamClient, open_ca
 from app.inference.upstream.monitor import Monitor
 from app.inference.upstream.network_interface import Found, Network
-from app.inference.upstream.template_network import TemplateNetwork
 from app.inference.upstream.v2_network import V2Network
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
@@ -162,6 +161,9 @@ def network_of(settings: Settings, bundle: Bundle) -> Network:
     """
     template = settings.upstream_template
     if isinstance(bundle.card.upstream, Templated):
+        # Imported here: most upstreams speak V2.
+        from app.inference.upstream.template_network import TemplateNetwork
+
         return TemplateNetwork.of(bundle.card, template)
     try:
         network = V2Network.of(bundle.card)
