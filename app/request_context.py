@@ -44,8 +44,8 @@ class RequestContext:
         refusal: the reason label of the error that was sent instead of an answer.
         admission: the client's grant and charge; None without keys and budgets.
         stages: the times of the stages, for spans; None unless the request was traced and answered.
-        start: when the request was taken without the application (`app.http.direct`); 0 if it was
-            not.
+        start: when the request was taken without the application (`app.http.fast_path`); 0 if it
+            was not.
         fault: why it could not be answered that way; the application refuses it with this.
     """
 

@@ -28,7 +28,7 @@ from app import errors
 from app.access import admission
 from app.endpoint_type import Endpoint
 from app.http import schemas
-from app.http.direct import DirectPredictions
+from app.http.fast_path import DirectPredictions
 from app.http.middleware import Dispatch, Observe
 from app.http.prediction import Service
 from app.http.prefix_and_cors import Cors, Prefix
@@ -38,7 +38,7 @@ from app.request_context import request_context
 
 if TYPE_CHECKING:
     from app.inference.bundle import Card
-    from app.inference.upstream.passed import Passed
+    from app.inference.upstream.pass_through_models import Passed
     from app.telemetry.tracing import Tracing
 
 MOST_TEXT = 64  # characters of a name in a path

@@ -50,7 +50,7 @@ from scumble.defenses import Defense
 from scumble.defenses.evidence import ABSTAINED, Marks
 
 if TYPE_CHECKING:
-    from app.inference.upstream.passed import PassThrough
+    from app.inference.upstream.pass_through_models import PassThrough
 
 DEADLINE_HEADER = b"x-deadline-ms"
 # Sum of pixels and bytes up to which files are decoded on the event loop, in 3 ms at most.

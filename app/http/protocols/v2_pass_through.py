@@ -54,7 +54,7 @@ from app.inference.engines import Probs
 from app.inference.upstream.batching import LEAST_S
 from app.inference.upstream.client import Answer
 from app.inference.upstream.network_interface import Found, InvalidAnswer
-from app.inference.upstream.passed import Passed, PassThrough, check_without_images
+from app.inference.upstream.pass_through_models import Passed, PassThrough, check_without_images
 from app.inference.upstream.v2_messages import read_answer, read_json
 from app.request_context import RequestContext, request_context
 from app.settings import LimitSettings

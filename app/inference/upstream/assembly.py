@@ -27,7 +27,7 @@ from app.inference.upstream.defense_time import measured
 from app.inference.upstream.engine import UpstreamEngine, UpstreamScores, make_client, network_of
 from app.inference.upstream.monitor import Monitor
 from app.inference.upstream.network_interface import Network
-from app.inference.upstream.passed import PassThrough, make_pass_through
+from app.inference.upstream.pass_through_models import PassThrough, make_pass_through
 from app.inference.upstream.v2_network import V2Network
 from app.settings import Settings
 from app.telemetry.metrics import Metrics
