@@ -42,7 +42,12 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--engine",
             type=click.Choice(["auto", "openvino", "onnxruntime", "torch", "upstream"]),
         ),
-        click.option("--upstream", help="URLs of the model on V2 servers."),
+        click.option("--upstream", help="URLs of the model on V2 servers, or of JSON APIs."),
+        click.option(
+            "--upstream-template",
+            type=click.Path(path_type=Path),
+            help="TOML file that describes the JSON API.",
+        ),
         click.option("--defense", help="Name of the defense."),
         click.option("--defense-params", help="Its parameters, a JSON object."),
         click.option("--workers", help="Number of processes, or auto."),

@@ -165,9 +165,11 @@ class Templated(Frozen):
 
     Attributes:
         template: fingerprint of the template, without its headers.
+        answers: what the API answers with.
     """
 
     template: Sha256
+    answers: Literal["probabilities", "logits"]
 
 
 def _kind_of_upstream(value: Any) -> str:
@@ -253,6 +255,13 @@ class Card(Frozen):
                     "channel"
                 )
         return self
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the network's logits are known, which `withhold` needs."""
+        if isinstance(self.upstream, Sent):
+            return self.upstream.logits_output is not None
+        return self.upstream is None or self.upstream.answers == "logits"
 
     def served_file(self, precision: Precision) -> str:
         """The file that tells what is served: the network, or the answers of another server's."""

@@ -65,6 +65,8 @@ def policy_hint(card: Card, precision: Precision, defense: defenses.Defense) -> 
     if any(isinstance(step, Codebook | Label) for step in steps):
         if recommended == "withhold":
             return "withhold gives no answer to images unlike your own; copies need such images"
+        if not card.has_logits:
+            return None
         return "scumble calibrate fits withhold, which gives no answer to images unlike your own"
     if _calibrated(card, precision, "codebook"):
         return "codebook keeps the label and a confidence, and nothing can be recovered from it"

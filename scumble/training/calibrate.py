@@ -165,7 +165,7 @@ def network_of(
     def look(images: Images) -> Ends:
         found = joined(engine.found(images))
         if found.logits is None:
-            raise ConfigError("the server gives no logits; see `scumble connect --logits`")
+            raise ConfigError(f"the server gives no logits; {engine.score_hint}")
         return Ends(found.rows, found.logits, found.features)
 
     def load_look() -> Look:

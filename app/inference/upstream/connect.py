@@ -402,12 +402,13 @@ def _template_request(network: TemplateNetwork) -> str:
     request, response, shape = network.template.request, network.template.response, network.shape
     layout = f" {request.layout}" if request.encoding == "floats" else ""
     sides = f"{shape.height}x{shape.width}x{shape.channels}"
+    size = "one image each" if network.max_batch == 1 else f"up to {network.max_batch} images"
     return "\n".join(
         (
             f"request   {network.method} {network.path}: {request.encoding}{layout}, {sides}",
             f"answer    {network.output}: {response.form} of {network.classes} {response.scale}",
             f"scores    {'energy' if network.scores else 'none'}",
-            f"requests  up to {network.max_batch} images",
+            f"requests  {size}",
         )
     )
 

@@ -63,6 +63,11 @@ class UpstreamEngine:
         self._bundle = bundle
         self._network = network_of(settings, bundle)
 
+    @property
+    def score_hint(self) -> str:
+        """How the upstream comes to have the scores that it lacks."""
+        return self._network.score_hint
+
     def __call__(self, batch: Batch, /) -> Probs:
         """Probabilities of each image.
 

@@ -82,7 +82,7 @@ class TemplateNetwork:
     @property
     def card(self) -> Templated:
         """What a card says of it."""
-        return Templated(template=self.template.fingerprint)
+        return Templated(template=self.template.fingerprint, answers=self.answers)
 
     @property
     def shape(self) -> InputShape:

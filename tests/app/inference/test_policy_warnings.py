@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from app.inference.bundle import Accuracy, Bundle
+from app.inference.bundle import Accuracy, Bundle, Sent, Templated
 from app.inference.policy_warnings import policy_hint, policy_warnings
 from scumble.defenses import configure
 from scumble.defenses.withhold import Withhold
@@ -55,6 +55,14 @@ def test_dcp_on_many_classes_is_named_unless_the_label_is_kept(tmp_path, params,
     assert any("dcp on 100 classes changes the label" in each for each in found) is warned
 
 
+SENT = Sent(
+    input="x",
+    datatype="FP32",
+    layout="NCHW",
+    output="y",
+    answers="probabilities",
+    fingerprint="0" * 64,
+)
 CALIBRATED = ("codebook", "gate")
 
 
@@ -83,6 +91,23 @@ def test_a_hint_names_what_is_recommended(tmp_path, defense, fitted, hint, preci
 def test_what_is_recommended_gets_no_hint(tmp_path):
     card = Bundle(make_bundle(tmp_path)).card
     assert policy_hint(card, "int8", Withhold()) is None
+
+
+@pytest.mark.parametrize(
+    ("upstream", "hinted"),
+    [
+        (Templated(template="0" * 64, answers="probabilities"), False),
+        (Templated(template="0" * 64, answers="logits"), True),
+        (SENT, False),
+        (SENT.model_copy(update={"logits": "z"}), True),
+        (SENT.model_copy(update={"answers": "logits"}), True),
+    ],
+    ids=["API", "API with logits", "V2", "V2 with other logits", "V2 with logits"],
+)
+def test_withhold_is_hinted_at_only_where_the_upstream_gives_logits(tmp_path, upstream, hinted):
+    card = Bundle(make_bundle(tmp_path)).card.model_copy(update={"upstream": upstream})
+    found = policy_hint(card, "float32", configure("label", {}))
+    assert (found is not None) is hinted
 
 
 def test_untrained_weights_are_named(tmp_path):

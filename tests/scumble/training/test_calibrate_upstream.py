@@ -6,6 +6,8 @@ import pytest
 from app.inference.bundle import Bundle
 from scumble.data.image_sets import Dataset
 from tests.app.inference.upstream.fake import running
+from tests.app.inference.upstream.fake_api import JsonApi
+from tests.app.inference.upstream.test_template import run
 from tests.app.inference.upstream.test_upstream import bundle
 from tests.tiny import LABELS
 
@@ -31,3 +33,27 @@ def test_codebook_and_gate_are_fitted_to_what_the_server_answers(tmp_path, monke
     assert card.upstream == made.card.upstream
     assert card.auxiliary["codebook"]["float32"]["none"]["kept"] == 1
     assert max(fake.batches) == 8
+
+
+@pytest.mark.parametrize(("name", "scores"), [("numbers", True), ("base64", False)])
+def test_a_json_api_is_calibrated_and_without_logits_has_no_gate(
+    tmp_path, monkeypatch, name, scores
+):
+    from scumble.training.calibrate import ship
+
+    api = JsonApi(name)
+    api.start()
+    try:
+        assert run(api, tmp_path).exit_code == 0
+        monkeypatch.setenv("SCUMBLE_UPSTREAM", api.url)
+        monkeypatch.setenv("SCUMBLE_UPSTREAM_TEMPLATE", str(tmp_path / "api.toml"))
+        made = Bundle(tmp_path / "front")
+        own, test = images(0, api, 40), images(1, api, 40)
+        card = ship(made, own, test, {}, "scumble calibrate front")
+    finally:
+        api.stop()
+    assert card.upstream == made.card.upstream
+    assert "codebook.float32.json" in card.files
+    assert ("gate.float32.json" in card.files) is scores
+    said = str(card.auxiliary["gate"]["float32"])
+    assert ('scale = "logits", has the energy' in said) is not scores

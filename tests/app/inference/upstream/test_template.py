@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from starlette.testclient import TestClient
 
 from app.commands.connect import connect
+from app.commands.serve import check
 from app.errors import ConfigError
 from app.inference.bundle import Bundle
 from app.main import create_app
@@ -254,8 +255,13 @@ def test_what_connect_writes_and_says(tmp_path):
     api.start()
     try:
         done = run(api, tmp_path, "--fit", "crop")
+        words = ["--model-dir", str(tmp_path), "--model", "front", "--engine", "upstream"]
+        words += ["--upstream", api.url, "--upstream-template", str(tmp_path / "api.toml")]
+        checked = CliRunner().invoke(check, words)
     finally:
         api.stop()
+    assert checked.exit_code == 0, checked.output
+    assert "batches   up to 4 images" in checked.output
     assert done.exit_code == 0, done.output
     said = "POST /v1/models/net:predict: floats NHWC, 8x8x3", "list of 4 logits", "scores    energy"
     for sentence in (*said, "up to 4 images", "SCUMBLE_UPSTREAM_TEMPLATE="):
