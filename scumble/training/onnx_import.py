@@ -126,7 +126,8 @@ def decide(
         ExportError: it is not an image classifier, or lacks information.
     """
     found = _input(model.graph)
-    sides = [dim.dim_value for dim in found.type.tensor_type.shape.dim]
+    # Old files of PaddlePaddle have -1 for a free size.
+    sides = [max(0, dim.dim_value) for dim in found.type.tensor_type.shape.dim]
     layout = layout or _layout(sides)
     channels, height, width = sides[1:] if layout == "nchw" else (sides[3], *sides[1:3])
     height, width = _size((height, width), size)
@@ -425,7 +426,7 @@ def _with_ends(
     for node in served.node:
         del node.metadata_props[:]
         node.doc_string = ""
-    opsets = list(named.opset_import)
+    opsets = _opsets(named)
     oldest = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     model = helper.make_model(
         served,
@@ -443,6 +444,15 @@ def _with_ends(
     slim = helper.make_graph(kept, "classifier", model.graph.input, model.graph.output, weights)
     model.graph.CopyFrom(slim)
     return model
+
+
+def _opsets(model: onnx.ModelProto) -> list[onnx.OperatorSetIdProto]:
+    """Each operator set once: files name the standard one in two ways, or several times."""
+    versions: dict[str, int] = {}
+    for opset in model.opset_import:
+        domain = "" if opset.domain == "ai.onnx" else opset.domain
+        versions[domain] = max(opset.version, versions.get(domain, 0))
+    return [helper.make_opsetid(domain, version) for domain, version in versions.items()]
 
 
 def _inside(node: onnx.NodeProto) -> set[str]:

@@ -48,6 +48,9 @@ PRESETS: tuple[Preset, ...] = get_args(Preset)
 METHODS: tuple[Method, ...] = get_args(Method)
 CALIBRATION_IMAGES = 512
 CALIBRATION_VALUES = 64 * 32 * 32 * 3  # levels of the images in a batch: 64 small ones or a photo
+# Kinds of nodes that stay float. Of timm's vision transformers ONNX Runtime 1.32 could not load the
+# file in which the weights of layer norms were quantized.
+FLOAT = ("Softmax", "LayerNormalization")
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 
@@ -212,6 +215,7 @@ def ptq(original: bytes, images: npt.NDArray[np.uint8], preset: Preset) -> bytes
         source.write_bytes(original)
         # Plain shape inference does; the symbolic one stumbles over graphs without shape notes.
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        prepared.write_bytes(_with_flat_biases(parse(prepared.read_bytes())).SerializeToString())
         quantize_static(
             prepared,
             out,
@@ -223,6 +227,25 @@ def ptq(original: bytes, images: npt.NDArray[np.uint8], preset: Preset) -> bytes
             nodes_to_exclude=_float_nodes(parse(prepared.read_bytes()).graph),
         )
         return _with_float_logits(parse(out.read_bytes())).SerializeToString()
+
+
+def _with_flat_biases(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The biases (1, K) of Gemm nodes as (K,), the only shape that the quantizer takes.
+
+    scikit-learn writes such biases, and its MatMul and Add have become a Gemm by now.
+    """
+    graph = model.graph
+    biases = {node.input[2] for node in graph.node if node.op_type == "Gemm" and node.input[2:]}
+    others = {
+        name
+        for node in graph.node
+        for i, name in enumerate(node.input)
+        if node.op_type != "Gemm" or i != 2
+    }
+    for tensor in graph.initializer:
+        if tensor.name in biases - others and list(tensor.dims[:-1]) == [1]:
+            del tensor.dims[0]
+    return model
 
 
 def _as_answered(data: Dataset, probs: Probs) -> Dataset:
@@ -253,13 +276,13 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime has no
 
 
 def _float_nodes(graph: onnx.GraphProto) -> list[str]:
-    """What stays float: all nodes before the first with weights, and the softmax."""
+    """What stays float: all nodes before the first with weights, and those of `FLOAT`."""
     weighted: set[str] = set()  # names of tensors that depend on a weighted node
     names = []
     for node in graph.node:
         if node.op_type in WEIGHTED or weighted & set(node.input):
             weighted.update(node.output)
-            if node.op_type != "Softmax":
+            if node.op_type not in FLOAT:
                 continue
         names.append(node.name)
     return names

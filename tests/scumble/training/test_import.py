@@ -222,6 +222,31 @@ def test_one_of_several_outputs_is_chosen_by_its_name(tmp_path):
         decide(model, PRESETS["0..1"], output="x")
 
 
+def test_a_negative_size_is_a_free_one():
+    model = network()
+    for dim, value in zip(
+        model.graph.input[0].type.tensor_type.shape.dim, (-1, 3, -1, -1), strict=True
+    ):
+        dim.Clear()
+        dim.dim_value = value
+    with pytest.raises(ExportError, match="takes images of any size; say which with --size"):
+        decide(model, PRESETS["0..1"])
+    found = decide(model, PRESETS["0..1"], size=(8, 12))
+    assert (found.batch, found.shape.height, found.shape.width) == (None, 8, 12)
+    made = convert(model, found, PRESETS["0..1"]).model
+    sizes = made.graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value or dim.dim_param for dim in sizes] == ["N", 8, 12, 3]
+
+
+def test_an_operator_set_that_is_listed_twice_is_one(tmp_path):
+    model = network()
+    model.opset_import.extend([helper.make_opsetid("ai.onnx", 18), helper.make_opsetid("", 17)])
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    found = convert(model, decide(model, PRESETS["0..1"]), PRESETS["0..1"]).model
+    listed = {opset.domain: opset.version for opset in found.opset_import}
+    assert (len(found.opset_import), listed) == (2, {"": 18, "ai.onnx.ml": 3})
+
+
 def free_size() -> onnx.ModelProto:
     model = network()
     for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:

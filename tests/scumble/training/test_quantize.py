@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Bundle, InputShape
 from app.inference.engines import ENGINES, load
@@ -197,3 +197,65 @@ def test_ratio():
     for preset in PRESETS:
         file = ptq(original, made_up(64, 0).images, preset)
         assert len(file) / len(original) < 0.27
+
+
+def of_rows(weights: dict, nodes: list[tuple]) -> bytes:
+    """A served graph: pixels (4, 4, 1), `flat` (16) of them, and these nodes to `logits`."""
+    weights = {**weights, "white": np.array(255)}
+    nodes = [
+        ("Transpose", ["pixels"], "planar", {"perm": [0, 3, 1, 2]}),
+        ("Cast", ["planar"], "levels", {"to": TensorProto.FLOAT}),
+        ("Div", ["levels", "white"], "tensor", {}),
+        ("Flatten", ["tensor"], "flat", {}),
+        *nodes,
+        ("Softmax", ["logits"], "probabilities", {"axis": 1}),
+    ]
+    graph = helper.make_graph(
+        [helper.make_node(kind, inputs, [out], out, **more) for kind, inputs, out, more in nodes],
+        "rows",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 4, 4, 1])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", 3])],
+        [numpy_helper.from_array(value.astype(np.float32), key) for key, value in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 18)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize("kind", ["biases of one row", "layer norms"])
+def test_networks_of_rows_are_quantized(kind):
+    """Biases (1, K) as scikit-learn has them; layer norms, whose weights stay float."""
+    rng = np.random.default_rng(0)
+    norms = kind == "layer norms"
+    weights = {
+        "w1": rng.normal(0, 0.5, (16, 8)), "b1": rng.normal(0, 1, (1, 8)),
+        "w2": rng.normal(0, 0.5, (8, 3)), "b2": rng.normal(0, 1, (1, 3)),
+        "scale": rng.uniform(0.5, 1, 8), "shift": rng.normal(0, 0.1, 8),
+    }  # fmt: skip
+    middle = ("LayerNormalization", ["a1", "scale", "shift"], "r1", {}) if norms else (
+        "Relu", ["a1"], "r1", {}
+    )  # fmt: skip
+    original = of_rows(
+        {key: value for key, value in weights.items() if norms or key[0] != "s"},
+        [
+            ("MatMul", ["flat", "w1"], "m1", {}),
+            ("Add", ["m1", "b1"], "a1", {}),
+            middle,
+            ("MatMul", ["r1", "w2"], "m2", {}),
+            ("Add", ["m2", "b2"], "logits", {}),
+        ],
+    )
+    images = rng.integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
+    small = ptq(original, images, "server")
+    rows = [
+        load("onnxruntime", model, threads=1, precision="float32")(images)
+        for model in (original, small)
+    ]
+    assert 0 < np.abs(rows[1] - rows[0]).max() < 0.05
+    graph = parse(small).graph
+    kept = {
+        name
+        for node in graph.node
+        if node.op_type == "LayerNormalization"
+        for name in node.input[1:]
+    }
+    assert kept == ({"scale", "shift"} if norms else set())
