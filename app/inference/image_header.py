@@ -18,7 +18,7 @@ import zlib
 from typing import NamedTuple
 
 from app.errors import TooLarge, Unprocessable
-from app.inference.formats import FORMATS
+from app.inference.formats import unsupported
 
 # Chunks or segments of a file: MOST_PARTS, and one more for each BYTES_A_PART. Encoders write a few
 # parts, and then one for every 4 KiB or more; files with one part per scanline still fit.
@@ -119,10 +119,7 @@ def inspect(
             return _webp(data, max_pixels)
     except (struct.error, IndexError) as exc:
         raise Unprocessable(f"image is cut off after {len(data)} bytes") from exc
-    raise Unprocessable(
-        f"unsupported or corrupt image ({len(data)} bytes, starts with {data[:8]!r}); "
-        f"supported formats: {', '.join(FORMATS.values())}"
-    )
+    raise Unprocessable(unsupported(data))
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

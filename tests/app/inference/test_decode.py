@@ -211,6 +211,32 @@ def test_what_is_no_allowed_image_is_refused(name):
         decode(NO_IMAGES[name], RGB, STRETCH, MAX)
 
 
+def boxes(brand: bytes) -> bytes:
+    """The beginning of an ISO media file, as of a phone's photo."""
+    return b"\x00\x00\x00\x18ftyp" + brand + b"\x00\x00\x00\x00mif1" + brand
+
+
+OTHERS = {
+    "GIF": encoded(picture(), "GIF"),
+    "BMP": encoded(picture(), "BMP"),
+    "TIFF": encoded(picture(), "TIFF"),
+    "AVIF": boxes(b"avif"),
+    "HEIC": boxes(b"heic"),
+    "JPEG XL": b"\x00\x00\x00\x0cJXL \x0d\x0a\x87\x0a",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_formats_are_refused_by_their_name(name):
+    for read in (lambda data: inspect(data, MAX), lambda data: decode(data, RGB, STRETCH, MAX)):
+        with pytest.raises(Unprocessable) as refusal:
+            read(OTHERS[name])
+        assert str(refusal.value) == (
+            f"image is a file of the format {name}, which is not supported; supported formats: "
+            "JPEG, PNG, WEBP"
+        )
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_give_pixels_or_a_refusal(data):
     _pixels_or_refusal(data)
