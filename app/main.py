@@ -20,6 +20,7 @@ from app.inference.executor import BoundedExecutor
 from app.settings import Settings, load_settings
 from app.system.file_watcher import FileName, FileWatcher, LastGood, Listener
 from app.telemetry.assembly import make_metrics, make_tracing
+from app.telemetry.metrics import increment
 
 
 def create_app(
@@ -68,7 +69,7 @@ def create_app(
         if settings.tensor_input
         else None,
         metrics=metrics,
-        count_images=metrics.images.labels(bundle.card.name, settings.precision).inc,
+        count_images=increment(metrics.images.labels(bundle.card.name, settings.precision)),
         executor=BoundedExecutor(settings.limits.max_queue, settings.limits.max_decode_bytes),
         access=access,
         audit=make_audit(settings, bundle.card, metrics, keyless=access is None),

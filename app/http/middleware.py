@@ -9,14 +9,13 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from prometheus_client import Counter
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.endpoint_type import Endpoint
 from app.request_context import ensure_context
-from app.telemetry.metrics import Metrics
+from app.telemetry.metrics import Metrics, increment
 from app.telemetry.traceparent import read_traceparent
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class Observe:
         self._seconds = {
             route: metrics.request_seconds(route) for route in {*routes.values(), "other"}
         }
-        self._requests: dict[tuple[str, int], Counter] = {}
+        self._requests: dict[tuple[str, int], Callable[[float], None]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI call."""
@@ -127,11 +126,11 @@ class Observe:
         return seconds
 
     def _count(self, route: str, status: int) -> None:
-        counter = self._requests.get((route, status))
-        if counter is None:
-            counter = self._metrics.requests.labels(route, str(status))
-            self._requests[route, status] = counter
-        counter.inc()
+        count = self._requests.get((route, status))
+        if count is None:
+            count = increment(self._metrics.requests.labels(route, str(status)))
+            self._requests[route, status] = count
+        count(1)
 
     def request_id(self, scope: Scope) -> str:
         """The client's id if it has the right form, or a random one."""

@@ -322,8 +322,7 @@ class Batcher:
     def _deliver(self, jobs: list[Job], started: float, answers: Answers) -> None:
         self._batch_limit.note(len(answers.l1), self._clock() - started)
         self._metrics.defended_rows.inc(int((answers.l1 > 1e-6).sum()))
-        for distance in answers.l1.tolist():
-            self._metrics.response_l1.observe(distance)
+        self._metrics.response_l1.observe_all(answers.l1.tolist())
         marks = answers.marks
         if marks is not None:
             for kind, counter in self._metrics.withheld.items():

@@ -59,6 +59,7 @@ from app.inference.upstream.v2_messages import read_answer, read_json
 from app.request_context import RequestContext, request_context
 from app.settings import LimitSettings
 from app.system.background import Throttle
+from app.telemetry.metrics import increment
 from scumble.defenses import Defense
 from scumble.defenses.evidence import Marks
 
@@ -113,7 +114,8 @@ class PassThroughEndpoints:
         self._slots = asyncio.Semaphore(through.concurrency)
         self._exchanges: set[asyncio.Task[Answer]] = set()
         self._count = {
-            name: service.metrics.images.labels(name, "float32").inc for name in through.models
+            name: increment(service.metrics.images.labels(name, "float32"))
+            for name in through.models
         }
 
     def infer(self, otherwise: Endpoint) -> Endpoint:
@@ -319,8 +321,7 @@ class PassThroughEndpoints:
     ) -> None:
         metrics = self._service.metrics
         metrics.defended_rows.inc(int((distances > 1e-6).sum()))
-        for distance in distances.tolist():
-            metrics.response_l1.observe(distance)
+        metrics.response_l1.observe_all(distances.tolist())
         if marks is not None:
             for kind, counter in metrics.withheld.items():
                 counter.inc(int((marks == kind).sum()))
