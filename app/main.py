@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -22,21 +23,24 @@ from app.system.file_watcher import FileName, FileWatcher, LastGood, Listener
 from app.telemetry.assembly import make_metrics, make_tracing
 from app.telemetry.metrics import increment
 
+if TYPE_CHECKING:
+    from app.inference.upstream.assembly import UpstreamModel
+
 
 def create_app(
     settings: Settings | None = None,
     *,
     last_good: Mapping[FileName, LastGood] | None = None,
     listener: Listener | None = None,
+    loaded: Callable[[LoadedModel | UpstreamModel], None] | None = None,
 ) -> FastAPI:
     """Make the application, with its model loaded, tested and warm.
-
-    `state.service` of the application is what answers requests, `state.model` what it was made of.
 
     Args:
         settings: what to serve, by default from the environment.
         last_good: contents to use for files that cannot be loaded.
         listener: is told when a file has been reloaded.
+        loaded: is given the model; the application keeps only what answers requests.
 
     Raises:
         ConfigError: the settings cannot be served; the message says why.
@@ -79,12 +83,12 @@ def create_app(
         traced=tracing is not None,
     )
     model.log_loaded(engine, defense)
-    application = build(
+    if loaded is not None:
+        loaded(model)
+    return build(
         service,
         access_log=settings.access_log,
         tracing=tracing,
         root_path=settings.root_path or "",
         cors_origins=settings.cors_origins,
     )
-    application.state.model = model
-    return application

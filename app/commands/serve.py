@@ -17,8 +17,10 @@ from app.system.json_values import parse
 from scumble.help_option import HELP
 
 if TYPE_CHECKING:
+    from app.inference.assembly import LoadedModel
     from app.inference.bundle import Card
     from app.inference.pipeline import Pipeline
+    from app.inference.upstream.assembly import UpstreamModel
 
 RELOAD_S = 600
 
@@ -132,11 +134,12 @@ def check(everything: bool, images: Path | None, **arguments: Any) -> None:
         engine = engines.resolve(settings.engine, settings.precision)
         defense = make_defense(settings, bundle)
         with collected_warnings() as warnings:
-            app = create_app(settings)
+            models: list[LoadedModel | UpstreamModel] = []
+            app = create_app(settings, loaded=models.append)
             if engine == UPSTREAM:  # which the application asks once it runs
                 load_engine(settings, bundle)(golden_inputs(bundle.card.input))
         open_certificate(settings)
-        pipeline = app.state.model.pipeline
+        pipeline = models[0].pipeline
         effect = effect_on(images, settings, bundle.card, pipeline) if images else {}
     except ConfigError as exc:
         raise click.ClickException(str(exc)) from exc

@@ -5,6 +5,8 @@ import pytest
 
 from app.inference.bundle import Bundle
 from scumble.data.image_sets import Dataset
+from scumble.training.policy_table import policy_table, settings_of
+from tests.app import probe_defenses
 from tests.app.inference.upstream.fake import running
 from tests.app.inference.upstream.fake_api import JsonApi
 from tests.app.inference.upstream.test_template import run
@@ -57,3 +59,35 @@ def test_a_json_api_is_calibrated_and_without_logits_has_no_gate(
     assert ("gate.float32.json" in card.files) is scores
     said = str(card.auxiliary["gate"]["float32"])
     assert ('scale = "logits", has the energy' in said) is not scores
+
+
+def test_policies_are_compared_on_what_the_server_answers(tmp_path, monkeypatch):
+    with running(datatype="UINT8", layout="NHWC", answers="logits") as fake:
+        monkeypatch.setenv("SCUMBLE_UPSTREAM", fake.url)
+        monkeypatch.setenv("SCUMBLE_DEFENSE", probe_defenses.OPPOSITE)
+        made = Bundle(bundle(tmp_path, fake) / "front")
+        for precision in ("float32", "int8"):  # as the command asks for both
+            settings = settings_of(tmp_path, "front", precision=precision, engine="upstream")
+        settings = settings_of(tmp_path, "front", precision="float32", engine="upstream")
+        asked = images(0, fake, 40).images
+        table = policy_table(settings, made, asked, "of --test")
+    columns = [list(column.cells) for column in table.columns]
+    assert columns[0][:2] == ["Opposite()", "Label()"]
+    assert columns[1][:2] == ["100.00%", "0.00%"]
+    assert table.title == "40 images of --test, float32"
+
+
+def test_withheld_answers_of_a_server_are_counted(tmp_path, monkeypatch):
+    from scumble.training.calibrate import ship
+
+    with running(datatype="UINT8", layout="NHWC", answers="logits") as fake:
+        monkeypatch.setenv("SCUMBLE_UPSTREAM", fake.url)
+        made = Bundle(bundle(tmp_path, fake) / "front")
+        ship(made, images(0, fake), images(1, fake), {}, "scumble calibrate front")
+        settings = settings_of(tmp_path, "front", engine="upstream")
+        asked = images(2, fake, 40).images
+        table = policy_table(settings, Bundle(made.folder), asked, "of --test")
+    names, changed, withheld, _ = (list(column.cells) for column in table.columns)
+    assert names[0].startswith("Withhold(")
+    assert changed[0] == "0.00%"
+    assert 0 <= float(withheld[0].rstrip("%")) <= 100
