@@ -114,6 +114,16 @@ def test_tritonclient_infers(http, triton_client, expected, form, binary, binary
     )
 
 
+@pytest.mark.parametrize(("datatype", "kind"), [("FP16", "float16"), ("BF16", "bfloat16")])
+def test_tritonclient_sends_half_precision(http, triton_client, expected, datatype, kind):
+    pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")  # gives numpy bfloat16
+    tensor = http.InferInput("pixels", list(PLANAR.shape), datatype)
+    tensor.set_data_from_numpy(PLANAR.astype(kind), binary_data=True)
+    found = triton_client.infer("tiny", [tensor]).as_numpy("probabilities")
+    np.testing.assert_allclose(found, expected, atol=0.02)
+    assert (found.argmax(1) == expected.argmax(1)).all()
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_tritonclient_classifies(http, triton_client, expected, binary):
     output = http.InferRequestedOutput("probabilities", binary_data=binary, class_count=2)
