@@ -16,7 +16,7 @@ import httpx2
 
 PROGRAM = shutil.which("prometheus")
 LISTENS = re.compile(r'"Listening on" address=(\S+)')
-PATIENCE_S = 30
+LIMIT_S = 30
 GRAFANA_FILLS_IN = {"$job": ".+", "$__rate_interval": "1m"}
 
 
@@ -63,15 +63,20 @@ def running(config: str, folder: Path) -> Iterator[Prometheus]:
             stderr=written,
         )
     try:
-        end = time.monotonic() + PATIENCE_S
-        while not (found := LISTENS.search(log.read_text())):
+        end = time.monotonic() + LIMIT_S
+        while not (found := LISTENS.search(log.read_text())) or not _ready(found[1]):
             if process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"Prometheus did not start: {log.read_text()}")
             time.sleep(0.1)
         yield Prometheus(f"http://{found[1]}")
     finally:
         process.terminate()
-        process.wait(PATIENCE_S)
+        process.wait(LIMIT_S)
+
+
+def _ready(address: str) -> bool:
+    """Whether it answers queries: it listens before its storage is there."""
+    return httpx2.get(f"http://{address}/-/ready", trust_env=False).status_code == 200
 
 
 def filled_in(expr: str, rate_interval: str = GRAFANA_FILLS_IN["$__rate_interval"]) -> str:

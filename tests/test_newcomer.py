@@ -126,7 +126,7 @@ def test_make_demo_reports_and_fills_the_panels(clone):
     start = time.time()
     with running(config.read_text(), config.parent) as prometheus:
         done = subprocess.run(
-            [MAKE, "demo", f"BIN={BIN}", "ARGS=--queries 300 --epochs 2 --data nowhere"],
+            [MAKE, "demo", f"BIN={BIN}", "ARGS=--queries 100 --epochs 1 --data nowhere"],
             cwd=clone, env=environment(clone), capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -139,7 +139,7 @@ def test_make_demo_reports_and_fills_the_panels(clone):
             assert jobs == JOBS, expr
     assert "A digit reader, stolen over HTTP" in done.stdout
     report = json.loads((clone / "runs" / "demo" / "demo.json").read_text())
-    assert {line["queries"][1] for line in report["attacks"]} == {300}
+    assert {line["queries"][1] for line in report["attacks"]} == {100}
 
 
 def expressions(clone: Path) -> list[str]:

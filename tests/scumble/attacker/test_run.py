@@ -121,7 +121,7 @@ def test_modifiers_are_part_of_the_result(adapt, serve, folder, tmp_path):
 def test_a_killed_run_goes_on_and_gives_the_same_copy(serve, folder, tmp_path):
     server = serve(workers=1)
     options = ["--transport", "tensor", "--threads", "1"]
-    options += ["--budget", "4000"]
+    options += ["--budget", "2000"]
     whole = attack(server.url, folder, tmp_path / "whole", "dfme", *options)
     assert whole.exit_code == 0, whole.output
     words = [sys.executable, "-m", "scumble.cli", "attack", server.url, "--attack", "dfme"]

@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.server
 def test_the_demo_steals_from_both_servers(tmp_path):
-    words = ["--out", str(tmp_path), "--queries", "300", "--epochs", "2", "--data", "nowhere"]
+    words = ["--out", str(tmp_path), "--queries", "100", "--epochs", "1", "--data", "nowhere"]
     done = CliRunner().invoke(demo.main, words)
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "demo.json").read_text())
     assert [line["name"] for line in report["attacks"]] == [name for name, *_ in demo.ATTACKS]
     for line in report["attacks"]:
-        assert line["queries"] == [300, 300]
+        assert line["queries"] == [100, 100]
         assert 0 <= line["stolen"]["digits"] <= 1
         assert line["name"] in done.output
     undefended, defended = report["servers"]["undefended"], report["servers"]["defended"]
@@ -35,7 +35,7 @@ def test_the_demo_steals_from_both_servers(tmp_path):
         assert picture.size[0] > 600
     # Nobody's digit is in both sets.
     asked, test = (load(str(tmp_path / f"{name}.parquet")) for name in ("queries", "test"))
-    assert len(asked) == 300
+    assert len(asked) == 100
     assert not {p.tobytes() for p in asked.images} & {p.tobytes() for p in test.images}
     # A second run in the same folder starts from scratch.
     again = CliRunner().invoke(demo.main, words)

@@ -83,7 +83,7 @@ def test_a_new_network_removes_the_old_int8_file(own, tmp_path):
 def test_torchvision(name):
     torch.manual_seed(0)
     net = torchvision_model(name, 1000)
-    shape = InputShape(height=224, width=224, channels=3)
+    shape = InputShape(height=96, width=96, channels=3)
     for module in net.modules():  # batch norms of fresh networks do nothing: wake them
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
