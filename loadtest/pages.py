@@ -6,7 +6,7 @@ python -m loadtest.pages            writes them
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import click
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 MAIN = ("cifar10", "int8")  # the model of the targets
+TIE = 0.05  # a smaller difference counts as none
+OVERHEAD = ("whole_us", "engine_us", "beside_us", "application_us")
 STAGES = ("read", "decode", "queue", "infer", "defend", "encode")
 LIMIT_HEAD = (
     "model",
@@ -185,6 +187,7 @@ def page(
     bench: Document,
     peers: Document,
     overhead: Document | None = None,
+    tries: Document | None = None,
     protections: Document | None = None,
     frames: Document | None = None,
 ) -> str:
@@ -213,7 +216,7 @@ def page(
         "graph, so of `infer`.",
         table(["model", "defense", *STAGES, "sum", "p50"], stage_rows(bench)),
         *soak_parts(bench),
-        *(overhead_parts(overhead) if overhead else ()),
+        *(overhead_parts(overhead, tries) if overhead else ()),
         *(frame_parts(frames) if frames else ()),
         *(protection_parts(protections) if protections else ()),
         *(peer_parts(peers) if peers else ()),
@@ -287,22 +290,23 @@ def soak_parts(bench: Document) -> Iterator[str]:
         )
 
 
-def overhead_parts(overhead: Document) -> Iterator[str]:
-    """What a request costs beside the engine."""
+def overhead_parts(overhead: Document, tries: Document | None = None) -> Iterator[str]:
+    """What a request costs beside the engine, and what does not make it less."""
     yield "## Beside the engine"
     yield (HERE / "performance.overhead.md").read_text().rstrip()
     yield source(overhead, "overhead.json")
     yield table(
         [
             *("model", "connections", "images in a batch", "service", "engine", "beside it"),
-            *("bare server", "beside it / bare server", "p50 less the engine, µs"),
+            *("through ASGI", "bare server", "beside it / bare server"),
+            "p50 less the engine",
         ],
         [
             [
                 f"`{case['model']}` {case['precision']}",
                 count,
                 f"{row['batch']:.1f}",
-                *(f"{row[name]:.0f}" for name in ("whole_us", "engine_us", "beside_us")),
+                *(f"{row[name]:.0f}" for name in OVERHEAD),
                 f"{row['hello_us']:.1f}",
                 f"{row['over_hello']:.1f}",
                 f"{row['p50_beside_us']:,.0f}",
@@ -312,6 +316,22 @@ def overhead_parts(overhead: Document) -> Iterator[str]:
         ],
     )
     yield (HERE / "performance.tries.md").read_text().rstrip()
+    if not tries:
+        return
+    yield source(tries, "alternatives.json")
+    yield table(
+        ["try", "in use, µs", "the try, µs", ""],
+        [
+            [name, f"{row['used_us']:.1f}", f"{row['tried_us']:.1f}", outcome(row)]
+            for name, row in tries["tries"].items()
+        ],
+    )
+
+
+def outcome(row: Mapping[str, float]) -> str:
+    """What a try gained, in words."""
+    ratio = row["tried_us"] / row["used_us"]
+    return "slower" if ratio > 1 + TIE else "quicker" if ratio < 1 - TIE else "no difference"
 
 
 def frame_parts(frames: Document) -> Iterator[str]:
@@ -492,8 +512,8 @@ def read(name: str) -> Document:
 
 def committed() -> str:
     """The page of the committed figures."""
-    names = ("bench.json", "peers.json", "overhead.json", "protections.json", "frames.json")
-    return page(*map(read, names))
+    names = ("bench", "peers", "overhead", "alternatives", "protections", "frames")
+    return page(*(read(f"{name}.json") for name in names))
 
 
 @click.command()

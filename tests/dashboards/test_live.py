@@ -16,7 +16,7 @@ import yaml
 from app.access.keys import KeyFile, write_keys
 from dashboards.__main__ import FOLDER
 from dashboards.boards import BOARDS
-from dashboards.prometheus import PATIENCE_S, PROGRAM, Prometheus, filled_in, running
+from dashboards.prometheus import LIMIT_S, PROGRAM, Prometheus, filled_in, running
 from scumble.evaluation.local_server import Server, serving
 from tests.app.access.test_admission import row
 from tests.docker.test_prometheus import FOLDER as CONFIG
@@ -48,7 +48,7 @@ def figures(prometheus: Prometheus, expr: str) -> dict[str, list[float]]:
 
 def settled(prometheus: Prometheus, expr: str) -> dict[str, list[float]]:
     """The same, once there are some of both jobs, or after the time limit."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + LIMIT_S
     while (found := figures(prometheus, expr)).keys() != JOBS and time.monotonic() < end:
         time.sleep(0.5)
     return found
