@@ -15,10 +15,10 @@ from app.http.application import build
 from app.http.prediction import Service
 from app.inference import engines
 from app.inference.assembly import LoadedModel, load_served, make_defense, model_labels
-from app.inference.async_lazy import AsyncLazy
 from app.inference.bundle import open_bundle
 from app.inference.executor import BoundedExecutor
 from app.settings import Settings, load_settings
+from app.system.async_lazy import AsyncLazy
 from app.system.file_watcher import FileName, FileWatcher, LastGood, Listener
 from app.telemetry.assembly import make_metrics, make_tracing
 from app.telemetry.metrics import increment

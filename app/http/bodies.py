@@ -25,7 +25,7 @@ from app.errors import (
 from app.http.forms import read_form
 from app.inference.deadline import Deadline
 from app.inference.executor import BoundedExecutor
-from app.inference.formats import FORMATS, SIGNATURE
+from app.inference.image_formats import FORMATS, SIGNATURE
 
 # A request's headers with lower-case names, a `dict` of the ASGI pairs: looking a few up in
 # Starlette's Headers takes longer than decoding a small image.

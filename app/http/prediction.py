@@ -26,7 +26,6 @@ from app.endpoint_type import Endpoint
 from app.errors import ClientGone, TooLarge, TooLate, Unavailable, Unprocessable
 from app.http.bodies import Headers, small_number
 from app.http.responses import health, json_response
-from app.inference.async_lazy import RETRY_S, AsyncLazy
 from app.inference.batching import Batcher, Batchers, BatchResult
 from app.inference.bundle import Card, InputShape, Preprocessing
 from app.inference.deadline import LATE, Deadline
@@ -42,6 +41,7 @@ from app.inference.engines import Batch, Probs
 from app.inference.executor import BoundedExecutor
 from app.request_context import RequestContext, request_context
 from app.settings import LimitSettings
+from app.system.async_lazy import RETRY_S, AsyncLazy
 from app.system.file_watcher import FileWatcher
 from app.system.heap import trim_heap
 from app.telemetry.metrics import Metrics

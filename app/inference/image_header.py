@@ -18,7 +18,7 @@ import zlib
 from typing import NamedTuple
 
 from app.errors import TooLarge, Unprocessable
-from app.inference.formats import unsupported
+from app.inference.image_formats import unsupported
 
 # Chunks or segments of a file: MOST_PARTS, and one more for each BYTES_A_PART. Encoders write a few
 # parts, and then one for every 4 KiB or more; files with one part per scanline still fit.

@@ -18,7 +18,7 @@ from app.inference.bundle import Accuracy, Card, InputShape, Preprocessing
 from app.inference.decode import Pixels, decode, to_pixels
 from app.inference.engine_selection import resolve
 from app.inference.engines import Engine, EngineName, Probs, load
-from app.inference.formats import SIGNATURE
+from app.inference.image_formats import SIGNATURE
 from app.precision import Precision
 from scumble.data import image_sets
 from scumble.data.image_sets import Dataset, DatasetError, Decoder

@@ -10,7 +10,7 @@ from app.access.keys import read_keys
 from app.errors import ConfigError, Unprocessable
 from app.inference.bundle import GOLDEN_COUNT, Card, open_bundle
 from app.inference.engine_selection import resolve
-from app.inference.formats import FORMATS
+from app.inference.image_formats import FORMATS
 from app.settings import Settings, shown, variables
 
 ACTIVE = "active"

@@ -21,7 +21,7 @@ from app.inference.bundle import Card
 from app.inference.deadline import Deadline
 from app.inference.engines import Probs
 from app.inference.executor import BoundedExecutor
-from app.inference.formats import FORMATS
+from app.inference.image_formats import FORMATS
 from app.settings import LimitSettings
 
 PREDICT = "/v1/predict"

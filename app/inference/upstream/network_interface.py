@@ -145,7 +145,7 @@ def checked(
     logits: Tensor | None = None,
     features: Tensor | None = None,
 ) -> Found:
-    """What a network says, with rows that are no distributions marked and replaced.
+    """What a network says, with rows that are not distributions marked and replaced.
 
     Args:
         given: (N, K) of its output.

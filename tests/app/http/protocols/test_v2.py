@@ -15,10 +15,10 @@ from starlette.testclient import TestClient
 from app.errors import ConfigError, RequestError
 from app.http.application import build
 from app.http.protocols.v2 import LENGTH, InferRequest, read_infer, write_infer
-from app.inference.async_lazy import AsyncLazy
 from app.inference.bundle import Card
 from app.main import create_app
 from app.settings import LimitSettings, Settings
+from app.system.async_lazy import AsyncLazy
 from tests.app import probe_defenses
 from tests.app.http.test_large_json import Recording
 from tests.pictures import encoded, picture

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from app.errors import ConfigError
-from app.inference.async_lazy import AsyncLazy
+from app.system.async_lazy import AsyncLazy
 
 pytestmark = pytest.mark.anyio
 
