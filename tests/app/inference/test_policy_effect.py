@@ -74,7 +74,7 @@ def test_withheld_answers_are_no_changed_labels(tmp_path):
     words = ["check", "--model", "mnist", "--defense", "withhold", "--images", str(tmp_path)]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
-    assert "withheld  100.00% of the answers" in done.output  # noise is no digit
+    assert "withheld  100.00% of the answers" in done.output  # noise is not a digit
     assert "labels    0.00% changed" in done.output
 
 

@@ -229,7 +229,7 @@ FAULTS = {
     "no size": output(**FLOATS, shape=[6, 4], parameters={"binary_data_size": "96"}),
     "missing bytes": cut,
     "more bytes than outputs": more,
-    "a length that is no number": plain(200, b"{}", Inference_Header_Content_Length="+1"),
+    "a length that is not a number": plain(200, b"{}", Inference_Header_Content_Length="+1"),
     "a length of 5000 digits": plain(200, b"{}", Inference_Header_Content_Length="9" * 5000),
     "a length beyond the body": plain(200, b"{}", Inference_Header_Content_Length="999"),
     "fewer rows": rows(lambda y: y[:-1]),
