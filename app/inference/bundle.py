@@ -200,7 +200,7 @@ class MeasuredCopy(Frozen):
         params: of the defense.
         attacker: whose copy was the most accurate.
         queries: that it asked.
-        copied: accuracy of the copy, of the victim's own test images.
+        copied: accuracy of the copy on the victim's own test images.
         served: accuracy of what honest users got.
         seeds: of which these are the means.
     """

@@ -72,7 +72,8 @@ class BufferedHistogram:
 
         amounts = np.array(self._amounts, np.float64)
         self._amounts.clear()
-        places = np.searchsorted(self._bounds, amounts)
+        # Without the last bound, which is infinite: what is not a number counts there as well.
+        places = np.searchsorted(self._bounds[:-1], amounts)
         for i, count in enumerate(np.bincount(places).tolist()):
             if count:
                 self._buckets[i].inc(count)

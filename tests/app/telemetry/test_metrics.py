@@ -1,6 +1,7 @@
 """What gathers before it is handed over loses nothing."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Gauge, Histogram
@@ -25,6 +26,17 @@ def test_buffered_observations_are_what_the_library_would_have_seen(rounds):
             assert (a.name, a.labels) == (b.name, b.labels)
             if not a.name.endswith("_created"):
                 np.testing.assert_allclose(a.value, b.value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("amount", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_counted_and_later_observations_as_well(amount):
+    registry = CollectorRegistry()
+    buffered = BufferedHistogram(Histogram(FAMILY, "x", buckets=BATCH, registry=registry))
+    for value in (amount, 1.0):
+        buffered.observe(value)
+        buffered.flush()
+    assert registry.get_sample_value("h_count") == 2
+    assert registry.get_sample_value("h_bucket", {"le": "1.0"}) == 1
 
 
 @given(st.lists(st.lists(st.integers(-50, 50), max_size=10), max_size=5))
