@@ -15,6 +15,8 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from loadtest import boxed_files
+
 MOST_BYTES = 10 * 2**20  # what SCUMBLE_LIMITS__MAX_BODY_BYTES allows
 SIDE = 2000  # its square is the default limit of pixels
 
@@ -385,4 +387,4 @@ WEBPS: dict[str, Callable[[], bytes]] = {
     "webp-says-4-gib": lambda: b"RIFF\xff\xff\xff\xffWEBP" + bitstream(),
 }
 
-FILES = {**PNGS, **JPEGS, **WEBPS}
+FILES = {**PNGS, **JPEGS, **WEBPS, **boxed_files.FILES}

@@ -61,7 +61,7 @@ class Bomb(NamedTuple):
 
 def raw(data: bytes) -> Bomb:
     """One file as the body."""
-    kind = {b"\x89": "png", b"\xff": "jpeg"}.get(data[:1], "webp")
+    kind = {b"\x89": "png", b"\xff": "jpeg", b"\x00": "avif"}.get(data[:1], "webp")
     return Bomb(data, "/v1/predict", {"Content-Type": f"image/{kind}"})
 
 

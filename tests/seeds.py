@@ -14,6 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+import app.inference.decode  # noqa: F401  # registers pillow-heif
+from loadtest.boxed_files import file, grid
+from loadtest.boxed_files import picture as boxed
 from tests.pictures import encoded, picture
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -64,6 +67,9 @@ def seeds() -> dict[str, Asked]:
         "jpeg-cmyk": raw(encoded(picture(mode="CMYK"), "JPEG"), "image/jpeg"),
         "webp": raw(encoded(picture(), "WEBP"), "image/webp"),
         "webp-lossless": raw(encoded(picture(), "WEBP", lossless=True), "image/webp"),
+        "avif": raw(encoded(picture(), "AVIF"), "image/avif"),
+        "avif-grid": raw(file(*grid(2, 2, 120, 120, boxed(64, 64))), "image/avif"),
+        "heic": raw(encoded(picture(), "HEIF"), "image/heic"),
         "top-k": Asked("POST", "/v1/predict?top_k=2", ((b"content-type", b"image/png"),), png),
         "multipart": multipart(png, png),
         "base64": instances(png, png),
@@ -75,7 +81,7 @@ def seeds() -> dict[str, Asked]:
     uint8 = {"name": "pixels", "datatype": "UINT8", "shape": [1, 8, 8, 3]}
     fp32 = {"name": "pixels", "datatype": "FP32", "shape": [1, 3, 8, 8]}
     planar = (pixels.transpose(2, 0, 1) / 255).astype("<f4")
-    file = struct.pack("<I", len(png)) + png
+    v2_file = struct.pack("<I", len(png)) + png
     text = base64.b64encode(png).decode()
     image = {"name": "image", "datatype": "BYTES", "shape": [1]}
     found |= {
@@ -89,7 +95,7 @@ def seeds() -> dict[str, Asked]:
         "v2-bytes": infer(uint8, pixels.tobytes(), id="a", parameters={"binary_data_output": True}),
         "v2-bytes-floats": infer(fp32, planar.tobytes()),
         "v2-bytes-halves": infer({**fp32, "datatype": "FP16"}, planar.astype("<f2").tobytes()),
-        "v2-bytes-file": infer(image, file),
+        "v2-bytes-file": infer(image, v2_file),
         "v2-raw-file": Asked("POST", INFER, ((LENGTH.encode(), b"0"),), png),
     }
     return found

@@ -60,7 +60,7 @@ def test_the_base_install_serves(models):
 import sys
 for name in (
     "torch", "torchvision", "pyarrow", "redis", "tqdm", "onnxscript", "sklearn", "pytest",
-    "opentelemetry.sdk", "opentelemetry.exporter", "trustme", "cryptography",
+    "opentelemetry.sdk", "opentelemetry.exporter", "trustme", "cryptography", "pillow_heif",
 ):
     sys.modules[name] = None
 from pathlib import Path

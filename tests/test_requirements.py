@@ -155,6 +155,7 @@ DISTRIBUTIONS = {
 OPTIONAL = {
     "app.access.stores.redis": "redis",
     "app.inference.engines.torch": "torch",
+    "app.inference.heif_decoder": "heic",
     "app.inference.upstream.client": "upstream",
     "app.telemetry.tracing": "otel",
 }

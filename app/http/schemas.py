@@ -13,7 +13,8 @@ class Instance(BaseModel):
     """One image in JSON."""
 
     b64: str = Field(
-        description="a PNG, JPEG or WebP file in base64", json_schema_extra={"format": "byte"}
+        description="an image file of one of the formats that `/v1/model` lists, in base64",
+        json_schema_extra={"format": "byte"},
     )
 
 

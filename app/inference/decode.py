@@ -7,7 +7,8 @@ graph does that.
 imagecodecs decodes plain files, which have 8 bits per channel and the channels that the network
 takes: on small images it is faster than Pillow. Pillow decodes all other files, and those that
 imagecodecs refuses; both give the same pixels. A large JPEG is reduced while it is decoded
-(`image_fit.reduction`).
+(`image_fit.reduction`). Of an AVIF or HEIC file, decoders get a new one with the picture alone
+(`heif_header.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from app.errors import RequestError, TooLarge, Unprocessable
 from app.inference.bundle import InputShape, Preprocessing
 from app.inference.image_colours import convert
 from app.inference.image_fit import REDUCED_FROM, Box, fit, reduction
+from app.inference.image_formats import FORMATS
 from app.inference.image_header import Header, inspect
 
 __all__ = [
@@ -62,6 +64,13 @@ QUICK: dict[str, Callable[[bytes], Pixels]] = {
 }
 ERRORS = (imagecodecs.SpngError, imagecodecs.Jpeg8Error, imagecodecs.WebpError, ValueError)
 
+if "AVIF" in FORMATS.values():
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # workers are as many as there are cores
+if "HEIF" in FORMATS.values():
+    import app.inference.heif_decoder  # noqa: F401  # registers itself
+
 # Pillow knows PNG and JPEG from the start, WebP once its plugin is imported.
 assert WebPImagePlugin.SUPPORTED, "Pillow was built without WebP"  # noqa: S101  # at import, not input
 
@@ -77,7 +86,7 @@ def decode(
     """The pixels of one encoded image, uint8 (H, W, C).
 
     Args:
-        data: a PNG, JPEG or WebP file; of an animation the first frame counts.
+        data: a file of one of `FORMATS`; of an animation the first frame counts.
         shape: the network's input; grey images become RGB and the reverse.
         preprocessing: how another size is brought to `shape`, and what counts of orientation,
             transparency and ICC profile.
@@ -115,6 +124,8 @@ def decode(
             raise Unprocessable(f"{header.format} says two sizes: {picture.size}, {size}")
         if header.format == "PNG":
             _widen_key(picture, depth=data[24])
+        if header.crop is not None:
+            picture = picture.crop(header.crop)
         extent = None
         if reduced > 1:
             extent = (header.width / reduced, header.height / reduced)

@@ -15,10 +15,12 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from functools import partial
 from typing import NamedTuple
 
 from app.errors import TooLarge, Unprocessable
-from app.inference.image_formats import unsupported
+from app.inference import heif_header
+from app.inference.image_formats import BOXED, FORMATS, unsupported
 
 # Chunks or segments of a file: MOST_PARTS, and one more for each BYTES_A_PART. Encoders write a few
 # parts, and then one for every 4 KiB or more; files with one part per scanline still fit.
@@ -51,6 +53,8 @@ class Header(NamedTuple):
         whole: read to its end; False for a large JPEG whose scans were not looked at.
         orientation: 1 to 8, as EXIF numbers them; 1 where the file says nothing.
         profile: the parts that hold an ICC profile, in order.
+        head: what a decoder gets before the spans, in place of the beginning of the file.
+        crop: left, top, right and bottom of the part that is shown; None for all of it.
     """
 
     format: str
@@ -61,6 +65,8 @@ class Header(NamedTuple):
     whole: bool = True
     orientation: int = 1
     profile: Spans = ()
+    head: bytes = b""
+    crop: tuple[int, int, int, int] | None = None
 
     @property
     def pixels(self) -> int:
@@ -76,7 +82,7 @@ class Header(NamedTuple):
         """The file without metadata and trailing bytes: what a decoder gets."""
         if not self.spans:
             return data
-        body = b"".join(data[start:end] for start, end in self.spans)
+        body = self.head + b"".join(data[start:end] for start, end in self.spans)
         if self.format != "WEBP":
             return body
         body += b"\x00" * (len(body) & 1)
@@ -97,7 +103,7 @@ class Header(NamedTuple):
 def inspect(
     data: bytes, max_pixels: int, max_jpeg_pixels: int = 0, *, whole: bool = False
 ) -> Header:
-    """Read a PNG, JPEG or WebP file strictly, but for its pixels.
+    """Read an image file strictly, but for its pixels.
 
     Args:
         data: the file.
@@ -117,6 +123,8 @@ def inspect(
             return _jpeg(data, max_pixels, max_jpeg_pixels, whole or len(data) <= SMALL_JPEG)
         if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
             return _webp(data, max_pixels)
+        if BOXED.match(data) and BRANDS.get(data[8:11], "AVIF") in FORMATS.values():
+            return _heif(data, max_pixels)
     except (struct.error, IndexError) as exc:
         raise Unprocessable(f"image is cut off after {len(data)} bytes") from exc
     raise Unprocessable(unsupported(data))
@@ -131,6 +139,28 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
     if width > MAX_SIDE or height > MAX_SIDE:
         raise TooLarge(f"image is {width} x {height} pixels; allowed: sides up to {MAX_SIDE}")
+
+
+# -- AVIF and HEIC --
+
+BRANDS = {b"avi": "AVIF", b"hei": "HEIF", b"hev": "HEIF"}  # others are of both
+
+
+def _heif(data: bytes, max_pixels: int) -> Header:
+    still = heif_header.read(data, partial(_check_size, max_pixels=max_pixels))
+    if still.format not in FORMATS.values():
+        raise Unprocessable(unsupported(data))
+    return Header(
+        still.format,
+        still.width,
+        still.height,
+        channels=0,
+        spans=still.spans,
+        orientation=still.orientation,
+        profile=still.profile,
+        head=still.head,
+        crop=still.crop,
+    )
 
 
 def _parts(data: bytes) -> range:

@@ -19,7 +19,7 @@ from app.settings import LimitSettings
 from scumble.defenses import Defense
 from scumble.defenses.evidence import Evidence
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif"}
 BATCH = 32
 CHANGED = 0.01  # share of labels that a policy may change without a warning
 
@@ -91,7 +91,7 @@ def images_of(
     """The pictures below a folder, as the service decodes them.
 
     Args:
-        folder: with PNG, JPEG and WebP files at any depth.
+        folder: with image files at any depth.
         card: of the network.
         limits: of the service.
         refused: gets what the service refuses, each file with the reason.

@@ -73,7 +73,8 @@ def predict(
 ) -> None:
     """Classify image files with the server at URL.
 
-    Each IMAGE (PNG, JPEG or WebP) is one request. The exit code is 1 if one of them got no answer.
+    Each IMAGE (PNG, JPEG, WebP, AVIF or HEIC) is one request. The exit code is 1 if one of them got
+    no answer.
     """
     key = key_file.read().strip() if key_file else None
     try:

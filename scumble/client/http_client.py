@@ -80,9 +80,9 @@ class Client:
         """Classify one image or several.
 
         Args:
-            images: one image or an iterable of them. An image is PNG, JPEG or WebP bytes, the
-                path of such a file, a Pillow image, or a uint8 array (H, W), (H, W, 1) or
-                (H, W, 3); an array (N, H, W, C) is N images.
+            images: one image or an iterable of them. An image is PNG, JPEG, WebP, AVIF or
+                HEIC bytes, the path of such a file, a Pillow image, or a uint8 array (H, W),
+                (H, W, 1) or (H, W, 3); an array (N, H, W, C) is N images.
             top_k: ask for the `top_k` most probable classes in place of all probabilities.
             request_id: stands in the answer and in the service's log, to find one by the other.
 

@@ -193,8 +193,8 @@ def encode(image: Sendable) -> tuple[bytes, str]:
     """The bytes to send and their media type; pixels become a PNG, which loses nothing.
 
     Args:
-        image: PNG, JPEG or WebP bytes, the path of such a file, a Pillow image, or a uint8 array
-            (H, W), (H, W, 1) or (H, W, 3).
+        image: PNG, JPEG, WebP, AVIF or HEIC bytes, the path of such a file, a Pillow image, or
+            a uint8 array (H, W), (H, W, 1) or (H, W, 3).
 
     Raises:
         BadImage: none of these.
@@ -239,7 +239,7 @@ def _media_type(content: bytes, name: str) -> str:
     for start, media_type in MEDIA_TYPES.items():
         if start.match(content):
             return media_type
-    raise BadImage(f"{name}: not a PNG, JPEG or WebP image")
+    raise BadImage(f"{name}: not a PNG, JPEG, WebP, AVIF or HEIC image")
 
 
 def _picture(pixels: npt.NDArray[Any]) -> Image.Image:
@@ -276,4 +276,6 @@ MEDIA_TYPES = {
     re.compile(rb"\x89PNG\r\n\x1a\n"): "image/png",
     re.compile(rb"\xff\xd8\xff"): "image/jpeg",
     re.compile(rb"RIFF....WEBP", re.DOTALL): "image/webp",
+    re.compile(rb"....ftypavi[fs]", re.DOTALL): "image/avif",
+    re.compile(rb"....ftyp(?:hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL): "image/heic",
 }

@@ -23,7 +23,7 @@ SPLITS = ("train", "test")
 CACHE = Path.home() / ".cache" / "scumble"  # of downloads
 DIGITS = "digits"  # comes with scikit-learn: no download
 _PARTS = re.compile(r"\d+|\D+")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".ppm", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".ppm", ".bmp")
 ROWS = 64  # of a Parquet file that are in memory as files at a time
 
 Pixels = npt.NDArray[np.uint8]

@@ -316,7 +316,7 @@ def test_predict_names_what_failed_in_its_row(run, url):
     assert result.exit_code == 1
     shown = " ".join(result.stdout.split())
     assert "car.jpg 422: no \N{REPLACEMENT CHARACTER}[31mJPEG car.png automobile 0.9000" in shown
-    assert "notes.txt 'notes.txt': not a PNG, JPEG or WebP image" in shown
+    assert "notes.txt 'notes.txt': not a PNG, JPEG, WebP, AVIF or HEIC image" in shown
     assert "\x1b" not in result.stdout
 
 

@@ -1,6 +1,6 @@
 """The input tensor of a V2 request -> images: pixels as an array, or files to decode.
 
-    image    BYTES (N,) or (N, 1): PNG, JPEG or WebP files
+    image    BYTES (N,) or (N, 1): files of the formats that /v1/predict takes
     pixels   UINT8 (N, H, W, C), or FP32, FP16 or BF16 (N, C, H, W) in [0, 1]
 
 In JSON a file is a base64 string; as bytes it follows its length, 4 bytes little-endian. Pixels as

@@ -12,6 +12,8 @@ from app.http.application import build
 from app.http.protocols.v2 import LENGTH
 from app.inference.bundle import InputShape
 from app.inference.decode import decode
+from app.inference.image_formats import FORMATS
+from loadtest import boxed_files
 from tests.pictures import PNG, encoded
 
 V2 = "/v2/models/tiny/infer"
@@ -103,3 +105,32 @@ def test_as_many_float_images_as_are_told_are_taken_and_one_more_is_not(make_cli
         headers = {LENGTH: str(len(head))}
         statuses.append(client.post(V2, content=head + pixels.tobytes(), headers=headers))
     assert [answer.status_code for answer in statuses] == [200, 413]
+
+
+def test_hostile_avif_files_are_answered_or_refused(client):
+    statuses = {
+        name: client.post("/v1/predict", content=make()).status_code
+        for name, make in boxed_files.FILES.items()
+    }
+    assert {name for name, status in statuses.items() if status == 200} == {
+        "avif-plain", "avif-10-bit-alpha", "avif-256-tiles", "avif-nested-boxes"
+    }  # fmt: skip
+    assert set(statuses.values()) == {200, 413, 422}
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS.values(), reason="this Pillow is without AVIF")
+def test_avif_photos_are_told_and_taken_by_all_protocols(client):
+    assert "image/avif" in client.get("/v1/model").json()["formats"]
+    data = encoded(Image.new("RGB", (64, 64), (200, 30, 40)), "AVIF")
+    for content_type in ("image/avif", "application/octet-stream"):
+        headers = {"Content-Type": content_type}
+        assert client.post("/v1/predict", content=data, headers=headers).status_code == 200
+    assert client.post(V2, content=data, headers={LENGTH: "0"}).status_code == 200
+
+
+def test_a_large_avif_photo_is_decoded_beside_the_loop(make_client):
+    small = encoded(Image.new("RGB", (64, 64)), "AVIF")
+    large = boxed_files.FILES["avif-plain"]()
+    service = make_client().app.state.service
+    assert service.small_image(small) is not None
+    assert service.small_image(large) is None

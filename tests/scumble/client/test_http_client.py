@@ -115,7 +115,7 @@ def parts(request):
 
 @pytest.mark.parametrize(
     ("kind", "media_type"),
-    [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp")],
+    [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp"), ("AVIF", "image/avif")],
 )
 @pytest.mark.parametrize("form", ["bytes", "path", "string"])
 async def test_encoded_images_are_sent_as_they_are(ask, tmp_path, kind, media_type, form):
@@ -203,7 +203,7 @@ async def test_a_request_id_that_the_service_would_not_take(ask, request_id):
 
 
 UNSENDABLE = {
-    "gif": (b"GIF89a", "6 bytes: not a PNG, JPEG or WebP image"),
+    "gif": (b"GIF89a", "6 bytes: not a PNG, JPEG, WebP, AVIF or HEIC image"),
     "empty": (b"", "0 bytes: not a PNG"),
     "no picture": (Path(__file__), r"test_http_client\.py': not a PNG"),
     "float": (GREY.astype(np.float32), r"float32 \(6, 8\); allowed: uint8 \(H, W\)"),
