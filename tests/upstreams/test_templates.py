@@ -1,15 +1,20 @@
 """The templates of docs/how-to/upstream.md put the service in front of the servers that it names.
 
 The page's FastAPI application runs on a thread, as does a stand-in that takes and gives what
-BentoML and TorchServe do. BentoML itself runs where runs/upstreams has an environment for it.
+BentoML and TorchServe do. Both themselves run where runs/upstreams has an environment for them.
 """
 
 import io
+import json
+import os
 import re
+import shutil
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
 
+import httpx2
 import numpy as np
 import pytest
 import uvicorn
@@ -24,7 +29,7 @@ from app.settings import Settings
 from scumble.api_template import read_template
 from tests.pictures import encoded
 from tests.ports import free_ports
-from tests.upstreams.servers import ROOT, answers, interpreter, upstream
+from tests.upstreams.servers import READY_S, ROOT, answers, interpreter, upstream
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "how-to" / "upstream.md"
@@ -115,6 +120,10 @@ def served(url, name, folder, pictures, *words):
         upstream_template=template,
     )
     with TestClient(create_app(settings)) as client:
+        end = time.monotonic() + READY_S  # a slow server is not checked yet when the service starts
+        while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < end
+            time.sleep(0.05)
         files = [("image", (f"{i}.png", picture)) for i, picture in enumerate(pictures)]
         answer = client.post("/v1/predict", files=files)
     assert answer.status_code == 200, answer.text
@@ -152,6 +161,62 @@ def test_a_real_bentoml_answers_as_the_page_says(cifar10, tmp_path):
     with upstream(words, tmp_path, lambda: answers(f"{url}/readyz"), variables):
         found = served(url, "bento_classify", tmp_path, pictures)
     np.testing.assert_allclose(found, cifar10(pixels), atol=1e-5)
+
+
+# A network of three classes, and its archive by TorchServe's own tool.
+ARCHIVE = """
+import torch
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 3))
+torch.jit.trace(net.eval(), torch.zeros(1, 3, 224, 224)).save("pets.pt")
+"""
+ADDRESSES = "inference_address", "management_address", "metrics_address"
+GRPC = "grpc_inference_port", "grpc_management_port"
+
+
+@pytest.mark.server
+def test_a_real_torchserve_answers_as_the_page_says(tmp_path):
+    python = interpreter("torchserve")
+    if shutil.which("java") is None:
+        pytest.skip("TorchServe needs Java, which is not installed")
+    (tmp_path / "all_classes.py").write_text(blocks("py")["all_classes.py"])
+    (tmp_path / "index_to_name.json").write_text(json.dumps(dict(enumerate(PETS))))
+    (tmp_path / "store").mkdir()
+    subprocess.run([python, "-c", ARCHIVE], cwd=tmp_path, check=True)
+    archive = "--model-name pets --version 1 --serialized-file pets.pt --handler all_classes.py"
+    files = "--extra-files index_to_name.json --export-path store"
+    archiver = python.parent / "torch-model-archiver"
+    subprocess.run([archiver, *archive.split(), *files.split()], cwd=tmp_path, check=True)
+    ports = free_ports(len(ADDRESSES) + len(GRPC))
+    lines = [f"{key}=http://127.0.0.1:{ports.pop()}" for key in ADDRESSES]
+    lines += [f"{key}={ports.pop()}" for key in GRPC]
+    lines += ["default_workers_per_model=1"]
+    (tmp_path / "config.properties").write_text("\n".join(lines))
+    options = "--start --foreground --ncs --disable-token-auth --model-store store"
+    chosen = "--models pets=pets.mar --ts-config config.properties"
+    words = [python.parent / "torchserve", *options.split(), *chosen.split()]
+    picture = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
+    url = lines[0].partition("=")[2]
+    cropped = encoded(Image.fromarray(np.ascontiguousarray(picture[:, 22:278])))
+
+    def answer():
+        try:
+            return httpx2.put(
+                f"{url}/predictions/pets", content=cropped, timeout=10, trust_env=False
+            )
+        except httpx2.TransportError:
+            return None
+
+    def ready():
+        given = answer()
+        return given is not None and given.status_code == 200
+
+    path = {"PATH": f"{python.parent}:{os.environ['PATH']}"}  # it starts its workers by name
+    with upstream(words, tmp_path, ready, path):
+        options = "--fit", "resize_crop", "--shorter", "256"
+        found = served(url, "torchserve", tmp_path, [encoded(Image.fromarray(picture))], *options)
+        row = answer().json()
+    np.testing.assert_allclose(found, [[row[name] for name in PETS]], atol=1e-6)
 
 
 def test_all_templates_of_the_documentation_are_valid(tmp_path):
