@@ -99,6 +99,8 @@ class Preprocessing(Frozen):
         alpha: what transparent pixels lie on; `drop` takes the colours that are stored for them.
         profile: of the colours of a picture that carries an ICC profile. `ignore` takes its numbers
             as they are, as most training code does; `srgb` converts them.
+        reduce_jpeg: decode a large JPEG at a half, a quarter or an eighth of its size where the
+            input needs no more.
     """
 
     fit: Literal["stretch", "crop", "resize_crop", "letterbox"] = "stretch"
@@ -109,6 +111,7 @@ class Preprocessing(Frozen):
     orientation: bool = True
     alpha: Literal["white", "black", "drop"] = "white"
     profile: Literal["ignore", "srgb"] = "ignore"
+    reduce_jpeg: bool = True
 
 
 class Sent(Frozen):

@@ -171,7 +171,7 @@ def check_decoded(
 
 
 def _reduction(header: Header, shape: InputShape, preprocessing: Preprocessing) -> int:
-    if header.format != "JPEG":
+    if header.format != "JPEG" or not preprocessing.reduce_jpeg:
         return 1
     sides = header.width, header.height
     if header.orientation >= SIDEWAYS and preprocessing.orientation:

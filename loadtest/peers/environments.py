@@ -45,10 +45,18 @@ def site(folder: Path) -> Path:
     return folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
 
 
-def interpreter(name: str) -> str:
-    """The Python of a peer's environment, which is made first if it has to be."""
-    shared = environment("torch", HERE / "requirements.txt")
-    folder = environment(name, HERE / name / "requirements.txt", sees=shared)
+def interpreter(name: str, *, torch: bool = True) -> str:
+    """The Python of a peer's environment, which is made first if it has to be.
+
+    Args:
+        name: of the peer.
+        torch: it has torch, as the setting `stock` needs.
+    """
+    if torch:
+        shared, own = environment("torch", HERE / "requirements.txt"), name
+    else:
+        shared, own = environment("engines", HERE / "engines.txt"), f"{name}-engines"
+    folder = environment(own, HERE / name / "requirements.txt", sees=shared)
     return str(folder / "bin" / "python")
 
 

@@ -454,6 +454,18 @@ def test_what_is_decoded_stays_under_the_limit_of_pixels():
         inspect(data, 4_000_000)
 
 
+def test_a_card_can_ask_for_full_decoding():
+    rule = Preprocessing(fit="crop", ratio=0.875, interpolation="bicubic", reduce_jpeg=False)
+    photo = PHOTOS[0].resize((2003, 1501), Image.Resampling.LANCZOS)
+    data = encoded(photo, "JPEG", quality=90)
+    header = inspect(data, 4_000_000)
+    assert decoded_pixels(header, IMAGENET, rule) == header.pixels
+    full = to_pixels(Image.open(io.BytesIO(data)), IMAGENET, rule)
+    np.testing.assert_array_equal(decode(data, IMAGENET, rule, 4_000_000), full)
+    with pytest.raises(TooLarge, match="of which this model needs 3006503; allowed: 1000000"):
+        check_decoded(header, IMAGENET, rule, MAX)
+
+
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_only_a_jpeg_may_have_more_pixels(kind):
     data = encoded(Image.new("RGB", (2500, 2000)), kind)
