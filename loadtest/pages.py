@@ -190,6 +190,7 @@ def page(
     tries: Document | None = None,
     protections: Document | None = None,
     frames: Document | None = None,
+    upstreams: Mapping[str, Document] | None = None,
 ) -> str:
     """The whole page."""
     parts = [
@@ -219,6 +220,7 @@ def page(
         *(overhead_parts(overhead, tries) if overhead else ()),
         *(frame_parts(frames) if frames else ()),
         *(protection_parts(protections) if protections else ()),
+        *(upstream_parts(upstreams) if upstreams else ()),
         *(peer_parts(peers) if peers else ()),
     ]
     return "\n\n".join(parts) + "\n"
@@ -363,6 +365,55 @@ def protection_parts(protections: Document) -> Iterator[str]:
             for name, row in protections["services"].items()
         ],
     )
+
+
+def upstream_parts(upstreams: Mapping[str, Document]) -> Iterator[str]:
+    """What standing in front of another server costs.
+
+    Args:
+        upstreams: documents of `loadtest.upstream` by file.
+    """
+    yield "## In front of another server"
+    yield (HERE / "performance.upstream.md").read_text().rstrip()
+    for file, found in upstreams.items():
+        yield f"**{found['upstream']}.** " + source(found, file)
+        cases = [(f"tensors of {case['images']}", case) for case in found["cases"]]
+        cases += [("PNG files, JSON answers", found["files"])] if found.get("files") else []
+        yield table(
+            [
+                "requests",
+                "images per second, alone / behind",
+                "ratio",
+                "p99, ms",
+                "ratio",
+                "errors",
+            ],
+            [
+                [
+                    f"{name}, {case['connections']} connections",
+                    " / ".join(f"{case['images_per_s'][who]:,.0f}" for who in ("alone", "front")),
+                    f"{case['throughput_ratio']:.2f}",
+                    " / ".join(f"{case['p99_ms'][who]:.1f}" for who in ("alone", "front")),
+                    f"{case['p99_ratio']:.2f}",
+                    f"{sum(case['errors'].values()):,}",
+                ]
+                for name, case in cases
+            ],
+        )
+        yield (
+            f"A worker takes {found['worker_mb']['pss']:.0f} MB, and the service is ready "
+            f"{found['process_start_to_ready_s']:.1f} s after its process starts."
+        )
+        if killed := found["kill"]:
+            refused, minutes = sum(killed["refused"].values()), killed["seconds"] / 60
+            yield (
+                f"Killed {killed['kills']} times in {minutes:.0f} minutes under load: "
+                f"{killed['answered']:,} answers, of which {killed['wrong']} wrong and "
+                f"{killed['undefended']} undefended; {refused:,} refused, "
+                f"{killed['undocumented']} of them other than documented; answers again "
+                f"{killed['recovery_s']['median']:.2f} s after it was ready (median, longest "
+                f"{killed['recovery_s']['longest']:.2f} s)."
+            )
 
 
 def source(document: Document, file: str) -> str:
@@ -513,7 +564,10 @@ def read(name: str) -> Document:
 def committed() -> str:
     """The page of the committed figures."""
     names = ("bench", "peers", "overhead", "alternatives", "protections", "frames")
-    return page(*(read(f"{name}.json") for name in names))
+    files = ("upstream.json", "upstream-triton.json")
+    upstreams = {file: found for file in files if (found := read(file))}
+    bench, peers, overhead, tries, protections, frames = (read(f"{name}.json") for name in names)
+    return page(bench, peers, overhead, tries, protections, frames, upstreams)
 
 
 @click.command()

@@ -5,19 +5,23 @@ r"""NVIDIA Triton, through PyTriton, with a bundle's network.
         -r deploy/upstreams/requirements.txt
     runs/upstreams/triton/bin/python deploy/upstreams/serve_triton.py models/cifar10/float32.onnx
 
-It serves three models: NAME takes `pixels` UINT8 (N, H, W, C) and gives `probabilities`; NAME-float
-takes `pixels` FP32 (N, C, H, W) in [0, 1] and gives `logits`; NAME-all is NAME with both outputs.
+It serves four models: NAME takes `pixels` UINT8 (N, H, W, C) and gives `probabilities`; NAME-float
+takes `pixels` FP32 (N, C, H, W) in [0, 1] and gives `logits`; NAME-all is NAME with both outputs;
+NAME-files takes `image` BYTES (N, 1), files that Pillow decodes, and gives `probabilities`.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sysconfig
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from network import Network, load, logits
+from PIL import Image
 from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
@@ -28,8 +32,14 @@ os.environ["LD_LIBRARY_PATH"] = sysconfig.get_config_var("LIBDIR")
 Outputs = dict[str, np.ndarray]
 
 
+def decode(file: bytes) -> npt.NDArray[np.uint8]:
+    """The pixels of an image file, (H, W, 3)."""
+    with Image.open(io.BytesIO(file)) as picture:
+        return np.array(picture.convert("RGB"))
+
+
 def bind(triton: Triton, name: str, network: Network, instances: int, largest: int) -> None:
-    """The three models."""
+    """The four models."""
 
     @batch
     def pixels(pixels: np.ndarray) -> Outputs:
@@ -44,9 +54,14 @@ def bind(triton: Triton, name: str, network: Network, instances: int, largest: i
         rows = network(pixels)
         return {"probabilities": rows, "logits": logits(rows)}
 
+    @batch
+    def files(image: np.ndarray) -> Outputs:
+        return {"probabilities": network(np.stack([decode(each) for each in image[:, 0]]))}
+
     height, width, channels = network.size
     levels = Tensor(name="pixels", dtype=np.uint8, shape=network.size)
     planes = Tensor(name="pixels", dtype=np.float32, shape=(channels, height, width))
+    pictures = Tensor(name="image", dtype=np.bytes_, shape=(1,))
     rows = {
         output: Tensor(name=output, dtype=np.float32, shape=(network.classes,))
         for output in ("probabilities", "logits")
@@ -59,6 +74,7 @@ def bind(triton: Triton, name: str, network: Network, instances: int, largest: i
         ("", pixels, levels, ["probabilities"]),
         ("-float", floats, planes, ["logits"]),
         ("-all", everything, levels, ["probabilities", "logits"]),
+        ("-files", files, pictures, ["probabilities"]),
     ):
         triton.bind(
             model_name=name + suffix,

@@ -115,6 +115,37 @@ def test_costs_beside_the_engine_and_of_protections_are_tables():
     assert "| keys | 120 | +20 | 0.90 |" in page
 
 
+def test_the_cost_of_standing_in_front_is_a_table_for_each_server():
+    case_ = {
+        "images": 8,
+        "connections": 32,
+        "images_per_s": {"alone": 1000.0, "front": 900.0},
+        "p99_ms": {"alone": 10.0, "front": 12.0},
+        "errors": {"alone": 0, "front": 1},
+        "throughput_ratio": 0.9,
+        "p99_ratio": 1.2,
+    }
+    killed = {
+        "seconds": 600,
+        "kills": 9,
+        "answered": 5000,
+        "refused": {"503": 70},
+        "undocumented": 0,
+        "wrong": 0,
+        "undefended": 0,
+        "recovery_s": {"median": 0.1, "longest": 0.4},
+    }
+    run = {"command": "c", "cores": 2, "processor": "p", "upstream": "Other", "files": case_}
+    run |= {"cases": [case_], "kill": killed, "worker_mb": {"pss": 41.2}}
+    found = pages.page(BENCH, PEERS, upstreams={"u.json": run | {"process_start_to_ready_s": 1.2}})
+    assert "**Other.** `c`, [u.json](../../loadtest/u.json)" in found
+    row = "32 connections | 1,000 / 900 | 0.90 | 10.0 / 12.0 | 1.20 | 1 |"
+    assert f"| tensors of 8, {row}" in found
+    assert f"| PNG files, JSON answers, {row}" in found
+    assert "A worker takes 41 MB, and the service is ready 1.2 s" in found
+    assert "Killed 9 times in 10 minutes under load: 5,000 answers" in found
+
+
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
     found = Rounds()
     for one, other in ((1, 2), (9, 3), (4, 4)):

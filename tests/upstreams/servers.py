@@ -92,7 +92,8 @@ def serving_cifar10(name: str, folder: Path, ports: list[int]) -> Iterator[Runni
     onnx = ROOT / "models" / "cifar10" / "float32.onnx"
     command = [interpreter(name), script, onnx, "--ports", ",".join(map(str, ports))]
     url = f"http://127.0.0.1:{ports[0]}"
-    models = [MODEL, *([f"{MODEL}-float", f"{MODEL}-all"] if name == "triton" else [])]
+    more = ("-float", "-all", "-files") if name == "triton" else ()
+    models = [MODEL, *(MODEL + suffix for suffix in more)]
     with upstream(
         command, folder, lambda: all(answers(f"{url}{model}/ready") for model in models)
     ) as server:

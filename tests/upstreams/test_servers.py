@@ -15,10 +15,12 @@ import httpx2
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from app.commands.connect import connect
 from app.inference.bundle import Bundle, golden_inputs
 from scumble.evaluation.local_server import serving
+from tests.pictures import encoded
 from tests.ports import free_ports
 from tests.upstreams.servers import MODEL, ROOT, SERVERS, answers, infer, serving_cifar10
 
@@ -87,6 +89,19 @@ def test_the_server_answers_as_the_embedded_engine(server, golden):
     assert described["outputs"] == [rows]
     np.testing.assert_allclose(in_json, golden.rows, atol=EMBEDDED)
     np.testing.assert_array_equal(in_bytes.astype(np.float32), in_json.astype(np.float32))
+
+
+def test_triton_decodes_files_itself(server, golden):
+    if server.name != "triton":
+        pytest.skip("only Triton's script has a model that takes files")
+    answer = httpx2.post(
+        f"{server.url}-files/infer",
+        content=encoded(Image.fromarray(golden.images[0])),
+        headers={"Inference-Header-Content-Length": "0"},
+        trust_env=False,
+    )
+    row = np.frombuffer(answer.content[-40:], "<f4")
+    np.testing.assert_allclose(row, golden.rows[0], atol=EMBEDDED)
 
 
 @pytest.mark.parametrize("defense", ["none", "label"])
