@@ -21,7 +21,7 @@ from app.settings import Settings, load_settings
 from app.system.async_lazy import AsyncLazy
 from app.system.file_watcher import FileName, FileWatcher, LastGood, Listener
 from app.telemetry.assembly import make_metrics, make_tracing
-from app.telemetry.metrics import increment
+from app.telemetry.counters import increment
 
 if TYPE_CHECKING:
     from app.inference.upstream.assembly import UpstreamModel

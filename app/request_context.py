@@ -46,7 +46,8 @@ class RequestContext:
         stages: the times of the stages, for spans; None unless the request was traced and answered.
         start: when the request was taken without the application (`app.http.fast_path`); 0 if it
             was not.
-        fault: why it could not be answered that way; the application refuses it with this.
+        fault: why it could not be answered that way; the application refuses it with this. Its
+            admission holds what it was charged.
     """
 
     client: ClientConnection = ALWAYS_CONNECTED

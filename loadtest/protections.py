@@ -3,8 +3,8 @@
     python -m loadtest.protections          writes loadtest/protections.json
 
 One worker with each protection serves the same image by turns, and a ratio is the median of each
-round's ratio to the service with none. The client shares the cores. Budgets never run out. Every
-line of the audit log is written before its answer leaves, and Redis writes each charge to disk.
+round's ratio to the service with none. The client shares the cores. Budgets never run out. SQLite
+and Redis write each charge to disk; the audit log has its default settings.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from app.access.quotas import Admission
 from app.access.stores import StateStore, StoreError
 from app.endpoint_type import Endpoint
 from app.errors import OverBudget, Unauthorized, Unavailable
-from app.request_context import request_context
+from app.request_context import RequestContext, request_context
 from app.system.background import Throttle
 from app.system.file_watcher import WatchedFile
 from app.telemetry.client_usage import ClientUsage
@@ -103,11 +103,10 @@ class Access:
             return endpoint
 
         async def guarded(request: Request) -> Response:
-            grant = self.known(request.scope)
-            admission = Admission(grant, self.store, self.clients, self.note_store_failure)
             context = request_context(request.scope)
-            context.admission = admission
-            admission.grant.check(request.scope["path"])
+            admission = context.admission if context.fault is not None else None
+            if admission is None:
+                admission = self.admit(request.scope, context)
             try:
                 response = await endpoint(request)
             except OverBudget as exc:
@@ -120,13 +119,35 @@ class Access:
                 raise
             if admission.headers:
                 response.headers.update(admission.headers)
-            if context.images and admission.grant.client:
-                self.clients.answered(admission.grant.client, context.images)
-            if context.withheld:
-                self._note_withheld(admission, context.withheld)
+            self.answered(context, admission)
             return response
 
         return guarded
+
+    def admit(self, scope: Scope, context: RequestContext) -> Admission:
+        """Admit a request that uses a path.
+
+        Args:
+            scope: of the request.
+            context: gets the admission.
+
+        Raises:
+            Unauthorized: the key is missing or unknown.
+            Forbidden: the key is revoked, or not for this path.
+            Unavailable: the file of keys is stale.
+        """
+        grant = self.known(scope)
+        admission = Admission(grant, self.store, self.clients, self.note_store_failure)
+        context.admission = admission
+        grant.check(scope["path"])
+        return admission
+
+    def answered(self, context: RequestContext, admission: Admission) -> None:
+        """Count the images of a request that has its answer."""
+        if context.images and admission.grant.client:
+            self.clients.answered(admission.grant.client, context.images)
+        if context.withheld:
+            self._note_withheld(admission, context.withheld)
 
     @property
     def outdated(self) -> bool:

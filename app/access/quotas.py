@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from app.access.grants import Grant
-from app.access.stores import Bucket, Charge, StateStore, StoreError
+from app.access.stores import SHARED, Bucket, Charge, StateStore, StoreError
 from app.errors import OverBudget, Unavailable
 from app.telemetry.client_usage import ClientUsage
 
-SHARED = "all:"  # prefix of the names of the buckets that all clients share
 NEVER_S = 86400  # Retry-After if waiting does not help; clients take a day for "do not retry"
 
 
@@ -86,21 +85,35 @@ class Admission:
         buckets = self.grant.buckets
         if not buckets:
             return
+        charge: Charge | StoreError
         try:
             charge = await self.store.charge(buckets, images)
         except StoreError as exc:
-            self.on_store_failure(exc)
-            if self.grant.closed:
-                raise Unavailable("budget store unavailable") from exc
+            charge = exc
+        self._take(charge, images)
+
+    def charge_soon(self, images: int, done: Callable[[Exception | None], None]) -> None:
+        """The same without waiting.
+
+        Args:
+            images: to charge.
+            done: called at once or later on the event loop, with the error that `charge` would
+                raise; raises nothing.
+        """
+        buckets = self.grant.buckets
+        if not buckets:
+            done(None)
             return
-        self.left = {}
-        for name, bucket, left in by_client(buckets, charge):
-            self.left[name] = left
-            self._show(name, bucket, left)
-        self.headers = fields(buckets, charge)
-        if not charge.granted:
-            raise OverBudget(*refusal(buckets, charge, images))
-        self.images, self.charged = images, charge
+
+        def charged(charge: Charge | Exception) -> None:
+            fault = None
+            try:
+                self._take(charge, images)
+            except Exception as exc:  # noqa: BLE001  # the caller answers it
+                fault = exc
+            done(fault)
+
+        self.store.charge_soon(buckets, images, charged)
 
     async def refund_withheld(self, images: int) -> None:
         """Give back images whose answers were withheld to the buckets that count clean answers.
@@ -126,6 +139,25 @@ class Admission:
             return
         await self._refund(*self._part(charged, clean=False), self.images)
         await self._refund(*self._part(charged, clean=True), self.images - self.returned)
+
+    def _take(self, charge: Charge | Exception, images: int) -> None:
+        """Note a charge; raises what `charge` raises."""
+        buckets = self.grant.buckets
+        if isinstance(charge, StoreError):
+            self.on_store_failure(charge)
+            if self.grant.closed:
+                raise Unavailable("budget store unavailable") from charge
+            return
+        if isinstance(charge, Exception):
+            raise charge
+        self.left = {}
+        for name, bucket, left in by_client(buckets, charge):
+            self.left[name] = left
+            self._show(name, bucket, left)
+        self.headers = fields(buckets, charge)
+        if not charge.granted:
+            raise OverBudget(*refusal(buckets, charge, images))
+        self.images, self.charged = images, charge
 
     def _part(self, charged: Charge, *, clean: bool) -> tuple[Sequence[Bucket], Charge]:
         """The buckets that do or do not count clean answers only, with their part of a charge."""
@@ -169,13 +201,11 @@ def fields(buckets: Sequence[Bucket], charge: Charge) -> dict[str, str]:
     """
     policies, limits = [], []
     for bucket, level in zip(buckets, charge.levels, strict=True):
-        if bucket.name.startswith(SHARED) or bucket.clean:
+        if bucket.shared or bucket.clean:
             continue
-        name = bucket.name.rpartition(":")[2]
-        window = f";w={bucket.window_s}" if bucket.window_s else ""
         reset = f";t={_seconds(level.reset_s)}" if bucket.window_s else ""
-        policies.append(f'"{name}";q={bucket.limit};qu="images"{window}')
-        limits.append(f'"{name}";r={max(0, bucket.limit - level.used)}{reset}')
+        policies.append(bucket.policy)
+        limits.append(f'"{bucket.budget}";r={max(0, bucket.limit - level.used)}{reset}')
     if not policies:
         return {}
     return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(limits)}
@@ -184,8 +214,8 @@ def fields(buckets: Sequence[Bucket], charge: Charge) -> dict[str, str]:
 def by_client(buckets: Sequence[Bucket], charge: Charge) -> Iterator[tuple[str, Bucket, int]]:
     """The client's own budgets: name, bucket, images left."""
     for bucket, level in zip(buckets, charge.levels, strict=True):
-        if not bucket.name.startswith(SHARED):
-            yield bucket.name.rpartition(":")[2], bucket, max(0, bucket.limit - level.used)
+        if not bucket.shared:
+            yield bucket.budget, bucket, max(0, bucket.limit - level.used)
 
 
 def refusal(buckets: Sequence[Bucket], charge: Charge, images: int) -> tuple[str, dict[str, str]]:
@@ -194,7 +224,7 @@ def refusal(buckets: Sequence[Bucket], charge: Charge, images: int) -> tuple[str
     for bucket, level in zip(buckets, charge.levels, strict=True):
         if level.used + images <= bucket.limit:
             continue
-        if bucket.name.startswith(SHARED):
+        if bucket.shared:
             detail = f"shared budget of all clients exceeded: {images} images requested"
         elif bucket.clean:
             detail = f"budget of answers exceeded: {images} images requested"

@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -30,8 +30,7 @@ TAIL_BYTES = 2**16  # more than any line has
 Kind = Literal["broken", "cut"]
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """Where a chain stands: what the next line must refer to.
 
     Attributes:

@@ -16,23 +16,27 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from prometheus_client import Counter
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Scope
 
 from app.endpoint_type import Endpoint
 from app.errors import Internal, RequestError, Unavailable
-from app.request_context import request_context
-from app.system.background import Throttle
+from app.request_context import RequestContext, request_context
+from app.system.background import Throttle, settle
 from app.system.timestamps import timestamp
 
 FLUSH_S = 0.05  # how long an open log gathers lines
 WAITING = 20_000  # lines that wait for a slow disk; more are lost
 FAILS = "audit log cannot be written"
 log = logging.getLogger("scumble")
+
+
+class NotWritten(Unavailable):
+    """The line of the request's answer could not be written; no other is tried."""
 
 
 class Sink(Protocol):
@@ -86,7 +90,7 @@ class Audit:
         self._log_due = Throttle(clock)
         self._failing = False
         self._unsaid = 0  # lines lost since the log last said so
-        self._waiting: list[tuple[dict[str, Any] | None, asyncio.Future[bool] | None]] = []
+        self._waiting: list[tuple[dict[str, Any] | None, Callable[[bool], None] | None]] = []
         self._writing: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="audit")
 
@@ -94,26 +98,65 @@ class Audit:
         """The endpoint, with a line for each call."""
 
         async def audited(request: Request) -> Response:
+            context = request_context(request.scope)
             try:
-                if self._closed and self._failing:
+                if self.refusing and context.fault is None:
                     raise Unavailable(FAILS)
                 response = await endpoint(request)
+            except NotWritten:  # has been tried
+                raise
             except Exception as exc:
                 error = exc if isinstance(exc, RequestError) else Internal(str(exc))
-                await self._note(request.scope, route, error.status, error.reason)
+                await self._note(context, route, error.status, error.reason)
                 raise
-            if not await self._note(request.scope, route, response.status_code):
-                admission = request_context(request.scope).admission
-                if admission is not None:
-                    await admission.refund()
-                raise Unavailable(FAILS)
+            if not await self._note(context, route, response.status_code):
+                if context.admission is not None:
+                    await context.admission.refund()
+                raise NotWritten(FAILS)
             return response
 
         return audited
 
+    @property
+    def refusing(self) -> bool:
+        """Whether requests are refused because the log cannot be written."""
+        return self._closed and self._failing
+
+    def note(
+        self,
+        context: RequestContext,
+        route: str,
+        status: int,
+        done: Callable[[bool], None],
+        refusal: str | None = None,
+    ) -> None:
+        """Take a line.
+
+        Args:
+            context: of the request.
+            route: label of its path.
+            status: of the answer.
+            done: called at once or later on the event loop, with False if the answer must not
+                leave; raises nothing.
+            refusal: why there is none.
+        """
+        entry = self._entry(context, route, status, refusal)
+        if self._closed:
+            self._put(entry, done)
+            return
+        if len(self._waiting) >= WAITING:
+            self._lose(1)
+        else:
+            self._put(entry, None)
+        done(True)
+
     async def ready(self) -> bool:
         """Whether no request would be refused for want of the log; tries it if it failed."""
-        return not (self._closed and self._failing) or await self._put(None)
+        if not self.refusing:
+            return True
+        done = asyncio.get_running_loop().create_future()
+        self._put(None, partial(settle, done))
+        return bool(await done)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -127,25 +170,20 @@ class Audit:
             self._sink.close()
 
     async def _note(
-        self, scope: Scope, route: str, status: int, refusal: str | None = None
+        self, context: RequestContext, route: str, status: int, refusal: str | None = None
     ) -> bool:
         """Take a line; False if the answer must not leave."""
-        entry = self._entry(scope, route, status, refusal)
-        if self._closed:
-            return await self._put(entry)
-        if len(self._waiting) >= WAITING:
-            self._lose(1)
-        else:
-            self._waiting.append((entry, None))
-            self._start()
-        return True
-
-    async def _put(self, entry: dict[str, Any] | None) -> bool:
-        """Wait until a line is written, or with None whether one could be; False if it failed."""
+        if not self._closed:
+            self.note(context, route, status, _ignore, refusal)
+            return True
         done = asyncio.get_running_loop().create_future()
+        self.note(context, route, status, partial(settle, done), refusal)
+        return bool(await done)
+
+    def _put(self, entry: dict[str, Any] | None, done: Callable[[bool], None] | None) -> None:
+        """Take a line, or with None try whether one can be written."""
         self._waiting.append((entry, done))
         self._start()
-        return bool(await done)
 
     def _start(self) -> None:
         if self._writing is None:
@@ -160,8 +198,8 @@ class Audit:
                 batch, self._waiting = self._waiting, []
                 written = await self._batch([entry for entry, _ in batch if entry is not None])
                 for _, done in batch:
-                    if done is not None and not done.done():  # done: its client went away
-                        done.set_result(written)
+                    if done is not None:
+                        done(written)
         finally:
             self._writing = None
 
@@ -183,8 +221,9 @@ class Audit:
         said = [{"kind": "lost", "time": self._now(), "lines": unsaid}] if unsaid else []
         self._sink.append([entry | {"time": timestamp(entry["time"])} for entry in [*said, *batch]])
 
-    def _entry(self, scope: Scope, route: str, status: int, refusal: str | None) -> dict[str, Any]:
-        context = request_context(scope)
+    def _entry(
+        self, context: RequestContext, route: str, status: int, refusal: str | None
+    ) -> dict[str, Any]:
         admission = context.admission
         entry: dict[str, Any] = {
             "kind": "prediction",
@@ -219,3 +258,8 @@ class Audit:
         self._failing = True
         if self._log_due():
             log.error("audit log cannot be written: %s", exc)
+
+
+def _ignore(written: bool) -> None:
+    """For those who do not wait."""
+    del written

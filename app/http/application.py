@@ -175,8 +175,8 @@ def build(
         untraced=admission.OPEN,
     )
     # Where nothing but the service itself must see a request, small images need no ASGI call.
-    others = service.access, service.audit, service.upstream, tracing
-    alone = others == (None,) * 4 and not access_log and not root_path and not cors_origins
+    alone = service.upstream is None and tracing is None and not access_log
+    alone = alone and not root_path and not cors_origins
     app.state.direct = DirectPredictions(service, observed) if alone else None
     app.front = Prefix(observed, root_path) if root_path else observed
     app.servers = [{"url": root_path}] if root_path else []

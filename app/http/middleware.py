@@ -14,8 +14,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.endpoint_type import Endpoint
-from app.request_context import ensure_context
-from app.telemetry.metrics import Metrics, increment
+from app.request_context import RequestContext, ensure_context
+from app.telemetry.counters import increment
+from app.telemetry.metrics import Metrics
 from app.telemetry.traceparent import read_traceparent
 
 if TYPE_CHECKING:
@@ -77,9 +78,8 @@ class Observe:
             return
         context = ensure_context(scope)
         start = context.start or self._clock()
-        context.id = request_id = context.id or self.request_id(scope)
-        if self._linked:
-            context.traceparent = read_traceparent(scope["headers"])
+        self.identify(scope, context)
+        request_id = context.id
         header = (b"x-request-id", request_id.encode())
         status = 500
 
@@ -111,6 +111,12 @@ class Observe:
                     },
                 )
 
+    def identify(self, scope: Scope, context: RequestContext) -> None:
+        """Give a request its id, and its trace where logs or spans link to it."""
+        context.id = context.id or self._request_id(scope)
+        if self._linked:
+            context.traceparent = read_traceparent(scope["headers"])
+
     def began(self) -> None:
         """Count a request that is being answered."""
         self._metrics.inflight.add(1)
@@ -132,7 +138,7 @@ class Observe:
             self._requests[route, status] = count
         count(1)
 
-    def request_id(self, scope: Scope) -> str:
+    def _request_id(self, scope: Scope) -> str:
         """The client's id if it has the right form, or a random one."""
         for name, value in scope["headers"]:
             if name == b"x-request-id" and REQUEST_ID.fullmatch(value):

@@ -224,15 +224,21 @@ class Service:
         self.count(context, answered, start, read, back)
         return response
 
-    def small_image(self, data: bytes) -> Batch | None:
-        """The pixels of one file as a batch; None if it must be decoded on a thread.
+    def small_header(self, data: bytes) -> Header | None:
+        """The header of one file; None if it must be decoded on a thread.
 
         Raises:
             RequestError: the file is refused.
         """
         (header,) = self._inspect([data])
-        if _work(data, header) > INLINE_WORK:
-            return None
+        return header if _work(data, header) <= INLINE_WORK else None
+
+    def small_image(self, data: bytes, header: Header) -> Batch:
+        """The pixels of one file as a batch.
+
+        Raises:
+            RequestError: the file is refused.
+        """
         return self._decode(data, header)[np.newaxis]
 
     def prepare(self, stop: Callable[[], bool] = lambda: False) -> None:

@@ -151,19 +151,26 @@ class Batcher:
         """
         return await asyncio.gather(*self._queue(batches, defense, deadline))
 
-    def submit(self, batch: Batch, waiting: Waiting, client: ClientConnection) -> None:
-        """Queue images without a deadline under the server's defense; never waits.
+    def submit(
+        self,
+        batch: Batch,
+        waiting: Waiting,
+        client: ClientConnection,
+        defense: Defense | None = None,
+    ) -> None:
+        """Queue images without a deadline; never waits.
 
         Args:
             batch: the images.
             waiting: gets the result as soon as there is one, on the event loop; raises nothing.
             client: skipped once it has left.
+            defense: replaces the defense of the pipeline, which must be a `Pipeline`.
 
         Raises:
             Unavailable: the queue has no room for them.
         """
         self._make_room(len(batch))
-        job = Job(batch, waiting, self._clock(), None, Deadline(math.inf, client))
+        job = Job(batch, waiting, self._clock(), defense, Deadline(math.inf, client))
         self._enqueue([job], len(batch))
 
     @property

@@ -1,4 +1,4 @@
-"""Background tasks whose exceptions are logged, throttled logging, and backoff."""
+"""Background tasks whose exceptions are logged, throttled logging, backoff, and futures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 LOG_EVERY_S = 10.0
+T = TypeVar("T")
 log = logging.getLogger("scumble")
 
 
@@ -57,6 +58,16 @@ class Backoff:
     def reset(self) -> None:
         """Start again with the first delay."""
         self._next_s = self._first_s
+
+
+def settle(future: asyncio.Future[T], result: T | Exception) -> None:
+    """Give a future its result, or the error that it is, unless it was cancelled."""
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
 
 
 async def repeat(

@@ -13,7 +13,6 @@ the process and written together `FLUSH_S` later.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -39,11 +38,6 @@ BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 WITHHELD = {1: "keyed", 2: "abstained"}
 
 FLUSH_S = 0.05
-
-
-def increment(counter: Counter) -> Callable[[float], None]:
-    """The `inc` of a counter, without checks that take as long as the increment."""
-    return counter._value.inc  # type: ignore[no-any-return]  # the library has no hints there
 
 
 class BufferedHistogram:
@@ -134,7 +128,7 @@ class Metrics:
             buckets=STAGE_SECONDS,
             registry=registry,
         )
-        self._buffered: list[BufferedHistogram | BufferedGauge] = []
+        self._buffered: list[BufferedHistogram | BufferedGauge | ClientUsage] = []
         self._flushing = False
         self.stage = {stage: self._buffer(stage_seconds.labels(stage)) for stage in STAGES}
         self.batch_size = self._buffer(
@@ -179,7 +173,8 @@ class Metrics:
             registry=registry,
         )
         self.reload_failing_s = {name: reload_failing_s.labels(name) for name in FILE_NAMES}
-        self.clients = ClientUsage(registry)
+        self.clients = ClientUsage(registry, self.flush_soon)
+        self._buffered.append(self.clients)
         audit_lines = Counter(
             "scumble_audit_lines_total",
             "Lines of the audit log.",

@@ -12,9 +12,10 @@ serve no more than the budget. A lost refund costs the client some images and ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 from app.errors import ConfigError, ScumbleError
 from app.settings import store_url
@@ -22,6 +23,7 @@ from app.system.installation import install_command
 from app.system.urls import redacted, split
 
 MEMORY = "memory://"
+SHARED = "all:"  # prefix of the names of the buckets that all clients share
 
 
 class StoreError(ScumbleError):
@@ -47,14 +49,29 @@ class Bucket:
     window_s: int = 0
     clean: bool = False
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The key under which stores count."""
         return f"{self.name}:{self.window_s}" if self.window_s else self.name
 
+    @cached_property
+    def shared(self) -> bool:
+        """Whether all clients share it."""
+        return self.name.startswith(SHARED)
 
-@dataclass(frozen=True)
-class Level:
+    @cached_property
+    def budget(self) -> str:
+        """What its client calls it."""
+        return self.name.rpartition(":")[2]
+
+    @cached_property
+    def policy(self) -> str:
+        """Its part of `RateLimit-Policy`."""
+        window = f";w={self.window_s}" if self.window_s else ""
+        return f'"{self.budget}";q={self.limit};qu="images"{window}'
+
+
+class Level(NamedTuple):
     """How full a bucket is.
 
     Attributes:
@@ -68,12 +85,15 @@ class Level:
     reset_s: float
 
 
-@dataclass(frozen=True)
-class Charge:
+class Charge(NamedTuple):
     """The result of a charge: granted or not, and the level of each bucket, in order."""
 
     granted: bool
     levels: tuple[Level, ...]
+
+
+Charged = Callable[[Charge | Exception], None]
+"""Gets a charge, or why there is none: `StoreError`, or a fault of ours. It raises nothing."""
 
 
 class StateStore(Protocol):
@@ -85,6 +105,10 @@ class StateStore(Protocol):
         Raises:
             StoreError: no answer; the images may have been counted.
         """
+        ...
+
+    def charge_soon(self, buckets: Sequence[Bucket], images: int, done: Charged) -> None:
+        """The same without waiting; `done` is called at once or later, on the event loop."""
         ...
 
     async def refund(self, buckets: Sequence[Bucket], images: int, charge: Charge) -> None:

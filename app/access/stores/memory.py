@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from app.access.stores import Bucket, Charge, Level
+from app.access.stores import Bucket, Charge, Charged, Level
 
 
 class MemoryStore:
@@ -17,15 +17,11 @@ class MemoryStore:
 
     async def charge(self, buckets: Sequence[Bucket], images: int) -> Charge:
         """Add to all buckets or none."""
-        now = self._clock()
-        rows = [current(self._rows.get(bucket.key), bucket, now) for bucket in buckets]
-        charge = decide(buckets, rows, images, now)
-        if charge.granted:
-            self._rows.update(
-                (bucket.key, (level.used, level.start))
-                for bucket, level in zip(buckets, charge.levels, strict=True)
-            )
-        return charge
+        return self._charge(buckets, images)
+
+    def charge_soon(self, buckets: Sequence[Bucket], images: int, done: Charged) -> None:
+        """The same; `done` is called at once."""
+        done(self._charge(buckets, images))
 
     async def refund(self, buckets: Sequence[Bucket], images: int, charge: Charge) -> None:
         """Take a charge back."""
@@ -39,6 +35,17 @@ class MemoryStore:
 
     async def close(self) -> None:
         """Do nothing."""
+
+    def _charge(self, buckets: Sequence[Bucket], images: int) -> Charge:
+        now = self._clock()
+        rows = [current(self._rows.get(bucket.key), bucket, now) for bucket in buckets]
+        charge = decide(buckets, rows, images, now)
+        if charge.granted:
+            self._rows.update(
+                (bucket.key, (level.used, level.start))
+                for bucket, level in zip(buckets, charge.levels, strict=True)
+            )
+        return charge
 
 
 def current(row: tuple[int, float] | None, bucket: Bucket, now: float) -> tuple[int, float]:
@@ -55,11 +62,12 @@ def decide(
     buckets: Sequence[Bucket], rows: Sequence[tuple[int, float]], images: int, now: float
 ) -> Charge:
     """Decide whether `images` fit into all buckets, and compute the levels."""
-    pairs = list(zip(buckets, rows, strict=True))
-    granted = all(used + images <= bucket.limit for bucket, (used, _) in pairs)
-    more = images if granted else 0
-    levels = (
-        Level(used + more, start, start + bucket.window_s - now if bucket.window_s else 0.0)
-        for bucket, (used, start) in pairs
+    granted = all(
+        used + images <= bucket.limit for bucket, (used, _) in zip(buckets, rows, strict=True)
     )
+    more = images if granted else 0
+    levels = [
+        Level(used + more, start, start + bucket.window_s - now if bucket.window_s else 0.0)
+        for bucket, (used, start) in zip(buckets, rows, strict=True)
+    ]
     return Charge(granted, tuple(levels))

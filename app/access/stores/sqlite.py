@@ -2,8 +2,8 @@
 
 The file uses write-ahead logging and is synchronised before a charge is granted, so a budget
 survives a killed worker and a power cut. Transactions are short and run on a thread: the event loop
-never waits for a disk or for another worker's lock. Charges that arrive during a transaction share
-the next one.
+never waits for a disk or for another worker's lock. Charges of one turn of the loop, and those that
+arrive during a transaction, share the next one, which reads and writes each bucket once.
 """
 
 from __future__ import annotations
@@ -11,20 +11,68 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from app.access.stores import Bucket, Charge, StoreError
+from app.access.stores import Bucket, Charge, Charged, StoreError
 from app.access.stores.memory import current, decide
 from app.errors import ConfigError
+from app.system.background import settle
 from app.system.urls import redacted
 
 BUSY_S = 2.0  # how long to wait for another worker's transaction
 T = TypeVar("T")
+Row = tuple[int, float]  # images, and start of the window
+
+
+class Rows:
+    """What one transaction reads and changes.
+
+    Args:
+        db: in a transaction.
+    """
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._known: dict[str, Row | None] = {}
+        self._changed: dict[str, Row] = {}
+
+    def __getitem__(self, bucket: Bucket) -> Row | None:
+        """The row of a bucket; None if it has none."""
+        key = bucket.key
+        if key not in self._known:
+            found = self._db.execute("SELECT used, start FROM buckets WHERE name = ?", (key,))
+            self._known[key] = found.fetchone()
+        return self._known[key]
+
+    def __setitem__(self, bucket: Bucket, row: Row) -> None:
+        """Change it."""
+        self._known[bucket.key] = self._changed[bucket.key] = row
+
+    def save(self) -> None:
+        """Write what has changed."""
+        self._db.executemany(
+            "INSERT OR REPLACE INTO buckets VALUES (?, ?, ?)",
+            [(key, *row) for key, row in self._changed.items()],
+        )
+
+
+class Job(NamedTuple):
+    """A part of a transaction.
+
+    Attributes:
+        run: does it, on the thread; gets the rows.
+        done: gets its result, or why there is none, on the event loop.
+        wanted: False once nobody waits for it; then it is left out.
+    """
+
+    run: Callable[[Rows], Any]
+    done: Callable[[Any], None]
+    wanted: Callable[[], bool] = lambda: True
 
 
 class SqliteStore:
@@ -50,7 +98,8 @@ class SqliteStore:
             )
         except sqlite3.Error as exc:
             raise ConfigError(f"SCUMBLE_STORE: {path} cannot be used: {exc}") from exc
-        self._waiting: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._waiting: list[Job] = []
+        self._loop: asyncio.AbstractEventLoop | None = None  # where a transaction is due or runs
         # One thread: a connection has one transaction at a time.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="budgets")
 
@@ -69,79 +118,86 @@ class SqliteStore:
 
     async def charge(self, buckets: Sequence[Bucket], images: int) -> Charge:
         """Add to all buckets or none."""
+        return await self._transaction(lambda rows: self._charge(rows, buckets, images))
 
-        def run() -> Charge:
-            now = self._clock()
-            rows = [current(self._row(bucket), bucket, now) for bucket in buckets]
-            charge = decide(buckets, rows, images, now)
-            if charge.granted:
-                self._db.executemany(
-                    "INSERT OR REPLACE INTO buckets VALUES (?, ?, ?)",
-                    [
-                        (bucket.key, level.used, level.start)
-                        for bucket, level in zip(buckets, charge.levels, strict=True)
-                    ],
-                )
-            return charge
-
-        return await self._transaction(run)
+    def charge_soon(self, buckets: Sequence[Bucket], images: int, done: Charged) -> None:
+        """The same without waiting."""
+        self._add(Job(lambda rows: self._charge(rows, buckets, images), done))
 
     async def refund(self, buckets: Sequence[Bucket], images: int, charge: Charge) -> None:
         """Take a charge back."""
 
-        def run() -> None:
-            self._db.executemany(
-                "UPDATE buckets SET used = max(0, used - ?) WHERE name = ? AND start = ?",
-                [
-                    (images, bucket.key, level.start)
-                    for bucket, level in zip(buckets, charge.levels, strict=True)
-                ],
-            )
+        def run(rows: Rows) -> None:
+            for bucket, level in zip(buckets, charge.levels, strict=True):
+                row = rows[bucket]
+                if row is not None and row[1] == level.start:
+                    rows[bucket] = max(0, row[0] - images), level.start
 
         await self._transaction(run)
 
     async def ping(self) -> None:
         """Take the lock that a charge needs."""
-        await self._transaction(lambda: None)
+        await self._transaction(lambda _: None)
 
     async def close(self) -> None:
         """Close the file."""
         self._thread.shutdown()
         self._db.close()
 
-    async def _transaction(self, run: Callable[[], T]) -> T:
-        done: Future[T] = Future()
-        self._waiting.append((run, done))
-        self._thread.submit(self._commit)
-        try:
-            return await asyncio.wrap_future(done)
-        except sqlite3.Error as exc:
-            raise StoreError(f"the budget file: {exc}") from exc
+    async def _transaction(self, run: Callable[[Rows], T]) -> T:
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._add(Job(run, partial(settle, future), lambda: not future.cancelled()))
+        return await future
 
-    def _commit(self) -> None:
-        """Run all waiting jobs in one transaction; an earlier call may have run them."""
-        jobs = []
-        while self._waiting:
-            run, done = self._waiting.popleft()
-            if done.set_running_or_notify_cancel():
-                jobs.append((run, done))
+    def _add(self, job: Job) -> None:
+        self._waiting.append(job)
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop = loop
+            loop.call_soon(self._begin, loop)
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Hand all waiting jobs to the thread."""
+        jobs, self._waiting = self._waiting, []
         if not jobs:
+            self._loop = None
             return
         try:
-            with _write(self._db):
-                answers = [run() for run, _ in jobs]
-        except Exception as exc:  # noqa: BLE001  # any error goes to the callers
-            for _, done in jobs:
-                done.set_exception(exc)
-        else:
-            for (_, done), answer in zip(jobs, answers, strict=True):
-                done.set_result(answer)
+            running = self._thread.submit(self._commit, jobs)
+        except RuntimeError as exc:  # the store is closed
+            self._deliver(loop, jobs, exc)
+            return
+        running.add_done_callback(
+            lambda done: loop.call_soon_threadsafe(self._deliver, loop, jobs, done.result())
+        )
 
-    def _row(self, bucket: Bucket) -> tuple[int, float] | None:
-        found: tuple[int, float] | None = self._db.execute(
-            "SELECT used, start FROM buckets WHERE name = ?", (bucket.key,)
-        ).fetchone()
-        return found
+    def _deliver(
+        self, loop: asyncio.AbstractEventLoop, jobs: list[Job], outcome: list[Any] | Exception
+    ) -> None:
+        self._begin(loop)  # the next transaction runs meanwhile
+        for number, job in enumerate(jobs):
+            job.done(outcome[number] if isinstance(outcome, list) else outcome)
+
+    def _commit(self, jobs: list[Job]) -> list[Any] | Exception:
+        """The results of jobs in one transaction, or why there are none; on the thread."""
+        try:
+            with _write(self._db):
+                rows = Rows(self._db)
+                results = [job.run(rows) if job.wanted() else None for job in jobs]
+                rows.save()
+        except sqlite3.Error as exc:
+            return StoreError(f"the budget file: {exc}")
+        except Exception as exc:  # noqa: BLE001  # any error goes to those who wait
+            return exc
+        return results
+
+    def _charge(self, rows: Rows, buckets: Sequence[Bucket], images: int) -> Charge:
+        now = self._clock()
+        charge = decide(buckets, [current(rows[b], b, now) for b in buckets], images, now)
+        if charge.granted:
+            for bucket, level in zip(buckets, charge.levels, strict=True):
+                rows[bucket] = level.used, level.start
+        return charge
 
 
 @contextmanager

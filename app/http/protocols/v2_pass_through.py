@@ -59,7 +59,7 @@ from app.inference.upstream.v2_messages import read_answer, read_json
 from app.request_context import RequestContext, request_context
 from app.settings import LimitSettings
 from app.system.background import Throttle
-from app.telemetry.metrics import increment
+from app.telemetry.counters import increment
 from scumble.defenses import Defense
 from scumble.defenses.evidence import Marks
 

@@ -306,6 +306,31 @@ async def test_redis_does_a_charge_in_one_command_and_lets_windows_expire(redis)
     await store.close()
 
 
+@needs_redis
+async def test_charges_of_one_turn_are_one_command_and_counted_one_after_another(redis):
+    redis.ask("FLUSHALL")
+    store = open_store(redis.url)
+    await store.charge([TOTAL], 0)
+    redis.ask("CONFIG", "RESETSTAT")
+    both = [WINDOW, TOTAL]
+    charges = await asyncio.gather(*(store.charge(both, 4) for _ in range(3)))
+    assert [(c.granted, [level.used for level in c.levels]) for c in charges] == [
+        (True, [4, 4]),
+        (True, [8, 8]),
+        (False, [8, 8]),
+    ]
+    counted = await store._client.info("commandstats")
+    assert counted["cmdstat_evalsha"]["calls"] == 1
+    await store.close()
+
+
+async def test_a_closed_file_answers_no_charge(tmp_path):
+    store = SqliteStore(f"{tmp_path}/b.db")
+    await store.close()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        await store.charge([TOTAL], 1)
+
+
 async def test_a_locked_file_is_an_error(tmp_path):
     store, other = (SqliteStore(f"{tmp_path}/b.db", busy_s=0.05) for _ in range(2))
     other._db.execute("BEGIN IMMEDIATE")

@@ -19,10 +19,8 @@ ANSWERS = ["codebook", {"form": "pooled", "cells": 2}]
 ALL, NOTHING = ({"on": on, "loss": 0.5, "answers": ANSWERS} for on in ("boundary", "gate"))
 
 
-@pytest.fixture(scope="module")
-def calibrated(models, tmp_path_factory):
+def withholding(models, folder):
     """A model folder whose bundle withholds every image at the boundary, and none at the gate."""
-    folder = tmp_path_factory.mktemp("calibrated")
     shutil.copytree(models / "tiny", folder / "tiny")
     rng = np.random.default_rng(0)
     forms = fit(rng.dirichlet(np.ones(len(LABELS)), 200), rng.integers(0, len(LABELS), 200))
@@ -41,6 +39,12 @@ def calibrated(models, tmp_path_factory):
     )
     assert DefenseArtifacts(Bundle(folder / "tiny")).gate().best == "energy"
     return folder
+
+
+@pytest.fixture(scope="module")
+def calibrated(models, tmp_path_factory):
+    """Such a folder."""
+    return withholding(models, tmp_path_factory.mktemp("calibrated"))
 
 
 @pytest.fixture
