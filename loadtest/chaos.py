@@ -250,7 +250,7 @@ class Redis:
 
     def start(self) -> None:
         """Run it; also what it wrote before it was killed is there again."""
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)  # noqa: S603  # our own arguments
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)  # noqa: S603  # our own arguments
         for _ in range(200):
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
@@ -259,8 +259,8 @@ class Redis:
 
     def kill(self) -> None:
         """As a machine that fails would."""
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
 
 @contextmanager

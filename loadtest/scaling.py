@@ -108,14 +108,63 @@ def budget_row(row: Document) -> list[str]:
     return [name, *(f"{row[figure]:,}" for figure in figures), f"{row['calls_per_answer']:.2f}"]
 
 
+def sizes(document: Document) -> str:
+    """What breaks first with more workers and replicas."""
+    costs, limits = document["costs"], document["limits"]
+    most = [list(costs[name])[-1] for name in ("scrape_ms", "redis_us")]
+    at = list(document["balance"]["dispatcher"])[-1]
+    spread = {name: found[at] for name, found in document["balance"].items()}
+    head = ["workers", "replicas", *document["rows"][0]["shares"], "breaks first"]
+    return "\n\n".join(
+        [
+            f"`{document['command']}`, [simulation.json](../../loadtest/simulation.json): "
+            f"{document['processor']}. Share of its limit that each part needs, if every worker "
+            f"answers small images with keys for {USE:.0%} of its time:",
+            table(
+                head,
+                (
+                    [
+                        str(row["workers"]),
+                        f"{row['replicas']:,}",
+                        *(
+                            f"{share:,.0f}" if share >= 10 else f"{share:.3f}"
+                            for share in row["shares"].values()
+                        ),
+                        row["first"] or "nothing",
+                    ]
+                    for row in document["rows"]
+                ),
+            ),
+            f"One Redis is enough for {limits['Redis']:,} workers in all "
+            f"({costs['redis_us'][most[1]]:.1f} µs of its one core per charge, "
+            f"{costs['redis_us']['1']:.1f} where each has a call of its own), one Prometheus for "
+            f"{limits['Prometheus']:,}. A scrape of {most[0]} workers takes "
+            f"{costs['scrape_ms'][most[0]]:.0f} ms, and a connection "
+            f"{costs['dispatch_us'][most[0]]:.0f} µs of the supervisor.",
+            f"Over {at} workers, the busiest has "
+            f"{spread['dispatcher']['most_over_mean']:.2f} times the mean of the connections, and "
+            f"p99 is {spread['dispatcher']['p99_over_service']:.0f} times a request's own time; "
+            "where the kernel hashes connections (`SO_REUSEPORT`), "
+            f"{spread['SO_REUSEPORT']['most_over_mean']:.2f} and "
+            f"{spread['SO_REUSEPORT']['p99_over_service']:.0f}.",
+        ]
+    )
+
+
 def written(
-    page: str, price: float, bench: Document, counted: Document, simulated: Document
+    page: str,
+    price: float,
+    bench: Document,
+    counted: Document,
+    simulated: Document,
+    larger: Document,
 ) -> str:
     """The page with all parts regenerated."""
     parts = {
         "capacity": (f"python -m loadtest.scaling --price {price:g}", capacity(bench, price)),
         "charges": ("python -m loadtest.charges", charges(counted)),
         "budgets": (str(simulated["command"]), budgets(simulated)),
+        "sizes": (str(larger["command"]), sizes(larger)),
     }
     for name, (command, text) in parts.items():
         found = re.findall(
@@ -134,7 +183,7 @@ def written(
 @click.option("--page", type=click.Path(exists=True, path_type=Path), default=PAGE)
 def main(price: float, page: Path) -> None:
     """Write the figures into the page."""
-    documents = (read(f"{name}.json") for name in ("bench", "charges", "budgets"))
+    documents = (read(f"{name}.json") for name in ("bench", "charges", "budgets", "simulation"))
     page.write_text(written(page.read_text(), price, *documents))
 
 
