@@ -132,5 +132,5 @@ def test_a_large_avif_photo_is_decoded_beside_the_loop(make_client):
     small = encoded(Image.new("RGB", (64, 64)), "AVIF")
     large = boxed_files.FILES["avif-plain"]()
     service = make_client().app.state.service
-    assert service.small_image(small) is not None
-    assert service.small_image(large) is None
+    assert service.small_header(small) is not None
+    assert service.small_header(large) is None
