@@ -9,7 +9,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ CACHE = Path.home() / ".cache" / "scumble"  # of downloads
 DIGITS = "digits"  # comes with scikit-learn: no download
 _PARTS = re.compile(r"\d+|\D+")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".ppm", ".bmp")
+# Sets without a test part: name -> the set whose training part is split, share of the test part,
+# seed of the draw.
+SPLIT_OFF = {"cifar100-split": ("cifar100", 1 / 7, 0)}
 ROWS = 64  # of a Parquet file that are in memory as files at a time
 
 Pixels = npt.NDArray[np.uint8]
@@ -109,7 +112,7 @@ def load(
         split: `train` or `test`; used when `source` is a name.
         root: for a name: a folder that may hold `<name>_<split>.parquet`. Where it does not, the
             set is taken from `torchvision.datasets`, downloaded into `root` on first use; `digits`
-            is always there.
+            is always there. Those of `SPLIT_OFF` are parts of the training part of another set.
         decoder: reads the image files one by one; without it they are stretched to the size of the
             first, and grey if all of them are.
         unlabelled: a folder of images without class folders is accepted.
@@ -119,6 +122,10 @@ def load(
     """
     if split not in SPLITS:
         raise DatasetError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    if source in SPLIT_OFF:
+        whole, share, seed = SPLIT_OFF[source]
+        rest, held_out = load(whole, root=root, decoder=decoder).split(share, seed)
+        return replace(rest if split == "train" else held_out, name=f"{source}_{split}")
     path = Path(source)
     if path.suffix == ".parquet":
         return _parquet(path, decoder)
@@ -144,6 +151,8 @@ def require(source: str, split: str = "train", *, root: Path | None = None) -> N
     Raises:
         DatasetError: nothing of that name, no such file, or the download failed.
     """
+    if source in SPLIT_OFF:
+        source, split = SPLIT_OFF[source][0], "train"
     path = Path(source)
     packed = root is not None and (root / f"{source}_{split}.parquet").is_file()
     if path.suffix == ".parquet":
@@ -256,7 +265,7 @@ def _images(folder: Path) -> list[Path]:
 def _unknown(source: str) -> DatasetError:
     return DatasetError(
         f"no data set {source!r}: give a .parquet file, a folder of class folders, "
-        f"or one of {', '.join(sorted([DIGITS, *TORCHVISION]))}"
+        f"or one of {', '.join(sorted([DIGITS, *SPLIT_OFF, *TORCHVISION]))}"
     )
 
 

@@ -29,6 +29,7 @@ from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.failures import failure
 from scumble.evaluation.local_server import Server, serving
 from scumble.evaluation.record import Percentile, Record, Transfer, Utility
+from scumble.evaluation.victims import measured_on
 from scumble.progress import reporting, to_file
 
 SAMPLE = 2000  # of the queries, for what the attacker was told
@@ -68,7 +69,7 @@ def judge(
     folder.mkdir(parents=True)
     report = to_file(folder / PROGRESS)
     report("starting servers", 0, 1)
-    test = data(cell.test or cell.victim, "test", root, cell.test_images)
+    test = data(measured_on(cell), "test", root, cell.test_images)
     with ExitStack() as stack:
         if not progress:
             stack.enter_context(reporting(report))
@@ -185,7 +186,7 @@ def job(cell: Cell, url: str, admin: str | None, root: Path | None, threads: int
         url,
         cell.attack,
         cell.budget,
-        test=cell.test or cell.victim,
+        test=measured_on(cell),
         queries=cell.queries,
         profile=cell.profile,
         adapt=cell.adapt,

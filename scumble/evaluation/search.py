@@ -69,7 +69,7 @@ def validation_victim(victim: str, data: Dataset, epochs: int) -> torch.nn.Modul
 
 
 @click.command()
-@click.argument("victim", type=click.Choice(list(TRANSFER)))
+@click.argument("victim", type=click.Choice(list(SCALED)))
 @click.option("--data", "root", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--epochs", type=click.IntRange(min=1), default=2, help="Of the validation victim.")
 @click.option("--kind", "kinds", multiple=True, help="Kinds of answers.  [default: all]")

@@ -35,6 +35,7 @@ from scumble.training.measure import (
     fitted,
     gap,
     open_set,
+    own_set,
     share_right,
     threads,
 )
@@ -46,7 +47,13 @@ SURROGATE, MISINFORMATION = "surrogate.onnx", "misinformation.onnx"
 SCORES = "scores"
 IMAGES = 20_000
 # The sets that the papers' attackers query with: victim -> transfer set.
-TRANSFER = {"mnist": "fashion_mnist", "cifar10": "cifar100", "gtsrb": "cifar10"}
+TRANSFER = {
+    "mnist": "fashion_mnist",
+    "cifar10": "cifar100",
+    "gtsrb": "cifar10",
+    "cifar100": "cifar10",
+    "cifar10-resnet18": "cifar100",
+}
 RECIPES = {
     SURROGATE: Recipe("small_cnn", epochs=10, lr=0.1, augment="none", batch=128, ema=0.99),
     MISINFORMATION: Recipe("small_cnn", epochs=5, lr=0.1, augment="none", batch=128, ema=0.99),
@@ -201,8 +208,8 @@ def auxiliary(
         queries = load(transfer, "train", root=data, decoder=decoder_of(card))
         sets = Sets(
             _queries(queries, card, images, seed),
-            _some(open_set(train_source or name, "train", data, card), images, seed),
-            open_set(test_source or name, "test", data, card),
+            _some(open_set(train_source or own_set(card), "train", data, card), images, seed),
+            open_set(test_source or own_set(card), "test", data, card),
         )
         command = typed(ctx, "python -m scumble.training.auxiliary")
         card = ship(bundle, sets, recipes, command)

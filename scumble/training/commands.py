@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from app.inference.bundle import Bundle, InputShape, open_bundle
 from scumble.data.image_sets import load
 from scumble.help_option import HELP
 from scumble.training.bundle_export import export_bundle, finish
+from scumble.training.checkpoint import Checkpoint
 from scumble.training.command_options import (
     models_option,
     plain_errors,
@@ -59,6 +61,8 @@ DATA_LICENCE = {
     "mnist": "MNIST: copyright Y. LeCun and C. Cortes, CC BY-SA 3.0 as the Keras documentation "
     "states; no image is shipped",
     "cifar10": "CIFAR-10 (Krizhevsky 2009): no licence stated, research data; no image is shipped",
+    "cifar100-split": "CIFAR-100 (Krizhevsky 2009): no licence stated, research data; no image is "
+    "shipped",
     "gtsrb": "GTSRB (Stallkamp et al. 2012): no licence stated, research data; no image is shipped",
     "digits": "Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998), CC BY 4.0 as "
     "the UCI repository states; no image is shipped",
@@ -85,6 +89,13 @@ DATA_LICENCE = {
     show_default=True,
     help="Of their loss.",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the network learns.",
+)
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -97,9 +108,15 @@ def train(
     bundle: str | None,
     outliers: str | None,
     outlier_weight: float,
+    device: str,
 ) -> None:
-    """Train the victim NAME by its recipe and write it as a float bundle."""
+    """Train the victim NAME by its recipe and write it as a float bundle.
+
+    An interrupted training continues when it is started again with the same options: it keeps how
+    far it was in MODELS/.training-BUNDLE.pt, which is written once a minute.
+    """
     recipe, place = RECIPES[name], models / (bundle or name)
+    source = recipe.data or name
     recipe = replace(
         recipe,
         epochs=recipe.epochs if epochs is None else epochs,
@@ -107,8 +124,8 @@ def train(
     )
     with plain_errors():
         require_writable(place)
-        images = load(name, "train", root=data)
-        test = load(name, "test", root=data)
+        images = load(source, "train", root=data)
+        test = load(source, "test", root=data)
         rest, held_out = images.split(recipe.holdout, recipe.seed)
         height, width, channels = images.images.shape[1:]
         shape = InputShape(height=height, width=width, channels=channels)
@@ -118,15 +135,31 @@ def train(
             pixels = as_input(found_outliers, shape, len(found_outliers))
             exposure = Exposure(pixels, outlier_weight, recipe.seed)
             exposed = {"outliers": describe(found_outliers), "outlier_weight": outlier_weight}
-        network = fit(recipe, rest, exposure=exposure)
+        on = torch.device(device)
+        checkpoint = Checkpoint(
+            place.with_name(f".training-{place.name}.pt"),
+            json.dumps(
+                [asdict(recipe), describe(rest), exposed, threads(), torch.__version__, device]
+            ),
+        )
+        if checkpoint.read() is not None:
+            click.echo(f"continues the interrupted training in {checkpoint.path}")
+        try:
+            network = fit(recipe, rest, exposure=exposure, checkpoint=checkpoint, device=on)
+        except KeyboardInterrupt:
+            if checkpoint.read() is None:
+                raise
+            raise KeyboardInterrupt(
+                f"{checkpoint.path} keeps how far it was: the same command continues"
+            ) from None
         card: dict[str, Any] = {
             "name": place.name,
             "version": version,
             "labels": list(images.classes),
-            "data_licence": DATA_LICENCE.get(name, ""),
+            "data_licence": DATA_LICENCE.get(source, ""),
             "training": {
                 "command": typed(ctx),
-                "set": name,
+                "set": source,
                 "recipe": asdict(recipe),
                 "images": len(rest),
                 "held_out": len(held_out),
@@ -144,6 +177,7 @@ def train(
             card["training"]["validation"] = round(validation, 6)
             accuracy = {"float32": found.model_dump()}
             finish(folder, {**card, "accuracy": accuracy}, threads=threads())
+        checkpoint.remove()
     click.echo(
         f"{place}: accuracy {found.value:.2%} on {len(test):,} test images "
         f"and {validation:.2%} on {len(held_out):,} held-out images"

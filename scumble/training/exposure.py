@@ -30,7 +30,7 @@ class Exposure:
     weight: float = 0.5
     seed: int = 0
     _planar: Tensor = field(init=False, repr=False)
-    _rng: torch.Generator = field(init=False, repr=False)
+    rng: torch.Generator = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.images) or not self.weight > 0:
@@ -40,11 +40,11 @@ class Exposure:
             )
         planar = torch.from_numpy(np.ascontiguousarray(self.images.transpose(0, 3, 1, 2)))
         object.__setattr__(self, "_planar", planar.float().div_(255))
-        object.__setattr__(self, "_rng", torch.Generator().manual_seed(self.seed))
+        object.__setattr__(self, "rng", torch.Generator().manual_seed(self.seed))
 
     def draw(self, n: int) -> Tensor:
         """So many outliers, float32 (n, C, H, W) in [0, 1]."""
-        return self._planar[torch.randint(len(self._planar), (n,), generator=self._rng)]
+        return self._planar[torch.randint(len(self._planar), (n,), generator=self.rng)]
 
     def loss(self, logits: Tensor) -> Tensor:
         """The cross-entropy of the uniform distribution over classes, times the weight."""

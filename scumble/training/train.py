@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 from scumble.data.image_sets import Dataset
 from scumble.progress import bar
 from scumble.training.autocast import autocast
+from scumble.training.checkpoint import Checkpoint
 from scumble.training.exposure import Exposure
 from scumble.training.nets import NETS, Normalize
 
+CPU = torch.device("cpu")
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,6 +44,7 @@ class Recipe:
         ema: decay per step of the averaged copy of the weights, which is what is kept.
         holdout: share of the training images kept back to choose between quantized candidates.
         seed: of weights, order and augmentation.
+        data: the data set; None for the one of the recipe's name.
     """
 
     net: str
@@ -51,6 +56,7 @@ class Recipe:
     ema: float = 0.995
     holdout: float = 0.05
     seed: int = 0
+    data: str | None = None
 
 
 def train(
@@ -60,6 +66,8 @@ def train(
     targets: Tensor | None = None,
     loss: Loss = F.cross_entropy,
     exposure: Exposure | None = None,
+    checkpoint: Checkpoint | None = None,
+    device: torch.device = CPU,
     progress: bool = True,
 ) -> nn.Module:
     """Fit a network to `data`.
@@ -70,6 +78,9 @@ def train(
         targets: what to learn instead of the labels, such as probabilities (N, K).
         loss: of (logits (N, K), targets), a scalar.
         exposure: outliers that the network should be unsure of.
+        checkpoint: where the state is kept from which an interrupted training goes on; its result
+            is that of one that was not interrupted.
+        device: where the network learns; images are augmented on the CPU.
         progress: whether a bar is shown.
 
     Returns:
@@ -81,9 +92,8 @@ def train(
     targets = labels if targets is None else targets
     mean = images.mean((0, 2, 3)).tolist()
     std = images.std((0, 2, 3)).tolist()
-    net = nn.Sequential(
-        Normalize(mean, std), NETS[recipe.net](images.shape[1], len(data.classes))
-    ).to(memory_format=torch.channels_last)
+    net = nn.Sequential(Normalize(mean, std), NETS[recipe.net](images.shape[1], len(data.classes)))
+    net = net.to(device).to(memory_format=torch.channels_last)
     average = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.SGD(
         net.parameters(), recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
@@ -94,14 +104,22 @@ def train(
     )
     augment = AUGMENTS[recipe.augment]
     shown = bar(steps, f"train {data.name}", "step", shown=progress)
+    order = Order(len(data), recipe.batch, recipe.epochs, rng)
+    parts = {"net": net, "average": average, "optimizer": optimizer, "schedule": schedule}
+    parts |= {"order": order}
+    generators = {"rng": rng} | ({} if exposure is None else {"outliers": exposure.rng})
+    if checkpoint is not None and (found := checkpoint.read()) is not None:
+        _restore(parts, generators, found)
+        shown.update(order.step)
     net.train()
-    for step, rows in enumerate(batches(len(data), recipe.batch, recipe.epochs, rng)):
+    for rows in order:
         x = augment(images[rows], rng)
         if exposure is not None:
             x = torch.cat([x, augment(exposure.draw(len(rows)), rng)])
-        with autocast("cpu"):
-            logits = net(x.contiguous(memory_format=torch.channels_last)).float()
-        value = loss(logits[: len(rows)], targets[rows])
+        with autocast(device.type):
+            x = x.to(device).contiguous(memory_format=torch.channels_last)
+            logits = net(x).float()
+        value = loss(logits[: len(rows)], targets[rows].to(device))
         if exposure is not None:
             value = value + exposure.loss(logits[len(rows) :])
         optimizer.zero_grad()
@@ -109,11 +127,69 @@ def train(
         optimizer.step()
         schedule.step()
         # The average of the first steps would be of random weights: let its memory grow with time.
+        step = order.step - 1
         follow(average, net, min(recipe.ema, (1 + step) / (10 + step)))
+        if checkpoint is not None:
+            checkpoint.write(partial(_state, parts, generators))
         shown.update()
         shown.set_postfix(loss=f"{value.item():.3f}", refresh=False)
     shown.close()
-    return average.eval()
+    return average.to(CPU).eval()
+
+
+class Order:
+    """Row numbers of each step, reshuffled in each epoch.
+
+    Args:
+        n: rows.
+        size: of a batch.
+        epochs: passes over the rows.
+        rng: shuffles.
+
+    Attributes:
+        step: that comes next.
+    """
+
+    def __init__(self, n: int, size: int, epochs: int, rng: torch.Generator) -> None:
+        self.step = 0
+        self._n, self._size, self._rng = n, size, rng
+        self._per_epoch = math.ceil(n / size)
+        self._steps = epochs * self._per_epoch
+        self._rows = torch.arange(0)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.step < self._steps:
+            at = self.step % self._per_epoch
+            if not at:
+                self._rows = torch.randperm(self._n, generator=self._rng)
+            self.step += 1
+            yield self._rows[at * self._size : (at + 1) * self._size]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {"step": self.step, "rows": self._rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another one was."""
+        self.step, self._rows = state["step"], state["rows"]
+
+
+def _state(parts: Mapping[str, Any], generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
+    return {
+        **{name: part.state_dict() for name, part in parts.items()},
+        **{name: generator.get_state() for name, generator in generators.items()},
+    }
+
+
+def _restore(
+    parts: Mapping[str, Any],
+    generators: Mapping[str, torch.Generator],
+    state: Mapping[str, Any],
+) -> None:
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    for name, generator in generators.items():
+        generator.set_state(state[name])
 
 
 @torch.inference_mode()
@@ -237,6 +313,9 @@ RECIPES: dict[str, Recipe] = {
     "mnist": Recipe("small_cnn", epochs=18, lr=0.2, augment="digits", ema=0.99),
     "cifar10": Recipe("resnet9", epochs=30, lr=0.3, augment="objects"),
     "gtsrb": Recipe("resnet9", epochs=60, lr=0.2, augment="signs", batch=128),
+    # A test part is split off, as the shared files have none.
+    "cifar100": Recipe("resnet9_half", epochs=30, lr=0.2, augment="flips", data="cifar100-split"),
+    "cifar10-resnet18": Recipe("resnet18", epochs=30, lr=0.2, augment="objects", data="cifar10"),
     # Small and offline, for the tutorial.
     "digits": Recipe(
         "small_cnn", epochs=6, lr=0.05, augment="digits", batch=32, ema=0.98, holdout=0.1

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from scumble.data.image_sets import Dataset, DatasetError, load
+from scumble.data.image_sets import Dataset, DatasetError, load, require
 from tests.pictures import encoded, picture
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -364,3 +365,16 @@ def test_a_folder_of_images_alone_is_unlabelled_where_that_is_enough(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="has no images and no class folders"):
         load(str(tmp_path / "empty"), unlabelled=True)
+
+
+def test_a_set_without_a_test_part_is_split_by_a_fixed_draw(tmp_path, write_parquet):
+    levels = [Image.new("L", (4, 4), level) for level in range(70)]
+    write_parquet(levels, [level % 7 for level in range(70)], name="cifar100_train.parquet")
+    parts = {split: load("cifar100-split", split, root=tmp_path) for split in ("train", "test")}
+    assert {split: part.name for split, part in parts.items()} == {
+        "train": "cifar100-split_train", "test": "cifar100-split_test",
+    }  # fmt: skip
+    levels = {split: sorted(part.images[:, 0, 0, 0].tolist()) for split, part in parts.items()}
+    assert levels["test"] == [3, 4, 12, 16, 33, 41, 49, 50, 54, 63]
+    assert sorted(levels["train"] + levels["test"]) == list(range(70))
+    require("cifar100-split", "test", root=tmp_path)

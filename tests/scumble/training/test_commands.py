@@ -11,8 +11,11 @@ from sklearn.datasets import load_digits
 from app.inference.bundle import Bundle, Preprocessing, golden_inputs
 from app.inference.engines import load
 from scumble.data.image_sets import write_parquet
+from scumble.evaluation.experiment import Cell
+from scumble.evaluation.victims import measured_on
 from scumble.training.commands import quantize, train
 from scumble.training.export_command import export
+from scumble.training.train import AUGMENTS
 from tests.pictures import encoded, picture
 
 OWN = """
@@ -259,3 +262,37 @@ def test_a_command_that_fails_leaves_the_bundle_as_it_was(hard, tmp_path, comman
     assert done.exit_code == 1
     assert {p.name: p.read_bytes() for p in (hard / "hard").iterdir()} == before
     assert [p.name for p in hard.iterdir()] == ["hard"]
+
+
+def test_an_interrupted_training_says_how_to_continue_and_leaves_no_checkpoint(
+    tmp_path, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (70, 16, 16, 3), np.uint8), np.arange(70) % 7
+    write_parquet(tmp_path / "cifar100_train.parquet", images, labels)
+    words = ["cifar100", "--data", str(tmp_path), "--models", str(tmp_path), "--epochs", "2"]
+    kept = tmp_path / ".training-cifar100.pt"
+    calls = iter(range(2))
+
+    def interrupted(images, _):
+        if next(calls):
+            raise KeyboardInterrupt  # as Ctrl-C does
+        return images
+
+    with monkeypatch.context() as patched:
+        patched.setitem(AUGMENTS, "flips", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="the same command continues") as said:
+            train.invoke(train.make_context("train", list(words)))
+    assert str(kept) in str(said.value)
+    assert kept.is_file()
+    done = CliRunner().invoke(train, words, prog_name="train")
+    assert done.exit_code == 0, done.output
+    assert f"continues the interrupted training in {kept}" in done.output
+    assert not kept.exists()
+    card = Bundle(tmp_path / "cifar100").card
+    assert (card.training["set"], card.training["recipe"]["net"]) == (
+        "cifar100-split",
+        "resnet9_half",
+    )
+    assert card.accuracy["float32"].images == 10
+    assert measured_on(Cell(str(tmp_path / "cifar100"))) == "cifar100-split"

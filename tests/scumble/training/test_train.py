@@ -5,9 +5,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from scumble.data.image_sets import Dataset
+from scumble.data.image_sets import DIGITS, SPLIT_OFF, TORCHVISION, Dataset
+from scumble.training.checkpoint import Checkpoint
 from scumble.training.exposure import Exposure
-from scumble.training.train import AUGMENTS, Recipe, accuracy, as_tensors, train
+from scumble.training.nets import NETS
+from scumble.training.train import AUGMENTS, RECIPES, Loss, Recipe, accuracy, as_tensors, train
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,73 @@ def test_exposure_has_a_least_loss_for_equal_logits():
 def test_no_outliers_or_no_weight_are_refused(n, weight):
     with pytest.raises(ValueError, match="allowed: at least one, of a weight above 0"):
         Exposure(np.zeros((n, 8, 8, 1), np.uint8), weight)
+
+
+TINY = Recipe("small_cnn", epochs=3, lr=0.05, augment="digits", batch=64)
+
+
+def interrupted_after(steps: int) -> Loss:
+    """The usual loss; it is interrupted after so many steps."""
+    left = iter(range(steps))
+
+    def loss(logits, targets):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return torch.nn.functional.cross_entropy(logits, targets)
+
+    return loss
+
+
+@pytest.mark.parametrize(("steps", "outliers"), [(4, False), (6, False), (5, True)])
+def test_an_interrupted_training_ends_with_the_weights_of_one_that_was_not(
+    digits, tmp_path, steps, outliers
+):
+    few = digits.subset(np.arange(200))  # four steps an epoch
+    noise = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), np.uint8)
+
+    def exposure():
+        return Exposure(noise, 0.5) if outliers else None
+
+    whole = train(TINY, few, exposure=exposure(), progress=False).state_dict()
+    checkpoint = Checkpoint(tmp_path / "t.pt", "this", every=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, few, loss=interrupted_after(steps), exposure=exposure(),
+              checkpoint=checkpoint, progress=False)  # fmt: skip
+    again = train(
+        TINY, few, loss=interrupted_after(12 - steps), exposure=exposure(), checkpoint=checkpoint,
+        progress=False,
+    ).state_dict()  # fmt: skip
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_checkpoint_is_written_once_a_minute_and_read_by_the_same_training(tmp_path):
+    now = [0.0]
+    path = tmp_path / "folder" / "t.pt"
+    checkpoint = Checkpoint(path, "this", clock=lambda: now[0])
+    for second, written in ((0, 0), (59, 0), (60, 60), (100, 60), (120, 120)):
+        now[0] = second
+        checkpoint.write(lambda: {"at": now[0]})
+        assert checkpoint.read() == {"at": written}
+    assert Checkpoint(path, "another").read() is None
+    path.write_bytes(path.read_bytes()[:50])
+    assert checkpoint.read() is None
+    checkpoint.remove()
+    assert list(path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_networks_take_small_images(net):
+    network = NETS[net](3, 7)
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_resnet18_is_of_the_usual_width():
+    assert sum(weight.numel() for weight in NETS["resnet18"](3, 10).parameters()) == 11_173_962
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_name_networks_sets_and_augmentations_that_are_there(name):
+    recipe = RECIPES[name]
+    assert recipe.net in NETS
+    assert recipe.augment in AUGMENTS
+    assert (recipe.data or name) in {*TORCHVISION, *SPLIT_OFF, DIGITS}
