@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import cast
 
 from app.errors import ConfigError
-from app.inference.bundle import ONNX_FILE, Bundle
+from app.inference.bundle import ONNX_FILE, Bundle, open_bundle
 from app.inference.defense_artifacts import DefenseArtifacts
 from app.precision import Precision
+from app.settings import default_model_dir
 from scumble import defenses
 from scumble.attacker import third_party
 from scumble.attacker.run import configure
 from scumble.attacker.transfer import require_data
 from scumble.evaluation.experiment import Cell
 from scumble.evaluation.referee import job
-from scumble.evaluation.victims import folder_of, measured_on
 
 SECRET = b"only to try it, none of a server"
 
@@ -41,7 +41,7 @@ def check(cells: Iterable[Cell], root: Path | None) -> None:
         attack.check(cell.budget, images=cell.queries is not None)
     for victim in {(c.victim, c.precision, str(c.defense)): c for c in cells}.values():
         check_victim(victim)
-    parts = {(measured_on(cell), "test") for cell in cells}
+    parts = {(cell.test or cell.victim, "test") for cell in cells}
     parts |= {(cell.queries, "train") for cell in cells if cell.queries}
     for source, split in sorted(parts):
         require_data(source, split, root)
@@ -57,8 +57,9 @@ def check_victim(cell: Cell) -> dict[str, str]:
         ConfigError: no such model or precision, an unknown defense, or a parameter that is not
             allowed.
     """
-    precision = cast("Precision", cell.precision)
-    bundle = ReadBundle(folder_of(cell))
+    folder, precision = Path(cell.victim), cast("Precision", cell.precision)
+    found = folder.is_dir() and (folder / "card.json").is_file()
+    bundle = ReadBundle(folder if found else open_bundle(default_model_dir(), cell.victim).folder)
     if ONNX_FILE[precision] not in bundle.card.files:
         raise ConfigError(f"{cell.victim} has no {precision} file; it has {there(bundle)}")
     if cell.defense.url is None:

@@ -29,7 +29,6 @@ from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.failures import failure
 from scumble.evaluation.local_server import Server, serving
 from scumble.evaluation.record import Percentile, Record, Transfer, Utility
-from scumble.evaluation.victims import measured_on
 from scumble.progress import reporting, to_file
 
 SAMPLE = 2000  # of the queries, for what the attacker was told
@@ -69,7 +68,7 @@ def judge(
     folder.mkdir(parents=True)
     report = to_file(folder / PROGRESS)
     report("starting servers", 0, 1)
-    test = data(measured_on(cell), "test", root, cell.test_images)
+    test = data(cell.test or cell.victim, "test", root, cell.test_images)
     with ExitStack() as stack:
         if not progress:
             stack.enter_context(reporting(report))
@@ -186,7 +185,7 @@ def job(cell: Cell, url: str, admin: str | None, root: Path | None, threads: int
         url,
         cell.attack,
         cell.budget,
-        test=measured_on(cell),
+        test=cell.test or cell.victim,
         queries=cell.queries,
         profile=cell.profile,
         adapt=cell.adapt,
