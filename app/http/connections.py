@@ -610,11 +610,15 @@ class Connection(HttpToolsProtocol):
         self._client.gone = True
         super().connection_lost(exc)
         self._forget()
-        if self._answered is not None and self._answered.held:
-            if self._task is None:
-                self._release(self._answered)
-            else:  # the application still uses it
-                self._task.add_done_callback(lambda _: self._release(self._answered))
+        answered = self._answered
+        if answered is not None:
+            # uvicorn tells the request that was parsed last, which may have been sent ahead.
+            answered.disconnected = True
+            answered.message_event.set()
+            if answered.held and self._task is not None:  # the application still uses it
+                self._task.add_done_callback(lambda _: self._release(answered))
+            else:
+                self._release(answered)
         self._common.on_closed()
 
     def _hung_up(self) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import count
@@ -409,6 +410,43 @@ async def test_an_answer_whose_line_is_not_written_does_not_leave_and_is_refunde
         await audit.ready()
         assert b'"total";r=8' in await server.answered(*with_key(b"five"))
         assert server.counted("inflight") == 0
+
+
+class HeldDisk(FullDisk):
+    """One that writes nothing before it is told to."""
+
+    def __init__(self):
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def append(self, entries):
+        self.begun.set()
+        assert self.go.wait(10)
+
+
+@on_a_loop
+async def test_a_client_that_leaves_with_requests_ahead_ends_no_other_answer(protections):
+    app = create_app(Settings(model="tiny", **protections(audit_on_failure="closed")))
+    disk, metrics = HeldDisk(), app.state.service.metrics
+    audit = Audit(
+        disk, facts={}, policy=None, closed=True,
+        written=metrics.audit_written, lost=metrics.audit_lost,
+    )  # fmt: skip
+    app = build(replace(app.state.service, audit=audit))
+    server = Served(app, app.state.direct)
+    async with app.router.lifespan_context(app):
+        leaving, left = server.send(with_key(b"plain")[0] * 2)
+        _, staying = server.send(*with_key(b"plain"))
+        assert await asyncio.to_thread(disk.begun.wait, 10)
+        leaving.connection_lost(None)
+        left.write = _closed
+        disk.go.set()
+        assert (await server.written(staying)).startswith(b"HTTP/1.1 200")
+        assert left.written == b""
+        assert server.counted("inflight") == server.host.memory.held == 0
+
+
+def _closed(data):
+    raise RuntimeError("the handler is closed")  # as uvloop's transports do
 
 
 @on_a_loop
