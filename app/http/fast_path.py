@@ -11,6 +11,7 @@ one place for each of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     ToApplication = Callable[[Cycle, ASGI3Application | None], None]
 
+log = logging.getLogger("scumble")
 LARGEST = 8192  # bytes of a body
 TYPES = frozenset(name.encode() for name, reader in READERS.items() if reader is raw)
 # Headers that only the application handles.
@@ -227,7 +229,7 @@ class Prediction:
             self.set_exception(NotWritten(FAILS))
 
     def _answer(self, body: bytes) -> None:
-        """Write the answer."""
+        """Write the answer; raises nothing, since other requests are called back after this one."""
         self._done = True
         context, cycle = self._context, self._cycle
         fields = b""
@@ -235,9 +237,13 @@ class Prediction:
             for name, value in context.admission.headers.items():
                 fields += f"\r\n{name.lower()}: {value}".encode()
         lines = ANSWER % (len(body), fields, context.id.encode())
-        if not cycle.answer(lines, body) and not cycle.disconnected:
-            self._to_application(cycle, partial(self._send_later, body))
-            return
+        try:
+            if not cycle.answer(lines, body) and not cycle.disconnected:
+                self._to_application(cycle, partial(self._send_later, body))
+                return
+        except Exception as exc:  # noqa: BLE001  # the transport was closed, say
+            log.warning("an answer could not be written: %r", exc, extra={"request_id": context.id})
+            cycle.transport.abort()
         self._predictions.observed.ended(PREDICT, 200, self._start)
 
     async def _send_later(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:

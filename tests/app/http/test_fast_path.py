@@ -445,6 +445,19 @@ async def test_a_client_that_leaves_with_requests_ahead_ends_no_other_answer(pro
         assert server.counted("inflight") == server.host.memory.held == 0
 
 
+@on_a_loop
+async def test_an_answer_that_cannot_be_written_ends_no_other_answer(protections):
+    server = Served(app := create_app(Settings(model="tiny", **protections())), app.state.direct)
+    async with app.router.lifespan_context(app):
+        broken, closed = server.send(*with_key(b"plain"))
+        closed.write = _closed
+        _, staying = server.send(*with_key(b"plain"))
+        assert (await server.written(staying)).startswith(b"HTTP/1.1 200")
+        assert closed.written == b""
+        broken.connection_lost(None)  # as the aborted transport says
+        assert server.counted("inflight") == server.host.memory.held == 0
+
+
 def _closed(data):
     raise RuntimeError("the handler is closed")  # as uvloop's transports do
 
