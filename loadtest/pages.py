@@ -382,31 +382,34 @@ def upstream_parts(upstreams: Mapping[str, Document]) -> Iterator[str]:
         yield f"**{found['upstream']}.** " + source(found, file)
         cases = [(f"tensors of {case['images']}", case) for case in found["cases"]]
         cases += [("PNG files, JSON answers", found["files"])] if found.get("files") else []
-        yield table(
-            [
-                "requests",
-                "images per second, alone / behind",
-                "ratio",
-                "p99, ms",
-                "ratio",
-                "errors",
-            ],
-            [
+        if cases:
+            yield table(
                 [
-                    f"{name}, {case['connections']} connections",
-                    " / ".join(f"{case['images_per_s'][who]:,.0f}" for who in ("alone", "front")),
-                    f"{case['throughput_ratio']:.2f}",
-                    " / ".join(f"{case['p99_ms'][who]:.1f}" for who in ("alone", "front")),
-                    f"{case['p99_ratio']:.2f}",
-                    f"{sum(case['errors'].values()):,}",
-                ]
-                for name, case in cases
-            ],
-        )
-        yield (
-            f"A worker takes {found['worker_mb']['pss']:.0f} MB, and the service is ready "
-            f"{found['process_start_to_ready_s']:.1f} s after its process starts."
-        )
+                    "requests",
+                    "images per second, alone / behind",
+                    "ratio",
+                    "p99, ms",
+                    "ratio",
+                    "errors",
+                ],
+                [
+                    [
+                        f"{name}, {case['connections']} connections",
+                        " / ".join(
+                            f"{case['images_per_s'][who]:,.0f}" for who in ("alone", "front")
+                        ),
+                        f"{case['throughput_ratio']:.2f}",
+                        " / ".join(f"{case['p99_ms'][who]:.1f}" for who in ("alone", "front")),
+                        f"{case['p99_ratio']:.2f}",
+                        f"{sum(case['errors'].values()):,}",
+                    ]
+                    for name, case in cases
+                ],
+            )
+            yield (
+                f"A worker takes {found['worker_mb']['pss']:.0f} MB, and the service is ready "
+                f"{found['process_start_to_ready_s']:.1f} s after its process starts."
+            )
         if killed := found["kill"]:
             refused, minutes = sum(killed["refused"].values()), killed["seconds"] / 60
             yield (
@@ -686,7 +689,7 @@ def read(name: str) -> Document:
 def committed() -> str:
     """The page of the committed figures."""
     names = ("bench", "peers", "overhead", "alternatives", "protections", "frames")
-    files = ("upstream.json", "upstream-triton.json")
+    files = ("upstream-triton.json", "upstream.json", "upstream-kill.json")
     upstreams = {file: found for file in files if (found := read(file))}
     bench, peers, overhead, tries, protections, frames = (read(f"{name}.json") for name in names)
     imagenet = read("imagenet.json")

@@ -9,6 +9,7 @@ again and again under load, and checks every answer.
 
     python -m loadtest.upstream                    writes loadtest/upstream.json
     python -m loadtest.upstream --server triton    writes loadtest/upstream-triton.json
+    python -m loadtest.upstream --server triton --rounds 0 --kill 600 --out FILE    the kills alone
 """
 
 from __future__ import annotations
@@ -270,7 +271,7 @@ def kill_test(
 @click.option("--server", type=click.Choice(["scumble", "triton"]), default="scumble")
 @click.option("--upstream", help="URL of the model on another server, instead of --server.")
 @click.option("--connections", default=32, show_default=True)
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=5, show_default=True, help="0: the kill test alone.")
 @click.option("--seconds", default=3.0, show_default=True, help="Of each round.")
 @click.option("--starts", default=3, show_default=True, help="Of the service, to time them.")
 @click.option("--kill", default=0.0, show_default=True, help="Seconds of the kill test; 0: none.")
@@ -308,8 +309,8 @@ def main(
         with serving(**settings) as front:
             load = partial(compare, connections=connections, rounds=rounds, seconds=seconds)
             urls = {"alone": upstream.partition("/v2/")[0], "front": front.url}
-            cases = [load(urls, tensors(images), images) for images in BATCHES]
-            pictures = load(urls, files(), 1) if server == "triton" and other else None
+            cases = [load(urls, tensors(images), images) for images in BATCHES if rounds]
+            pictures = load(urls, files(), 1) if server == "triton" and other and rounds else None
             memory = {"resident": resident_mb(front), "pss": pss_mb(front)}
         killed = kill_test(settings, other, kill, every) if other is not None and kill else None
     packages = ("aiohttp", "fastapi", "uvicorn", "numpy", "openvino")

@@ -144,6 +144,9 @@ def test_the_cost_of_standing_in_front_is_a_table_for_each_server():
     assert f"| PNG files, JSON answers, {row}" in found
     assert "A worker takes 41 MB, and the service is ready 1.2 s" in found
     assert "Killed 9 times in 10 minutes under load: 5,000 answers" in found
+    alone = pages.page(BENCH, PEERS, upstreams={"k.json": run | {"cases": [], "files": None}})
+    assert "Killed 9 times" in alone
+    assert "A worker takes" not in alone
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
