@@ -10,6 +10,7 @@ from starlette.routing import Route
 from app.errors import RequestError
 from app.settings import Settings, variables
 from app.telemetry.metrics import STAGES
+from docs.generators import policies
 from docs.generators.cli import PAGE, page
 from docs.generators.sizes import dependencies, megabytes
 from scumble.attacker.adapt import MODIFIERS
@@ -21,7 +22,6 @@ from scumble.cli import COMMANDS
 from scumble.data.image_sets import DIGITS, TORCHVISION
 from scumble.defenses import available
 from scumble.evaluation.steal import CELLS
-from scumble.evaluation.summary import best, load, summarise
 from tests.exported import metric_names
 
 ROOT = Path(__file__).parent.parent
@@ -224,41 +224,10 @@ TABLES = {
 }
 
 
-def codebook_figures(answers: str, figure: str) -> list[str]:
-    """Of each bundle in float32, as the README rounds them; `gtsrb` has no classwise codebook."""
-    figures = []
-    for name in ("mnist", "cifar10", "gtsrb"):
-        made = cards()[name]["auxiliary"]["codebook"]["float32"]
-        chosen = made.get(answers, made["pooled 4"])
-        figures.append(f"{chosen[figure]:.3f}".removeprefix("0"))
-    return figures
-
-
 def test_the_policies_of_the_readme_have_the_measured_costs():
     text = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\|.*\[(?:`\w+`|budgets)\]\(.*$", text, re.MULTILINE)
-    codebook, label, dcp, withhold, _ = rows
-    l1 = codebook_figures("classwise 4", "l1")
-    assert "L1 {} `mnist`, {} `cifar10`, {} `gtsrb`".format(*l1) in codebook
-    for figure in ("ece", "auc"):
-        served, clean = (
-            ", ".join(codebook_figures(answers, figure)) for answers in ("classwise 4", "none")
-        )
-        assert f"{figure.upper()} {served} (clean {clean})" in codebook
-    assert f"L1 {', '.join(codebook_figures('label', 'l1'))}" in label
-
-    tuned = [line for line in summarise(load(RECORDS / "cells")) if line.recipe]
-    copies = {line.defense.name: line for line in best(tuned)}
-    stolen = {name: f"{line.stolen.mean:.1%}" for name, line in copies.items()}
-    assert f"{1 - copies['withhold'].answered:.1%} of own images get no answer" in withhold
-    assert f"from {stolen['label']} (labels only) to {stolen['withhold']}" in withhold
-
-    demo = json.loads((RECORDS / "demo.json").read_text())
-    stolen = {line["name"]: f"{line['stolen']['mnist']:.1%}" for line in demo["attacks"]}
-    assert f"L1 {demo['servers']['defended']['l1']['mnist']:.2f} `mnist`" in dcp
-    assert f"from {stolen['undefended']} to {stolen['defended']}" in dcp
-    assert f"labels only {stolen['defended, labels only']}" in dcp
-    assert f"inverted {stolen['defended, inverted']}" in dcp
+    assert policies.committed() in text, "run: python -m docs.generators.policies"
+    assert policies.within(text, policies.committed()) == text
 
 
 def test_the_readme_is_short():

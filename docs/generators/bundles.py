@@ -61,8 +61,9 @@ def _auxiliary(cards: list[Card]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for card in cards:
-        for part in ("surrogate", "misinformation") if card.auxiliary else ():
-            found = card.auxiliary[part]
+        for part in ("surrogate", "misinformation"):
+            if not (found := card.auxiliary.get(part)):
+                continue
             source = found["data"].partition(" ")[0]
             lines.append(
                 f"| {card.name} | {part} | {found['images']:,} of `{source}` "
@@ -108,6 +109,25 @@ def gates(models: Path) -> str:
     return "\n".join(lines)
 
 
+def exposures(models: Path) -> str:
+    """The table of docs/reference/defenses.md: gates of bundles without and with outliers."""
+    lines = [
+        "| bundle | images | float32: at 1 % | at 2 % | at 5 % | int8: at 1 % | at 2 % | at 5 % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cards = [Bundle(path.parent).card for path in sorted(models.glob("*/card.json"))]
+    exposed = {card.training["set"] for card in cards if "outliers" in card.training}
+    for card in cards:
+        if card.training.get("set", card.name) not in exposed:
+            continue
+        gate = card.auxiliary["gate"]
+        found = [gate[precision]["vim+top"] for precision in ("float32", "int8")]
+        for images in ("own", "own, shifted", *gate["foreign"]):
+            cells = [_share(row, images) for losses in found for row in losses.values()]
+            lines.append(f"| {card.name} | {images} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _share(row: dict[str, float], images: str) -> str:
     shifted = sum(row[name] for name in SHIFTS) / len(SHIFTS)
     return f"{100 * (shifted if images == 'own, shifted' else row[images]):.1f}"
@@ -115,4 +135,6 @@ def _share(row: dict[str, float], images: str) -> str:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "models")
-    sys.stdout.write(f"{tables(folder)}\n\n{codebooks(folder)}\n\n{gates(folder)}\n")
+    sys.stdout.write(
+        "\n\n".join([tables(folder), codebooks(folder), gates(folder), exposures(folder), ""])
+    )

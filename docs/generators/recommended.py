@@ -52,11 +52,12 @@ def main() -> None:
 
 def write_cards() -> None:
     """Write what the records say now into the cards of the bundles."""
-    stolen = copies()
-    for name, defenses in recommended().items():
+    strengths = recommended()
+    for name, stolen in copies().items():
+        defenses = strengths.get(name, {})
         bundle = open_bundle(MODELS, name)
         card = bundle.card.model_dump(mode="json", exclude={"format", "files"})
-        card |= {"recommended": defenses, "copies": stolen[name]}
+        card |= {"recommended": defenses, "copies": stolen}
         write_card(bundle.folder, card)
         click.echo(f"{bundle.folder / 'card.json'}: {defenses}")
 

@@ -91,8 +91,8 @@ def heading(line: Line) -> str:
 
 
 def victims(lines: Iterable[Line]) -> list[str]:
-    """The victims that there are lines of, in the page's order."""
-    there = {line.victim for line in lines}
+    """The victims that every defense was measured on, in the page's order."""
+    there = {line.victim for line in lines if line.recipe is None}
     return [victim for victim in VICTIMS if victim in there]
 
 
@@ -186,7 +186,10 @@ def main(cells: Path, out: Path) -> None:
         for name, plot in PLOTS.items():
             save(plot(lines, victim), out / "results" / f"{victim}-{name}.png")
     if (cells, out) == (CELLS, DOCS):
-        click.echo("run python -m docs.generators.recommended too: the cards have these figures")
+        click.echo(
+            "run python -m docs.generators.recommended and .policies too: the cards and the README "
+            "have these figures"
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from scumble.attacker import transfer
 from scumble.data.image_sets import Dataset, DatasetError, load, write_parquet
 from scumble.evaluation import outliers
+from scumble.evaluation.plans import LARGER, OUTLINED
 
 NAMES = ("apple", *sorted(outliers.TAUGHT), "willow", "zebra")
 
@@ -45,6 +46,11 @@ def test_drawn_outliers_are_behind_those_that_attackers_get_by_name(name):
     drawn = [term for term in drawn if term["name"] in transfer.POOLS]
     assert len(drawn) == 3
     assert all(int(term["first"]) >= transfer.DRAWN for term in drawn)
+
+
+def test_the_pools_of_the_plans_are_known():
+    assert {OUTLINED, LARGER} <= outliers.pools("mnist")
+    assert not outliers.pools("gtsrb")
 
 
 def test_half_of_the_classes_are_outliers_and_the_other_half_is_not():

@@ -100,6 +100,7 @@ BENCH = {
         case("mad", 1, 11, 2.2),
         case("grad2", 1, 40, 8.0),
         case("dcp_in_graph", 1, 0.2, 0.04),
+        case("withhold_in_graph", 1, 0.6, 0.12),
         case("mad_reference", 1, 50, 10.0),
         case("grad2_reference", 1, 36, 7.0),
     ],
@@ -117,6 +118,7 @@ VERDICTS = {
     "It protects more than labels alone would, against attackers who adapt.": "did not hold",
     "Codebook is worth no more to an attacker than labels.": "held",  # 61.5 and 60
     "Withhold halves what labels give away.": "held in part",  # 27, and 29 of 60 in int8
+    "Codebook and withhold cost next to nothing beside inference.": "did not hold",  # 12 %
 }
 
 
@@ -181,6 +183,13 @@ def test_advice_says_whom_a_strength_keeps_out():
     assert strong.broken == {"knockoff centred + invert": 0.94}
     table = advised([weak, strong])
     assert "| `mnist` | 1.2 | 2.00 float32, 0.50 int8 | 0.50 | no |" in table
+
+
+def test_plots_are_of_victims_that_not_only_tuned_attackers_were_measured_on():
+    tuned = line(LABEL, "knockoff", 0.5, victim="mnist-outliers", recipe="mnist-labels")
+    lines = [line(LABEL, "knockoff", 0.5, victim="gtsrb"), tuned, line(LABEL, "knockoff", 0.5)]
+    assert results.victims(lines) == ["mnist", "gtsrb"]
+    assert [one.victim for one in ordered(lines)] == ["mnist", "mnist-outliers", "gtsrb"]
 
 
 def test_the_best_attacker_is_bold():
