@@ -156,9 +156,16 @@ def at_size(by_size: dict[int, float], size: float) -> float:
 
 def processor_s(pid: int) -> float:
     """Seconds that a process and its descendants have run so far, in all their threads."""
-    threads = Path(f"/proc/{pid}/task").iterdir()
-    own = sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads)
+    own = sum(map(_ran_ns, Path(f"/proc/{pid}/task").iterdir()))
     return own / 1e9 + sum(map(processor_s, children(pid)))
+
+
+def _ran_ns(thread: Path) -> int:
+    """Nanoseconds that a thread has run; 0 of one that ends meanwhile."""
+    try:
+        return int((thread / "schedstat").read_text().split()[0])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def spent(pid: int, url: str, **words: Any) -> tuple[Load, float]:
