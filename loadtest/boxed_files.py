@@ -233,4 +233,4 @@ def nested(depth: int) -> bytes:
 
 
 # Without an encoder in Pillow there are none.
-FILES = AVIFS if features.check("avif") else {}
+FILES = AVIFS if "avif" in features.get_supported_modules() else {}

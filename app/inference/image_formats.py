@@ -11,7 +11,7 @@ from PIL import features
 FORMATS = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 # Those that need more than is always installed -> whether it is.
 OPTIONAL = {
-    "AVIF": (("image/avif",), features.check("avif") is True),
+    "AVIF": (("image/avif",), "avif" in features.get_supported_modules()),
     "HEIF": (("image/heic", "image/heif"), find_spec("pillow_heif") is not None),
 }
 for _name, (_types, _installed) in OPTIONAL.items():
