@@ -11,6 +11,7 @@ one place for each of them.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -104,7 +105,9 @@ class DirectPredictions:
         observed.identify(scope, context)
         observed.began()
         if context.admission is not None:
-            prediction.charge(context.admission, body, header)
+            # In the next turn of the loop it is known whether the client has hung up since.
+            loop = asyncio.get_running_loop()
+            loop.call_soon(prediction.charge, context.admission, body, header)
         return True
 
 
@@ -150,7 +153,10 @@ class Prediction:
         self._done = False
 
     def charge(self, admission: Admission, body: bytes, header: Header) -> None:
-        """Charge an admitted request, then queue it."""
+        """Charge an admitted request, then queue it; a client that has left is charged nothing."""
+        if self._context.client.gone:
+            self.set_exception(ClientGone(GONE))
+            return
 
         def charged(fault: Exception | None) -> None:
             if fault is not None:

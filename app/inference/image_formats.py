@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
+from pathlib import Path
 
-from PIL import features
+
+def has_part(package: str, name: str) -> bool:
+    """Whether a package has a compiled part; the supervisor must not import it."""
+    spec = find_spec(package)
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    files = (Path(folder, name + suffix) for folder in folders for suffix in EXTENSION_SUFFIXES)
+    return any(file.exists() for file in files)
+
 
 # Content type -> Pillow's name of the format. Which of them a body is, its first bytes say.
 FORMATS = {"image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WEBP"}
 # Those that need more than is always installed -> whether it is.
 OPTIONAL = {
-    "AVIF": (("image/avif",), "avif" in features.get_supported_modules()),
+    "AVIF": (("image/avif",), has_part("PIL", "_avif")),
     "HEIF": (("image/heic", "image/heif"), find_spec("pillow_heif") is not None),
 }
 for _name, (_types, _installed) in OPTIONAL.items():

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 
 from app.errors import RequestError, TooLarge, Unprocessable
 from app.inference.bundle import InputShape, Preprocessing
 from app.inference.decode import Header, _quick, decode, inspect, to_pixels
-from app.inference.image_formats import FORMATS
+from app.inference.image_formats import FORMATS, has_part
 from app.inference.image_header import MOST_SCANS, SMALL_JPEG
 from loadtest import bomb_files
 from loadtest.bomb_files import chunk, png
@@ -443,3 +443,9 @@ def test_broken_files_leave_nothing_behind(kind):
 def resident_mb() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_pillow_itself_says_the_same_of_avif():
+    assert has_part("PIL", "_avif") == ("avif" in features.get_supported_modules())
+    assert not has_part("PIL", "_none")
+    assert not has_part("no_such_package", "_avif")
