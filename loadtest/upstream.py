@@ -26,7 +26,6 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack, suppress
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ MODEL, PRECISION = "cifar10", "int8"
 BATCHES = (1, 8, 32)
 FRONT = "front"
 CLIENTS = 4  # of the kill test
+WAITING = 256  # images of all connections together
 READY_S = 120.0
 NAMES = {
     "scumble": "Scumble without a defense, one worker",
@@ -307,7 +307,12 @@ def main(
             with serving(**settings) as front:
                 ready.append(front.ready_s)
         with serving(**settings) as front:
-            load = partial(compare, connections=connections, rounds=rounds, seconds=seconds)
+
+            def load(urls: dict[str, str], posts: dict[str, Post], images: int) -> dict[str, Any]:
+                # More would wait longer than a round lasts.
+                clients = min(connections, WAITING // images)
+                return compare(urls, posts, images, clients, rounds, seconds)
+
             urls = {"alone": upstream.partition("/v2/")[0], "front": front.url}
             cases = [load(urls, tensors(images), images) for images in BATCHES if rounds]
             pictures = load(urls, files(), 1) if server == "triton" and other and rounds else None
