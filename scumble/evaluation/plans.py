@@ -280,6 +280,7 @@ def tuned() -> Iterator[Cell]:
     )
     for seed in (0, 1, 2):
         yield from (replace(row, seed=seed) for row in rows)
+    yield from (replace(row, precision="int8") for row in gated("mnist-outliers", few))
     yield from adapted(dfme(Cell("mnist", dcp(1.2))), "invert")
 
 

@@ -153,6 +153,10 @@ def test_the_page_has_the_figures_and_judges_the_targets():
     assert "|  |  | plain | 7.5 | 150 / 300 | 6.00 / 0.17 | 0 |" in text
     assert "| `dcp` | 80.0% | 0.0% | 0.750 | 20 | 1.0 |" in text
     assert "| `grad2`, as published |  |  |  | 4,000 | 200.0 |" in text
+    assert "MobileNetV2" not in text
+    both = "\n".join(pages.imagenet_parts(document(), document() | {"command": "other"}))
+    assert "`other`, [imagenet-mobilenet.json](" in both
+    assert both.count("| 12 megapixels, JPEG | 2,000 | scumble |") == 2
     tried = document() | {"command": "c --quick"}
     tried["servers"]["litserve"][imagenet.LAST] |= {"rps": 0.0}
     text = "\n".join(pages.imagenet_parts(tried))

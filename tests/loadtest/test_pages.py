@@ -88,10 +88,23 @@ def test_targets():
 
 
 def test_a_page_says_what_did_not_run():
-    page = pages.page(BENCH, PEERS)
+    page = pages.page([pages.Machine(BENCH, PEERS)])
     assert "| three | tuned | — |" in page
     assert "it did not start" in page
     assert "| scumble | defended | 900 | 10.0 | 200 | 2.0 | 0 |  |" in page
+
+
+def test_each_processor_has_its_column_and_its_tables():
+    slower = BENCH | {"processor": "q", "cases": [case(**{"tensors over model-only": 0.9})]}
+    page = pages.page(
+        [pages.Machine(BENCH, PEERS), pages.Machine(slower, {}, "-q")],
+    )
+    assert "| target | wanted | p | reached | q | reached |" in page
+    assert "| tensors of 256 over model-only | ≥ 0.8 | 0.7 | **no** | 0.9 | yes |" in page
+    assert "| best stock peer, answers per second | ≥ 6 | 4.5 | **no** | not measured |  |" in page
+    assert "[bench.json](../../loadtest/bench.json): 2 cores, p." in page
+    assert "[bench-q.json](../../loadtest/bench-q.json): 2 cores, q." in page
+    assert page.count("## Beside other servers") == page.count("[peers.json]") == 1
 
 
 def test_costs_beside_the_engine_and_of_protections_are_tables():
@@ -102,8 +115,7 @@ def test_costs_beside_the_engine_and_of_protections_are_tables():
     tried = {"one": (10.0, 8.0), "two": (10.0, 10.2), "three": (1.0, 2.0)}
     tries = {name: {"used_us": used, "tried_us": us} for name, (used, us) in tried.items()}
     page = pages.page(
-        BENCH,
-        PEERS,
+        [pages.Machine(BENCH, PEERS)],
         run | {"cases": [case_]},
         run | {"tries": tries},
         run | {"services": {"keys": protected}},
@@ -137,14 +149,17 @@ def test_the_cost_of_standing_in_front_is_a_table_for_each_server():
     }
     run = {"command": "c", "cores": 2, "processor": "p", "upstream": "Other", "files": case_}
     run |= {"cases": [case_], "kill": killed, "worker_mb": {"pss": 41.2}}
-    found = pages.page(BENCH, PEERS, upstreams={"u.json": run | {"process_start_to_ready_s": 1.2}})
+    started = run | {"process_start_to_ready_s": 1.2}
+    found = pages.page([pages.Machine(BENCH, PEERS)], upstreams={"u.json": started})
     assert "**Other.** `c`, [u.json](../../loadtest/u.json)" in found
     row = "32 connections | 1,000 / 900 | 0.90 | 10.0 / 12.0 | 1.20 | 1 |"
     assert f"| tensors of 8, {row}" in found
     assert f"| PNG files, JSON answers, {row}" in found
     assert "A worker takes 41 MB, and the service is ready 1.2 s" in found
     assert "Killed 9 times in 10 minutes under load: 5,000 answers" in found
-    alone = pages.page(BENCH, PEERS, upstreams={"k.json": run | {"cases": [], "files": None}})
+    alone = pages.page(
+        [pages.Machine(BENCH, PEERS)], upstreams={"k.json": run | {"cases": [], "files": None}}
+    )
     assert "Killed 9 times" in alone
     assert "A worker takes" not in alone
 
