@@ -17,6 +17,8 @@ ROWS = [
     ("dcp", {"beta": 0.0}),
     ("dcp", {"beta": 0.7}),
     ("dcp", {"beta": 1.0}),
+    ("dcp", {"beta": 1.0199}),
+    ("dcp", {"beta": 1.02}),  # from here on, the gate is open for every row
     ("dcp", {"beta": 1.2}),
     ("dcp", {"beta": 1.5, "gamma": 0.1, "nu": 50}),
     ("dcp", {"beta": 0.9, "mode": "lee2018"}),
@@ -118,6 +120,13 @@ def test_the_graphs_are_whole_and_keep_their_names(name, params):
     checker.check_model(parse(report), full_check=True)
     (output,) = parse(report).graph.output
     assert [d.dim_value or d.dim_param for d in output.type.tensor_type.shape.dim] == ["N", 11]
+
+
+@pytest.mark.parametrize(("beta", "more"), [(1.0199, 8), (1.02, 0), (1.2, 0)])
+def test_a_gate_that_is_open_for_every_row_has_no_nodes(beta, more):
+    gated = parse(defended(rows_through(10), make("dcp", beta=beta, gamma=0.2)))
+    plain = parse(defended(rows_through(10), make("reverse_sigmoid", beta=beta, gamma=0.2)))
+    assert len(gated.graph.node) == len(plain.graph.node) + more
 
 
 @pytest.mark.parametrize(("name", "params"), BEHIND.items())
