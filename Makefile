@@ -30,7 +30,8 @@ serve-imagenet: .venv/.dev ## serve EfficientNet-Lite0 with ImageNet's weights, 
 
 test: .venv/.dev ## run the whole suite, a part on each core
 	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 \
-		$(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder --reruns 1 -rR
+		$(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder --reruns 1 -rR \
+		--durations 30 --durations-min 5
 
 test-lowest: .venv/.dev ## the server's tests with the lowest releases that pyproject.toml allows
 	mkdir -p runs/lowest

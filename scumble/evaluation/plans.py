@@ -259,6 +259,7 @@ def tuned() -> Iterator[Cell]:
         against(LABEL, "labels"), victim="gtsrb", recipe="gtsrb-labels", queries="cifar10",
         student="resnet9_half",
     )  # fmt: skip
+    animals = replace(signs, victim="cifar10", recipe="cifar10-labels", queries=TRANSFER["cifar10"])
     stricter = replace(signs, defense=STRICTER)
     rows = (
         *gated("mnist"),
@@ -266,6 +267,9 @@ def tuned() -> Iterator[Cell]:
         *gated("mnist-outliers", few),
         against(WITHHOLD, "labels", "oracle_mask", victim="mnist-outliers", own=(few,)),
         signs,
+        replace(signs, defense=CODEBOOK, recipe="gtsrb-mixed"),
+        animals,
+        replace(animals, defense=CODEBOOK, recipe="cifar10-mixed"),
         replace(stricter, adapt=("answered",), changes=(*stricter.changes, "fit.epochs=60")),
         replace(
             stricter,
