@@ -226,7 +226,7 @@ def test_cards_recommend_what_the_records_show():
         name: open_bundle(ROOT / "models", name).card.recommended for name in recommended()
     }  # fmt: skip
     assert shown == recommended(), "run python -m docs.generators.recommended"
-    assert set(shown) == set(LEAST)
+    assert {name for name, found in shown.items() if "dcp" in found} == set(LEAST)
 
 
 def test_cards_have_the_best_copies_that_the_records_show():

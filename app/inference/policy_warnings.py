@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from app.inference.bundle import Card, golden_inputs
+from app.inference.bundle import GATE_FILE, Card, golden_inputs
 from app.inference.engines import Probs
+from app.inference.policy_presets import recommended_policy
 from app.precision import Precision
 from scumble import defenses
 from scumble.defenses.chain import Chain
@@ -16,6 +17,14 @@ from scumble.defenses.dcp import DCP
 from scumble.defenses.label import Label
 from scumble.defenses.none import NoDefense
 from scumble.defenses.withhold import Withhold
+
+REASONS = {
+    "withhold": "withhold keeps the label and a confidence, and gives no answer to images unlike "
+    "your own, which copies need",
+    "codebook": "codebook keeps the label and a confidence, and nothing can be recovered from it",
+    "label": "label keeps the label; after scumble calibrate, codebook keeps a confidence as well",
+}
+"""Why each policy is recommended, where it is."""
 
 MANY = 100  # classes from which dcp moves labels
 GATE = 0.03  # half the width of dcp's gate at its default nu
@@ -51,42 +60,23 @@ def policy_warnings(
 
 
 def policy_hint(card: Card, precision: Precision, defense: defenses.Defense) -> str | None:
-    """What `docs/explanation/results.md` recommends beyond a policy; None where it is followed.
+    """What is recommended beyond a policy; None where it is followed.
 
     Args:
         card: of the model.
         precision: that is served.
         defense: the policy.
     """
-    recommended = recommended_policy(card, precision)
+    recommended = recommended_policy(card, precision).defense
     steps = defense.steps if isinstance(defense, Chain) else (defense,)
     if any(isinstance(step, Withhold) for step in steps):
         return None
-    if any(isinstance(step, Codebook | Label) for step in steps):
-        if recommended == "withhold":
-            return "withhold gives no answer to images unlike your own; copies need such images"
-        if not card.has_logits:
-            return None
+    reduced = any(isinstance(step, Codebook | Label) for step in steps)
+    if recommended == "withhold" or not reduced:
+        return REASONS[recommended]
+    if card.has_logits and precision in GATE_FILE:
         return "scumble calibrate fits withhold, which gives no answer to images unlike your own"
-    if _calibrated(card, precision, "codebook"):
-        return "codebook keeps the label and a confidence, and nothing can be recovered from it"
-    return "label keeps the label; after scumble calibrate, codebook keeps a confidence as well"
-
-
-def recommended_policy(card: Card, precision: Precision) -> str:
-    """The defense that `docs/explanation/results.md` recommends for what the bundle has.
-
-    Args:
-        card: of the model.
-        precision: that is served.
-    """
-    fitted = (name for name in ("gate", "codebook") if _calibrated(card, precision, name))
-    return {"gate": "withhold", "codebook": "codebook"}.get(next(fitted, ""), "label")
-
-
-def _calibrated(card: Card, precision: Precision, name: str) -> bool:
-    """Whether `scumble calibrate` fitted this to the file that is served."""
-    return f"{name}.{_stored(precision)}.json" in card.files
+    return None
 
 
 def _stored(precision: Precision) -> str:

@@ -5,6 +5,7 @@ python -m docs.generators.recommended
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,32 @@ import click
 from app.inference.bundle import open_bundle, write_card
 from docs.generators.results import CELLS
 from scumble.evaluation.claims import advice, default_strengths
-from scumble.evaluation.summary import best, load, summarise
+from scumble.evaluation.summary import Line, best, load, summarise
 from scumble.evaluation.tables import ordered
 
 MODELS = Path(__file__).parents[2] / "models"
+LOSS = 0.01  # of own answers, what the policies are compared at
 
 
 def recommended() -> dict[str, dict[str, dict[str, Any]]]:
     """Parameters by bundle and defense."""
-    strengths = default_strengths(advice(ordered(summarise(load(CELLS)))))
-    return {bundle: {"dcp": {"beta": beta}} for bundle, beta in strengths.items()}
+    lines = ordered(summarise(load(CELLS)))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for bundle, beta in default_strengths(advice(lines)).items():
+        found[bundle] = {"dcp": {"beta": beta}}
+    for bundle, params in withhold_params(lines).items():
+        found.setdefault(bundle, {})["withhold"] = params
+    return found
+
+
+def withhold_params(lines: Iterable[Line]) -> dict[str, dict[str, Any]]:
+    """By bundle: of the measured losses of at most `LOSS`, the one with the least accurate copy."""
+    found: dict[str, Line] = {}
+    for line in best(line for line in lines if line.recipe):
+        if line.defense.name == "withhold" and line.defense.params["loss"] <= LOSS:
+            known = found.setdefault(line.victim, line)
+            found[line.victim] = min(known, line, key=lambda each: each.stolen.mean)
+    return {bundle: line.defense.params for bundle, line in found.items()}
 
 
 def copies() -> dict[str, list[dict[str, Any]]]:

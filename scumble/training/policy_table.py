@@ -15,7 +15,7 @@ from app.inference.assembly import configure_defense, load_pipeline
 from app.inference.bundle import Bundle, open_bundle
 from app.inference.decode import Pixels
 from app.inference.policy_effect import images_of, policy_effects
-from app.inference.policy_warnings import recommended_policy
+from app.inference.policy_presets import DEFAULTS, recommended_policy
 from app.settings import Settings, load_settings
 from scumble.defenses import Defense, DefenseError
 
@@ -24,7 +24,7 @@ images_option = click.option(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with images of yours; shows which share of their labels policies change.",
 )
-COMPARED = ("dcp", {"beta": 1.2})  # which changes more labels, the more classes there are
+COMPARED = "dcp"  # which changes more labels, the more classes there are
 
 
 def settings_of(models: Path, name: str, **more: Any) -> Settings:
@@ -43,10 +43,10 @@ def policies_of(settings: Settings, bundle: Bundle) -> dict[str, Defense]:
         ConfigError: the bundle lacks what the settings' defense needs, or a parameter of it is not
             allowed.
     """
-    compared, default = COMPARED
+    recommended = recommended_policy(bundle.card, settings.precision)
     wanted: dict[str, Mapping[str, Any]] = {settings.defense: settings.defense_params}
-    wanted.setdefault(recommended_policy(bundle.card, settings.precision), {})
-    wanted.setdefault(compared, bundle.card.recommended.get(compared, default))
+    wanted.setdefault(recommended.defense, recommended.params)
+    wanted.setdefault(COMPARED, bundle.card.recommended.get(COMPARED, DEFAULTS[COMPARED]))
     wanted.pop("none", None)
     found: dict[str, Defense] = {}
     for name, params in wanted.items():

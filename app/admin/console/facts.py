@@ -11,6 +11,7 @@ from app.errors import ConfigError, Unprocessable
 from app.inference.bundle import GOLDEN_COUNT, Card, open_bundle
 from app.inference.engine_selection import resolve
 from app.inference.image_formats import FORMATS
+from app.inference.policy_presets import policy_presets
 from app.settings import Settings, shown, variables
 
 ACTIVE = "active"
@@ -37,6 +38,8 @@ class Knob:
     start: float = 0
 
 
+CALIBRATED = {"codebook", "withhold"}  # need what `scumble calibrate` fits
+
 # Custom defenses (`FILE.py:Class`) are not offered: the console must not load files by name.
 KNOBS = {
     "dcp": Knob("Moves rows less confident than beta; from 1 on, all rows.", "beta", 0, 3, start=1),
@@ -45,6 +48,16 @@ KNOBS = {
     "round": Knob("Rounds to this number of decimals.", "decimals", 1, 8, step=1, start=2),
     "top_k": Knob("Keeps the k largest probabilities.", "k", 1, None, step=1, start=3),
     "label": Knob("Returns the label only, with probability 1."),
+    "codebook": Knob("Keeps the label and one of a few levels of confidence."),
+    "withhold": Knob(
+        "Gives no answer to images unlike your own, or that the network is unsure of; loss is the "
+        "share of your own images among these.",
+        "loss",
+        0.001,
+        0.1,
+        step=0.001,
+        start=0.01,
+    ),
     "none": Knob("Returns the clean probabilities."),
 }
 
@@ -74,6 +87,7 @@ def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
             "params": card.defense_params(settings.defense, settings.defense_params),
         },
         "defenses": offered(settings, card),
+        "presets": [asdict(each) for each in policy_presets(card, settings.precision)],
         "copies": measured_copies(settings, card),
         "golden": GOLDEN_COUNT,
         "formats": sorted(FORMATS),
@@ -86,9 +100,15 @@ def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
 
 
 def offered(settings: Settings, card: Card) -> list[dict[str, Any]]:
-    """The defenses of the page's list; the slider of the active one starts at its value."""
+    """The defenses of the page's list; the slider of the active one starts at its value.
+
+    Those that need what the bundle lacks are left out.
+    """
+    fitted = {preset.defense for preset in policy_presets(card, settings.precision)}
     rows = []
     for name, knob in KNOBS.items():
+        if name in CALIBRATED and name not in fitted:
+            continue
         high = len(card.labels) if knob.high is None else knob.high
         given = settings.defense_params if name == settings.defense else {}
         params = card.defense_params(name, given)

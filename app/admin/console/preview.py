@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 from collections import OrderedDict
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,35 @@ from PIL import Image
 
 from app.admin.console.preview_request import PreviewRequest
 from app.errors import ConfigError, Internal, RequestError, Unavailable, Unprocessable
-from app.inference.assembly import load_engine
+from app.inference.assembly import load_pipeline
 from app.inference.bundle import Bundle, golden_inputs, open_bundle
 from app.inference.decode import Pixels, decode
 from app.inference.defense_artifacts import DefenseArtifacts
-from app.inference.engines import Engine, Probs
+from app.inference.engines import Probs
+from app.inference.pipeline import Pipeline, defended
 from app.settings import Settings
 from app.telemetry import logs
 from scumble import defenses
+from scumble.defenses.evidence import ABSTAINED, Evidence, Marks
 
 REMEMBERED = 64  # pictures, to show what honest users lose
 NICENESS = 10
 log = logging.getLogger("scumble.console")
+
+
+@dataclass
+class Seen:
+    """Pictures with what the network made of them.
+
+    Attributes:
+        pixels: uint8 (N, H, W, C).
+        clean: (N, K).
+        evidence: of the clean rows; None until a defense needs it.
+    """
+
+    pixels: Pixels
+    clean: Probs
+    evidence: Evidence | None = None
 
 
 class Previewer:
@@ -44,46 +62,60 @@ class Previewer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._bundle: Bundle = open_bundle(settings.model_dir, settings.model)
-        self._engine: Engine = load_engine(settings, self._bundle)
+        self._pipeline: Pipeline = load_pipeline(settings, self._bundle)
         self._artifacts = DefenseArtifacts(self._bundle, settings.engine, settings.precision)
-        golden = golden_inputs(self._bundle.card.input)
-        self._golden = (golden, self._clean(golden))
-        self._pictures: OrderedDict[bytes, tuple[Pixels, Probs]] = OrderedDict()
+        self._golden = self._see(golden_inputs(self._bundle.card.input))
+        self._pictures: OrderedDict[bytes, Seen] = OrderedDict()
 
     def __call__(self, request: PreviewRequest, image: bytes) -> dict[str, Any]:
         """Return clean and defended row of one picture, and what the defense does to all.
 
         Raises:
             RequestError: the image or the defense is refused.
+            ConfigError: the network lacks a score that the defense needs.
         """
         defense = self._defense(request)
-        pixels, clean = self._golden
+        seen = [self._golden]
         if request.golden is None:
             self._remember(image)
-            rows = list(self._pictures.values())
-            pixels = np.concatenate([pixels, *(row[0] for row in rows)])
-            clean = np.concatenate([clean, *(row[1] for row in rows)])
-            shown = len(clean) - 1
-        else:
-            shown = request.golden - 1
-        defended = defense(clean, pixels)
-        l1 = np.abs(defended - clean).sum(1)
-        changed = defended.argmax(1) != clean.argmax(1)
-        golden = len(self._golden[0])
+            seen += self._pictures.values()
+        pixels = np.concatenate([each.pixels for each in seen])
+        clean = np.concatenate([each.clean for each in seen])
+        shown = len(clean) - 1 if request.golden is None else request.golden - 1
+        answers = [self._answers(defense, each) for each in seen]
+        rows, marks = map(np.concatenate, zip(*answers, strict=True))
+        l1 = np.abs(rows - clean).sum(1)
+        withheld = marks != 0
+        changed = (rows.argmax(1) != clean.argmax(1)) & ~withheld
+        golden = len(self._golden.clean)
         return {
             "defense": repr(defense),
             "seen": _png(pixels[shown]),
             "clean": self._row(clean[shown]),
-            "defended": self._row(defended[shown]),
+            "defended": self._row(rows[shown]),
             "l1": l1[shown],
             "label_changed": bool(changed[shown]),
+            "abstained": bool(marks[shown] == ABSTAINED),
+            "withheld": bool(withheld[shown]),
             "honest": {
                 "golden": golden,
                 "pictures": len(clean) - golden,
                 "mean_l1": l1.mean(),
                 "changed_labels": changed.mean(),
+                "withheld": withheld.mean(),
             },
         }
+
+    def _answers(self, defense: defenses.Defense, seen: Seen) -> tuple[Probs, Marks]:
+        """The rows to send out, and what is withheld of them."""
+        size = len(seen.clean)
+        if defense.needs and seen.evidence is None:
+            golden = self._golden
+            self._pipeline.evidence(golden.pixels, golden.clean, defense.needs)  # loads the scores
+            assert self._pipeline.scores is not None  # noqa: S101  # as load_pipeline makes it
+            _, seen.evidence = self._pipeline.scores(seen.pixels)
+        rows, marks = defended(defense, seen.clean, seen.evidence, seen.pixels, [(size, None)])
+        return rows, np.zeros(size, np.uint8) if marks is None else marks
 
     def _defense(self, request: PreviewRequest) -> defenses.Defense:
         try:
@@ -109,13 +141,13 @@ class Previewer:
                 limits.max_pixels,
                 max_jpeg_pixels=limits.max_jpeg_pixels,
             )[np.newaxis]
-            self._pictures[key] = (pixels, self._clean(pixels))
+            self._pictures[key] = self._see(pixels)
         self._pictures.move_to_end(key)
         if len(self._pictures) > REMEMBERED:
             self._pictures.popitem(last=False)
 
-    def _clean(self, pixels: Pixels) -> Probs:
-        return self._engine(pixels)
+    def _see(self, pixels: Pixels) -> Seen:
+        return Seen(pixels, self._pipeline.engine(pixels))
 
     def _row(self, row: Probs) -> dict[str, Any]:
         best = int(row.argmax())

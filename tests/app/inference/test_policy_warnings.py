@@ -66,26 +66,39 @@ SENT = Sent(
 CALIBRATED = ("codebook", "gate")
 
 
+def fitted_card(folder, fitted, precision):
+    """The card of a bundle with these files of `scumble calibrate`."""
+    card = Bundle(make_bundle(folder)).card
+    files = card.files | {f"{name}.{precision}.json": "" for name in fitted}
+    return card.model_copy(update={"files": files})
+
+
 @pytest.mark.parametrize(
     ("defense", "fitted", "hint"),
     [
         ("none", (), "label keeps the label; after scumble calibrate, codebook"),
-        ("none", CALIBRATED, "codebook keeps the label and a confidence"),
+        ("none", ("codebook",), "codebook keeps the label and a confidence"),
+        ("none", CALIBRATED, "withhold keeps the label and a confidence"),
         ("dcp", (), "label keeps the label; after scumble calibrate, codebook"),
-        ("dcp", CALIBRATED, "codebook keeps the label and a confidence"),
+        ("dcp", CALIBRATED, "withhold keeps the label and a confidence"),
         ("label", (), "scumble calibrate fits withhold"),
+        ("label", ("codebook",), "scumble calibrate fits withhold"),
         ("chain", (), "scumble calibrate fits withhold"),
-        ("label", CALIBRATED, "withhold gives no answer to images unlike your own"),
+        ("label", CALIBRATED, "withhold keeps the label and a confidence"),
     ],
 )
-@pytest.mark.parametrize(("precision", "stored"), [("bf16", "float32"), ("int8", "int8")])
-def test_a_hint_names_what_is_recommended(tmp_path, defense, fitted, hint, precision, stored):
-    card = Bundle(make_bundle(tmp_path)).card
-    files = card.files | {f"{name}.{stored}.json": "" for name in fitted}
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_hint_names_what_is_recommended(tmp_path, defense, fitted, hint, precision):
+    card = fitted_card(tmp_path, fitted, precision)
     params = {"dcp": STRONG, "chain": {"steps": [["label", {}], ["round", {"decimals": 1}]]}}
     policy = configure(defense, params.get(defense, {}))
-    found = policy_hint(card.model_copy(update={"files": files}), precision, policy)
-    assert found.startswith(hint)
+    assert policy_hint(card, precision, policy).startswith(hint)
+
+
+def test_withhold_is_not_hinted_at_in_bfloat16_which_has_no_thresholds(tmp_path):
+    card = fitted_card(tmp_path, CALIBRATED, "float32")
+    assert policy_hint(card, "bf16", configure("none", {})).startswith("codebook keeps")
+    assert policy_hint(card, "bf16", configure("label", {})) is None
 
 
 def test_what_is_recommended_gets_no_hint(tmp_path):

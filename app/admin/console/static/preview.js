@@ -9,6 +9,7 @@ import { policyText, settingsLines } from "./facts.js";
 // Gives a function that takes other facts, after a reload.
 export function startPreview(facts) {
   let model, policy, active, known;
+  let given = {}; // parameters of the shown policy, the slider's apart
   let picture = null;
   let asking = false;
   let again = false;
@@ -50,14 +51,25 @@ export function startPreview(facts) {
     $("top1").className = "";
   }
 
-  function chosen() {
-    const { name, parameter, params } = known.get($("defense").value);
-    if (!parameter) return { name, params };
-    return { name, params: { ...params, [parameter]: Number($("strength").value) } };
+  // The parameters with the slider's, which starts at the row's value where they have none.
+  function complete({ parameter, start }, params) {
+    return parameter ? { ...params, [parameter]: params[parameter] ?? start } : params;
   }
 
-  function select(defense) {
+  function chosen() {
+    const row = known.get($("defense").value);
+    const moved = row.parameter ? { [row.parameter]: Number($("strength").value) } : {};
+    return { name: row.name, params: { ...given, ...moved } };
+  }
+
+  function isChosen(row, params) {
+    const { name, params: now } = chosen();
+    return name === row.name && JSON.stringify(now) === JSON.stringify(complete(row, params));
+  }
+
+  function select(defense, params = defense.params) {
     const slider = $("strength");
+    given = complete(defense, params);
     $("defense").value = defense.name;
     $("knob").hidden = !defense.parameter;
     $("parameter").textContent = defense.parameter ?? "";
@@ -65,14 +77,16 @@ export function startPreview(facts) {
     slider.min = defense.low;
     slider.max = defense.high;
     slider.step = defense.step;
-    slider.value = defense.start;
+    slider.value = given[defense.parameter];
     refresh();
   }
 
   function showPolicy() {
-    const slider = $("strength");
-    $("strength-value").textContent = slider.value;
-    const isActive = $("defense").value === active.name && Number(slider.value) === active.start;
+    $("strength-value").textContent = $("strength").value;
+    const isActive = isChosen(active, active.params);
+    facts.presets.forEach(({ defense, params }, i) => {
+      $("presets").children[i].ariaPressed = String(isChosen(known.get(defense), params));
+    });
     $("is-active").textContent = isActive
       ? "This is the active policy."
       : `Active: ${policyText(policy)}`;
@@ -84,19 +98,20 @@ export function startPreview(facts) {
     $("copied").textContent = "";
   }
 
-  function show({ seen, clean, defended, l1, label_changed: changed, honest }) {
+  function show({ seen, clean, defended, l1, label_changed: changed, abstained, withheld, honest }) {
     $("seen").src = seen;
     $("seen").alt = "The picture as the network sees it";
     $("seen").hidden = false;
     $("invite").textContent = "Drop, choose or paste another";
     $("clean-label").textContent = clean.label;
-    $("defended-label").textContent = defended.label;
+    $("defended-label").textContent = abstained ? "no answer" : defended.label;
     $("l1").textContent = l1.toFixed(3);
-    $("top1").textContent = changed ? "changed" : "kept";
-    $("top1").className = changed ? "changed" : "same";
+    $("top1").textContent = withheld ? "withheld" : changed ? "changed" : "kept";
+    $("top1").className = withheld || changed ? "changed" : "same";
     showBars(model.labels, clean, defended);
     $("mean-l1").textContent = honest.mean_l1.toFixed(3);
     $("changed").textContent = `${(honest.changed_labels * 100).toFixed(0)}%`;
+    $("withheld").textContent = `${(honest.withheld * 100).toFixed(0)}%`;
     const pictures = `${honest.pictures} picture${honest.pictures === 1 ? "" : "s"}`;
     $("over").textContent = `Over ${honest.golden} golden inputs (made-up waves) and ${pictures} shown so far.`;
   }
@@ -142,6 +157,14 @@ export function startPreview(facts) {
       ...defenses.map(({ name }) => {
         const text = name === "active" ? policyText(policy) : name;
         return make("option", { value: name }, name === active.name ? `${text} (active)` : text);
+      }),
+    );
+    $("presets").replaceChildren(
+      ...facts.presets.map(({ defense, params, recommended }) => {
+        const text = recommended ? `${defense} (recommended)` : defense;
+        const button = make("button", { type: "button", ariaPressed: "false" }, text);
+        button.addEventListener("click", () => select(known.get(defense), params));
+        return button;
       }),
     );
     $("golden").replaceChildren(

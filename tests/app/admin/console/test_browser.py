@@ -186,6 +186,9 @@ def test_all_of_it_by_keyboard(open_page):
     expect(focused).to_have_attribute("aria-pressed", "true")
     for _ in range(6):
         page.keyboard.press("Tab")
+    for policy in ("none", "dcp", "label (recommended)"):
+        expect(focused).to_have_text(policy)
+        page.keyboard.press("Tab")
     expect(focused).to_have_id("defense")
     page.keyboard.press("Tab")
     expect(focused).to_have_id("strength")
@@ -377,6 +380,37 @@ def test_what_a_copy_is_worth_follows_the_slider(open_page):
     page.locator("#defense").select_option("round")
     expect(best).to_have_text("–")
     expect(by).to_have_text("Not measured under round.")
+
+
+def test_presets_are_policies_for_the_model_and_one_is_recommended(open_page):
+    page = open_page()
+    page.locator("#golden button").first.click()
+    shown(page)
+    presets = page.locator("#presets button")
+    expect(presets).to_have_text(["none", "dcp", "label (recommended)"])
+    pressed = page.locator("#presets [aria-pressed=true]")
+    expect(pressed).to_have_count(0)  # reverse_sigmoid is active
+    presets.nth(1).click()
+    expect(pressed).to_have_text("dcp")
+    expect(page.locator("#strength-value")).to_have_text("1.2")
+    expect(page.locator("#lines")).to_contain_text('{"beta":1.2}')
+    page.locator("#strength").fill("2")
+    expect(pressed).to_have_count(0)
+    presets.nth(2).click()
+    expect(page.locator("#defense")).to_have_value("label")
+    expect(pressed).to_have_text("label (recommended)")
+    page.locator("#reset").click()
+    expect(pressed).to_have_count(0)
+    expect(page.locator("#is-active")).to_have_text("This is the active policy.")
+
+
+def test_a_withheld_answer_is_said_to_be_withheld(open_page):
+    page = open_page()
+    altered(page, "preview?*", abstained=True, withheld=True)
+    page.locator("#golden button").first.click()
+    expect(page.locator("#defended-label")).to_have_text("no answer", timeout=30_000)
+    expect(page.locator("#top1")).to_have_text("withheld")
+    expect(page.locator("#withheld")).to_have_text("0%")
 
 
 def test_the_api_page_shows_every_route_of_the_public_port(browser, server):

@@ -2,7 +2,7 @@ import pytest
 
 from app.access.keys import Key, KeyFile, write_keys
 from app.admin.api_description import OPENAPI_FILE, leave_description
-from app.admin.console.facts import client_policies, measured_copies
+from app.admin.console.facts import client_policies, measured_copies, offered
 from app.inference.bundle import open_bundle
 from app.settings import default_model_dir, load_settings
 
@@ -45,6 +45,16 @@ def test_copies_are_those_of_the_served_precision(precision, stored):
     assert {copy["precision"] for copy in found} == {stored}
     assert {"none", "label", "dcp"} <= {copy["defense"] for copy in found}
     assert measured_copies(load_settings(), card.model_copy(update={"copies": []})) == []
+
+
+def test_defenses_that_the_bundle_was_not_calibrated_for_are_not_offered():
+    card = open_bundle(default_model_dir(), "mnist").card
+    files = {name: digest for name, digest in card.files.items() if "gate" not in name}
+    without = card.model_copy(update={"files": files})
+    settings = load_settings(precision="int8", defense="withhold", defense_params={"loss": 0.02})
+    rows = {row["name"]: row for row in offered(settings, card)}
+    assert rows["withhold"]["start"] == 0.02
+    assert {row["name"] for row in offered(load_settings(), without)} == rows.keys() - {"withhold"}
 
 
 def test_the_first_worker_leaves_the_description(tmp_path):

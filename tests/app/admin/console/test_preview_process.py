@@ -180,6 +180,28 @@ def test_a_random_defense_draws_as_the_service_does(models, make_client):
     assert shown["defended"]["probabilities"].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_what_is_withheld_is_marked_and_counted(precision):
+    previewer = Previewer(Settings(model="mnist", precision=precision))
+    ask = PreviewRequest("withhold", {"loss": 0.01})
+    digit = Path("docs/digits/3.png").read_bytes()
+    answered = previewer(ask, digit)
+    assert (answered["abstained"], answered["withheld"]) == (False, False)
+    assert answered["defended"]["label"] == "3"
+    foreign = previewer(ask, encoded(picture(28, 28, "L")))
+    assert (foreign["abstained"], foreign["withheld"]) == (True, True)
+    assert foreign["defended"]["probabilities"].tolist() == pytest.approx([0.1] * 10)
+    assert foreign["label_changed"] is False
+    assert foreign["honest"]["withheld"] > answered["honest"]["withheld"] > 0
+    drawn = previewer(PreviewRequest("withhold", {"withheld": "keyed"}), digit)
+    assert (drawn["abstained"], drawn["withheld"]) == (False, False)
+    open_to_all = previewer(PreviewRequest("codebook", {}), digit)
+    assert open_to_all["honest"]["withheld"] == 0
+    assert open_to_all["clean"]["probabilities"].tolist() == (
+        answered["clean"]["probabilities"].tolist()
+    )
+
+
 def test_pictures_count_once_and_the_oldest_is_forgotten(settings):
     previewer = Previewer(settings)
     ask = PreviewRequest("label", {})

@@ -1,0 +1,54 @@
+"""Policies that a model's owner chooses from, and which of them is recommended.
+
+`scumble check`, the table of `scumble calibrate`, the console and the demo all take them from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Card
+from app.precision import Precision
+
+# Parameters where the card recommends none.
+DEFAULTS: dict[str, dict[str, Any]] = {"dcp": {"beta": 1.2}, "withhold": {"loss": 0.01}}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A policy with the parameters that suit the model.
+
+    Attributes:
+        defense: name of the defense.
+        params: of the defense.
+        recommended: whether `docs/explanation/results.md` recommends it for what the bundle has.
+    """
+
+    defense: str
+    params: Mapping[str, Any]
+    recommended: bool
+
+
+def policy_presets(card: Card, precision: Precision) -> list[Preset]:
+    """The policies that the bundle can serve, from the least protection to the most.
+
+    Args:
+        card: of the model.
+        precision: that is served.
+    """
+    names = ["none", "dcp", "label"]
+    if CODEBOOK_FILE[precision] in card.files:
+        names.append("codebook")
+    if GATE_FILE.get(precision) in card.files:
+        names.append("withhold")
+    return [
+        Preset(name, card.recommended.get(name, DEFAULTS.get(name, {})), name == names[-1])
+        for name in names
+    ]
+
+
+def recommended_policy(card: Card, precision: Precision) -> Preset:
+    """The one of `policy_presets` that is recommended."""
+    return next(preset for preset in policy_presets(card, precision) if preset.recommended)
