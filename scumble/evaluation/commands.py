@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -151,6 +153,11 @@ INTERRUPTED = 130
     help="Folder of the records; cells that have a record are not run.",
 )
 @click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="End after so long; cells that have not ended are left for the next time.",
+)
+@click.option(
     "--beside/--no-beside",
     default=True,
     show_default=True,
@@ -178,6 +185,7 @@ def evaluate(
     jobs: int,
     threads: int,
     out: Path,
+    minutes: float | None,
     beside: bool,
     consented: bool,
     owner_token: Path | None,
@@ -204,7 +212,7 @@ def evaluate(
     console = Console(highlight=False)
     failed = run_cells(
         waiting, out, root, finished=len(cells) - len(waiting), jobs=jobs, threads=threads,
-        headers=headers, console=console,
+        headers=headers, console=console, seconds=60 * minutes if minutes else math.inf,
     )  # fmt: skip
     show([read(out / f"{c.key}.json") for c in cells if done(out / f"{c.key}.json")], console)
     if failed:
@@ -221,6 +229,8 @@ def run_cells(
     threads: int,
     headers: dict[str, str] | None,
     console: Console,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
 ) -> int:
     """Judge the cells and keep their records in `out`.
 
@@ -233,10 +243,13 @@ def run_cells(
         threads: of torch, per cell.
         headers: sent to the service at a cell's URL.
         console: where progress and failures are shown.
+        seconds: after which cells that have not ended are given up.
+        clock: gives seconds.
 
     Returns:
         The number of cells that failed.
     """
+    until = clock() + seconds
     command = shlex.join(["scumble", *sys.argv[1:]])
     failed = 0
     # Its processes share one import of torch, and of what its optimizers import when first made.
@@ -264,7 +277,7 @@ def run_cells(
             }  # fmt: skip
             inside: dict[str, TaskID] = {}
             try:
-                while running:
+                while running and clock() < until:
                     ended, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
                     show_inside(progress, inside, running.values())
                     for future in ended:
@@ -273,17 +286,21 @@ def run_cells(
                         progress.advance(bar)
                         if cell.key in inside:
                             progress.remove_task(inside.pop(cell.key))
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                end_processes(active_children())
-                raise
+            finally:
+                if running:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    end_processes(active_children())
+        if running:
+            console.print(f"the time is over; {continued(cells, out)}", markup=False)
     except KeyboardInterrupt:
-        there = sum(done(out / f"{cell.key}.json") for cell in cells)
-        raise KeyboardInterrupt(
-            f"interrupted; {there} of {len(cells)} cells are recorded in {out}: "
-            "run the same command to continue"
-        ) from None
+        raise KeyboardInterrupt(f"interrupted; {continued(cells, out)}") from None
     return failed
+
+
+def continued(cells: list[Cell], out: Path) -> str:
+    """How many cells are recorded, and how the others are."""
+    there = sum(done(out / f"{cell.key}.json") for cell in cells)
+    return f"{there} of {len(cells)} cells are recorded in {out}: run the same command to continue"
 
 
 @contextmanager

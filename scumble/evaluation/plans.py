@@ -155,6 +155,12 @@ def colour() -> Iterator[Cell]:
             yield from adapted(knockoff(Cell(victim, defense), "centred"), "invert")
 
 
+def headline() -> Iterator[Cell]:
+    """Knockoff undefended, under dcp and from labels; what matters most comes first."""
+    for victim in ("cifar10", "mnist", "gtsrb"):
+        yield from (knockoff(Cell(victim, defense)) for defense in (NONE, dcp(1.2), LABEL))
+
+
 def matrix() -> Iterator[Cell]:
     """The paper's matrix on mnist with knockoff; three seeds for the headline."""
     for precision in PRECISIONS:
@@ -290,6 +296,7 @@ def tuned() -> Iterator[Cell]:
 
 PLANS: dict[str, Callable[[], Iterator[Cell]]] = {
     "ci": ci,
+    "headline": headline,
     "colour": colour,
     "matrix": matrix,
     "datafree": datafree,

@@ -4,6 +4,7 @@ import io
 import json
 import shlex
 from dataclasses import replace
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -218,6 +219,28 @@ def test_a_cell_that_fails_does_not_stop_the_others(cell, folder, tmp_path, monk
     assert failed == 1
     assert "beta" in said.getvalue()
     assert len(list((tmp_path / "out").glob("*.json"))) == 1
+
+
+def test_cells_that_have_not_ended_in_time_are_left_for_the_next_time(cell, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = io.StringIO()
+    (tmp_path / "out").mkdir()
+    failed = commands.run_cells(
+        [cell, replace(cell, seed=1)],
+        tmp_path / "out",
+        None,
+        finished=0,
+        jobs=1,
+        threads=1,
+        headers=None,
+        console=Console(file=said, width=200),
+        seconds=60,
+        clock=iter((0.0, 61.0)).__next__,
+    )
+    assert failed == 0
+    assert "the time is over; 0 of 2 cells are recorded in" in said.getvalue()
+    assert "run the same command to continue" in said.getvalue()
+    assert not active_children()
 
 
 @pytest.mark.server
