@@ -1,4 +1,6 @@
-"""Photos for benchmarks: those in the packages scikit-image and scikit-learn, and larger ones.
+"""Photos for benchmarks and examples: those of scikit-image and scikit-learn, and larger ones.
+
+    python -m loadtest.photos FOLDER    writes photos, and parts of some in folders by their label
 
 No photo is committed. The wheel of scikit-image is downloaded once; nothing else of it is needed.
 """
@@ -14,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 from PIL import Image
 
@@ -44,6 +47,18 @@ OTHERS = (
     "moon.png",
     "page.png",
 )
+# Photos that show what ImageNet has a label for.
+LABELLED = {
+    "chelsea.png": "tiger cat",
+    "coffee.png": "espresso",
+    "rocket.jpg": "missile",
+    "motorcycle_left.png": "moped",
+    "camera.png": "tripod",
+    "china.jpg": "palace",
+    "flower.jpg": "daisy",
+}
+PARTS = {"queries": 30, "test": 10}  # of each of them
+SIDE = 224
 LEAST_SIDE = 0.5  # of a crop, as a share of the shorter side
 NOISE = 4.0  # standard deviation of a sensor's noise in levels: 0.25 bytes a pixel at QUALITY
 QUALITY = 90
@@ -83,12 +98,17 @@ def crops(pictures: list[Path], card: Card, each: int) -> Iterator[Pixels]:
     """
     rng = np.random.default_rng(0)
     for path in pictures:
-        picture = Image.open(path).convert("RGB")
-        for _ in range(each):
-            side = int(rng.uniform(LEAST_SIDE, 1) * min(picture.size))
-            left, top = (int(rng.integers(0, whole - side + 1)) for whole in picture.size)
-            crop = picture.crop((left, top, left + side, top + side))
-            yield to_pixels(crop, card.input, card.preprocessing)
+        for part in parts(path, each, rng):
+            yield to_pixels(part, card.input, card.preprocessing)
+
+
+def parts(path: Path, count: int, rng: np.random.Generator) -> Iterator[Image.Image]:
+    """Square parts of a picture, of random sizes and at random places."""
+    picture = Image.open(path).convert("RGB")
+    for _ in range(count):
+        side = int(rng.uniform(LEAST_SIDE, 1) * min(picture.size))
+        left, top = (int(rng.integers(0, whole - side + 1)) for whole in picture.size)
+        yield picture.crop((left, top, left + side, top + side))
 
 
 def photo(source: Path, width: int, height: int, kind: str = "JPEG") -> bytes:
@@ -106,3 +126,25 @@ def photo(source: Path, width: int, height: int, kind: str = "JPEG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(noisy).save(file, kind, **({} if kind == "PNG" else {"quality": QUALITY}))
     return file.getvalue()
+
+
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def main(folder: Path) -> None:
+    """Write FOLDER/photos, and parts of them in FOLDER/queries/LABEL and FOLDER/test/LABEL."""
+    try:
+        fetch(folder / "photos")
+    except RuntimeError as exc:
+        raise click.ClickException(str(exc)) from exc
+    rng = np.random.default_rng(0)
+    for kind, count in PARTS.items():
+        for name, label in LABELLED.items():
+            place = folder / kind / label
+            place.mkdir(parents=True, exist_ok=True)
+            for i, part in enumerate(parts(folder / "photos" / name, count, rng)):
+                part.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(place / f"{i}.png")
+    click.echo(f"{folder}: photos, queries, test")
+
+
+if __name__ == "__main__":
+    main()

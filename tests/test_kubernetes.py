@@ -272,6 +272,12 @@ def test_every_setting_is_one_and_the_ports_are_the_services_own(name, monkeypat
     assert ports == ([served.port] if alone else [served.port, served.admin_port])
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_the_defense_is_one_that_is_recommended(name, monkeypatch):
+    served = settings(name, monkeypatch)
+    assert served.defense in {"codebook", "label", "withhold"}
+
+
 @pytest.mark.parametrize("name", SERVED)
 def test_the_service_shows_the_public_port_only(name):
     (port,) = one(name, "Service", "scumble")["spec"]["ports"]

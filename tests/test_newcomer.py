@@ -27,7 +27,7 @@ README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 READY_S = 60
 MAKE = shutil.which("make")
-BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(bash|sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 JOBS = {"victim", "defended"}
 
 pytestmark = pytest.mark.skipif(
@@ -54,8 +54,12 @@ def environment(clone: Path, **more: str) -> dict[str, str]:
 
 
 def blocks(section: str) -> list[str]:
-    """The commands of a section of the README, in order."""
-    return BLOCK.findall(README.partition(f"\n## {section}\n")[2].partition("\n## ")[0])
+    """What a section of the README has to be pasted into a shell, in order."""
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return [
+        f"python - <<'END'\n{code}END\n" if language == "python" else code
+        for language, code in BLOCK.findall(text)
+    ]
 
 
 def test_the_readme_leads_on():
@@ -82,9 +86,10 @@ def test_every_target_that_make_lists_can_be_planned(clone):
 
 
 @pytest.mark.server
-def test_make_serve_answers_what_the_readme_asks(clone):
-    serve, ask, predict = blocks("Serve")
+def test_make_serve_answers_what_the_readme_asks_in_one_shell(clone):
+    serve, *pasted = [*blocks("Serve"), *blocks("Defend")]
     assert serve == "make serve\n"
+    assert len(pasted) == 5
     port, admin = free_ports(2)
     env = environment(clone, SCUMBLE_PORT=str(port), SCUMBLE_ADMIN_PORT=str(admin))
     server = subprocess.Popen(
@@ -95,7 +100,7 @@ def test_make_serve_answers_what_the_readme_asks(clone):
         for line in server.stderr:
             if '"event":"ready"' in line.replace('": "', '":"'):
                 break
-        commands = (ask + predict).replace("localhost:8000", f"127.0.0.1:{port}")
+        commands = "".join(pasted).replace("localhost:8000", f"127.0.0.1:{port}")
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", commands.replace(":9000", f":{admin}")],  # noqa: S607
             cwd=clone, env=environment(clone), capture_output=True, text=True, check=False,
@@ -106,6 +111,7 @@ def test_make_serve_answers_what_the_readme_asks(clone):
         assert 'scumble_stage_seconds_count{stage="infer"}' in done.stdout
         assert re.search(r"3\.png +3 ", done.stdout)
         assert re.search(r"7\.png +7 ", done.stdout)
+        assert "\nok: these settings can be served\n" in done.stdout
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.communicate(timeout=READY_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -16,8 +15,9 @@ import orjson
 from click.core import ParameterSource
 from prometheus_client import CollectorRegistry
 
+from app.commands.picture_options import Size, picture_options, taken_preprocessing
 from app.errors import ConfigError
-from app.inference.bundle import GOLDEN_FILE, Bundle, Preprocessing, write_card
+from app.inference.bundle import GOLDEN_FILE, Bundle, write_card
 from app.inference.normalisation import PRESETS, Normalisation
 from app.inference.upstream.client import UpstreamClient
 from app.inference.upstream.connect import (
@@ -43,19 +43,6 @@ DESCRIBED = frozenset(
     {"input_name", "datatype", "layout", "size", "preset", "mean", "std", "bgr"}
     | {"output", "answers", "logits", "features", "model_version", "max_batch"}
 )
-
-
-class Size(click.ParamType[tuple[int, int]]):
-    """`224` or `HEIGHTxWIDTH`."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        """Parse the text."""
-        found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", str(value))
-        if found is None:
-            self.fail(f"{value!r} is not a size; allowed: 224 or HEIGHTxWIDTH", param, ctx)
-        return int(found[1]), int(found[2] or found[1])
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -126,22 +113,7 @@ class Numbers(click.ParamType[tuple[float, ...]]):
     type=click.FloatRange(0, 1, min_open=True),
     help="Of later golden outputs; by default from two answers.",
 )
-@click.option(
-    "--fit",
-    type=click.Choice(get_args(Preprocessing.model_fields["fit"].annotation)),
-    default="stretch",
-    show_default=True,
-    help="How pictures of another size are brought to size.",
-)
-@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), help="Share that crop keeps.")
-@click.option("--shorter", type=click.IntRange(1), help="Side that resize_crop resizes to.")
-@click.option(
-    "--interpolation",
-    type=click.Choice(get_args(Preprocessing.model_fields["interpolation"].annotation)),
-    default="bilinear",
-    show_default=True,
-    help="Filter of the resizing.",
-)
+@picture_options
 @click.pass_context
 def connect(
     context: click.Context,
@@ -153,10 +125,6 @@ def connect(
     bundle_version: str,
     replace: bool,
     labels: Path | None,
-    fit: str,
-    ratio: float | None,
-    shorter: int | None,
-    interpolation: str,
     preset: str | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
@@ -165,7 +133,7 @@ def connect(
     tolerance: float | None,
     input_name: str | None,
     model_version: str | None,
-    **wishes: Any,
+    **options: Any,
 ) -> None:
     """Write the bundle NAME for the model that another server has at URL.
 
@@ -176,7 +144,8 @@ def connect(
     The network's answers to some images are recorded, so that the engine `upstream` notices another
     network. SCUMBLE_UPSTREAM_TOKEN and SCUMBLE_UPSTREAM_CA are used as it does.
     """
-    wished = Wishes(input=input_name, version=model_version, **wishes)
+    preprocessing = taken_preprocessing(options)
+    wished = Wishes(input=input_name, version=model_version, **options)
     try:
         folder = models / name
         if folder.exists() and not replace:
@@ -200,12 +169,7 @@ def connect(
             "version": bundle_version,
             "labels": names,
             "input": found.shape.model_dump(),
-            "preprocessing": {
-                "fit": fit,
-                "ratio": ratio or 1.0,
-                "shorter": shorter,
-                "interpolation": interpolation,
-            },
+            "preprocessing": preprocessing,
             "upstream": found.card.model_dump(),
         }
         _write(folder, card, found)

@@ -37,6 +37,7 @@ from pydantic import (
 from app.errors import BundleError
 from app.precision import Precision
 from app.system.json_values import Parameters
+from app.system.validation import sentences
 
 if TYPE_CHECKING:
     import numpy as np
@@ -332,7 +333,7 @@ class Bundle:
         try:
             return Golden.model_validate_json(self.read(GOLDEN_FILE))
         except ValidationError as exc:
-            raise BundleError(f"{self}: golden.json is malformed: {exc}") from exc
+            raise BundleError(f"{self}: golden.json is malformed: {sentences(exc)}") from exc
 
     def _refuse_weights_elsewhere(self, file: str, content: bytes) -> None:
         """Refuse weights that an engine would read from files that the card does not cover."""
@@ -357,7 +358,7 @@ class Bundle:
                 f"no bundle at {str(self.folder)!r}: {exc.strerror}: card.json"
             ) from exc
         except ValidationError as exc:
-            raise BundleError(f"{str(path)!r} is malformed: {exc}") from exc
+            raise BundleError(f"{str(path)!r} is malformed: {sentences(exc)}") from exc
 
 
 def _content(path: Path) -> bytes:
@@ -397,6 +398,19 @@ def golden_inputs(shape: InputShape) -> npt.NDArray[np.uint8]:
     return np.rint(127.5 + 127.5 * np.sin(phase)).astype(np.uint8)
 
 
+def checked_card(card: Mapping[str, Any], files: Mapping[str, str] | None = None) -> Card:
+    """A card of members that are known; of a bundle that is not made yet, without files.
+
+    Raises:
+        BundleError: no card may be like this.
+    """
+    full = {**card, "format": FORMAT, "files": files or {}}
+    try:
+        return Card.model_validate_json(orjson.dumps(full))
+    except ValidationError as exc:
+        raise BundleError(f"no card can be made of this: {sentences(exc)}") from exc
+
+
 def write_card(folder: Path, card: dict[str, Any]) -> Card:
     """Hash the files of `folder`, complete `card` with them, check it, write it.
 
@@ -408,10 +422,7 @@ def write_card(folder: Path, card: dict[str, Any]) -> Card:
         for p in sorted(folder.iterdir())
         if p.name != "card.json" and p.is_file() and not p.name.startswith(".")
     }
-    try:
-        full = Card.model_validate_json(orjson.dumps({**card, "format": FORMAT, "files": files}))
-    except ValidationError as exc:
-        raise BundleError(f"card of {str(folder)!r} is malformed: {exc}") from exc
+    full = checked_card(card, files)
     text = orjson.dumps(full.model_dump(mode="json"), option=orjson.OPT_INDENT_2)
     (folder / "card.json").write_bytes(text + b"\n")
     return full

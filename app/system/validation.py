@@ -7,7 +7,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
     from pydantic_core import ErrorDetails
+
+MOST = 3  # sentences about one document
+WHOLE = ("model_type", "model_attributes_type")  # of a document that is none
 
 SHORTER = (
     ("greater than or equal to", "at least"),
@@ -36,6 +40,22 @@ def sentence(name: str, error: ErrorDetails) -> str:
         return f"{name}: {allowed([error])}"
     value = f"is {error['input']!r}" if "input" in error else "is not valid"
     return f"{name} {value}; allowed: {allowed([error])}"
+
+
+def sentences(refusal: ValidationError) -> str:
+    """What a document has that is not allowed, by its place; the first few of it."""
+    errors = refusal.errors(include_url=False)
+    found = [_placed(error) for error in errors[:MOST]]
+    if len(errors) > MOST:
+        found.append(f"and {len(errors) - MOST} more")
+    return "; ".join(found)
+
+
+def _placed(error: ErrorDetails) -> str:
+    place = ".".join(map(str, error["loc"]))
+    if place or error["type"] in WHOLE:
+        return sentence(place or "it", error).removesuffix("; in TOML, a table")
+    return allowed([error])
 
 
 def _phrase(error: ErrorDetails) -> str:

@@ -53,7 +53,7 @@ from scumble.attacker.result import (
 )
 from scumble.attacker.third_party import short
 from scumble.attacker.transports import TRANSPORTS, Probs
-from scumble.data.image_sets import Dataset
+from scumble.data.image_sets import Dataset, numbered_as
 from scumble.machine import processor
 from scumble.progress import showing
 
@@ -156,7 +156,8 @@ def run(
         )
 
     with open_oracle(job.budget, out / "journal.sqlite", progress) as oracle:
-        test_data = data(job.test, "test", job.root, job.test_images)
+        whole = data(job.test, "test", job.root, job.test_images)
+        test_data = numbered_as(whole, oracle.model["labels"])
         test = pool(test_data, oracle.shape)
         own_data = data(job.queries, "train", job.root) if job.queries else None
         own = pool(own_data, oracle.shape) if own_data else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,13 @@ def load(
     raise _unknown(source)
 
 
+def named(name: str, split: str, root: Path | None = None) -> bool:
+    """Whether `name` is that of a set: of one that can be downloaded, or that `root` has."""
+    if name == DIGITS or name in SPLIT_OFF or name in TORCHVISION:
+        return True
+    return root is not None and (root / f"{name}_{split}.parquet").is_file()
+
+
 def require(source: str, split: str = "train", *, root: Path | None = None) -> None:
     """Check that `load` finds a data set. Nothing is decoded; a set of torchvision is downloaded.
 
@@ -189,6 +196,46 @@ def write_parquet(
     pq.write_table(
         pa.table({"image": pa.array(rows, kind), "label": np.asarray(labels, np.int64)}), path
     )
+
+
+def numbered_as(data: Dataset, labels: Sequence[str]) -> Dataset:
+    """A set with the classes of a network, and their numbers.
+
+    Raises:
+        DatasetError: its classes are others; see `class_numbers`.
+    """
+    numbers = np.array(class_numbers(data.name, data.classes, labels), np.int64)
+    return replace(data, labels=numbers[data.labels], classes=tuple(labels))
+
+
+def class_numbers(name: str, classes: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """The number of each class of a data set among the labels of a network.
+
+    Classes may be named after labels, in any order and not all of them, or numbered from 0. As many
+    classes as there are labels, under other names, are taken in their order.
+
+    Raises:
+        DatasetError: none of these.
+    """
+    known: dict[str, int] = {}
+    for k, label in enumerate(labels):
+        known[_plain(label)] = -1 if _plain(label) in known else k
+    named = [known.get(_plain(each), -1) for each in classes]
+    if min(named) >= 0:
+        return named
+    if all(each.isdecimal() and int(each) < len(labels) for each in classes):
+        return [int(each) for each in classes]
+    if len(classes) == len(labels):
+        return list(range(len(labels)))
+    strange = next(each for each, k in zip(classes, named, strict=True) if k < 0)
+    raise DatasetError(
+        f"{name} has {len(classes)} classes, the network {len(labels)}, none or two of them named "
+        f"{strange!r}; needed: classes with the names of labels, or with their numbers from 0"
+    )
+
+
+def _plain(label: str) -> str:
+    return label.strip().casefold()
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -41,11 +41,13 @@ from scumble.evaluation.experiment import Defended
 from scumble.evaluation.published_defenses import Reference, grad2_reference, mad_reference
 from scumble.help_option import HELP
 from scumble.machine import processor
+from scumble.progress import bar, showing
 from scumble.training.auxiliary import surrogate_of
 from scumble.training.command_options import plain_errors
 
 # Two engines of the very same graph differ by some percent: where their memory lies is chance.
 PAIRS = 7
+BATCHES = (1, 32)
 OUT = Path("runs/records/bench.json")
 EPSILON = 1.0
 COMPARED = [
@@ -97,16 +99,7 @@ def defenses(models: str, precisions: str, rounds: int, slow_rounds: int, out: P
     with plain_errors():
         compared = chosen(models.split(","), precisions.split(","))
         out.parent.mkdir(parents=True, exist_ok=True)
-    cases = []
-    for bundle, precision in compared:
-        for batch in (1, 32):
-            for case in measure(bundle, precision, batch, rounds, slow_rounds):
-                cases.append(case)
-                click.echo(
-                    f"{case['model']} {precision} batch {batch}: {case['defense']:24} "
-                    f"{case['ms_per_image']:.4f} ms, {case['over_dcp']:.1f} x dcp, "
-                    f"{case['over_inference']:.1%} of inference"
-                )
+        cases = measure_all(compared, rounds, slow_rounds)
     document = {
         "command": f"scumble bench defenses --models {models} --precisions {precisions} "
         f"--rounds {rounds} --slow-rounds {slow_rounds}",
@@ -117,6 +110,31 @@ def defenses(models: str, precisions: str, rounds: int, slow_rounds: int, out: P
         "cases": cases,
     }
     out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def measure_all(
+    compared: Sequence[tuple[Bundle, Precision]], rounds: int, slow_rounds: int
+) -> list[dict[str, Any]]:
+    """All lines of all models, each printed when it is there."""
+    cases = []
+    with bar(len(compared) * len(BATCHES), "bench", "table", shown=True) as done, showing(True):
+        for bundle, precision in compared:
+            for batch in BATCHES:
+                found = measure(bundle, precision, batch, rounds, slow_rounds)
+                cases += found
+                done.write(f"{bundle.card.name} {precision}, batch {batch}")
+                for case in found:
+                    done.write(line(case))
+                done.update()
+    return cases
+
+
+def line(case: Mapping[str, Any]) -> str:
+    """What a defense costs, in less than 80 columns."""
+    return (
+        f"  {case['defense']:24} {case['ms_per_image']:10.4f} ms {case['over_dcp']:8.1f} x dcp "
+        f"{case['over_inference']:9.1%} of inference"
+    )
 
 
 def chosen(models: Sequence[str], precisions: Sequence[str]) -> list[tuple[Bundle, Precision]]:
@@ -202,11 +220,13 @@ def timed(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, l
     rng = random.Random(0)  # noqa: S311  # an order, no secret
     names = list(calls)
     found: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 3):
-        rng.shuffle(names)
-        for name in names:
-            start = time.perf_counter()
-            calls[name]()
-            if number >= 3:
-                found[name].append(time.perf_counter() - start)
+    with bar(rounds + 3, "rounds", "round", shown=False) as done:
+        for number in range(rounds + 3):
+            rng.shuffle(names)
+            for name in names:
+                start = time.perf_counter()
+                calls[name]()
+                if number >= 3:
+                    found[name].append(time.perf_counter() - start)
+            done.update()
     return found

@@ -23,7 +23,7 @@ from scumble.attacker.pool import pool
 from scumble.attacker.run import Job, data, run
 from scumble.attacker.transports import Images, Probs
 from scumble.client.http_client import Client
-from scumble.data.image_sets import Dataset
+from scumble.data.image_sets import Dataset, numbered_as
 from scumble.evaluation import scores
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.failures import failure
@@ -73,6 +73,7 @@ def judge(
         if not progress:
             stack.enter_context(reporting(report))
         clean = stack.enter_context(server(cell, Defended()))
+        test = numbered_as(test, labels_of(clean))
         if cell.defense.url:
             url, admin = cell.defense.url, None
         else:
@@ -265,6 +266,12 @@ def latencies(
         name: {p: 1000 * float(np.percentile(values[UNTIMED:], int(p[1:]))) for p in PERCENTILES}
         for name, values in found.items()
     }
+
+
+def labels_of(clean: Server) -> tuple[str, ...]:
+    """The labels of the served model."""
+    with Client(clean.url, transport=consent.transport(clean.url)) as client:
+        return tuple(client.model().labels)
 
 
 def model_sha256(clean: Server) -> str:

@@ -199,11 +199,13 @@ def auxiliary(
     with plain_errors():
         bundle = open_bundle(models, name)
         card = bundle.card
+        own = train_source or own_set(card, "train", data, "--train")
+        judged_by = test_source or own_set(card, "test", data, "--test")
         queries = load(transfer, "train", root=data, decoder=decoder_of(card))
         sets = Sets(
             _queries(queries, card, images, seed),
-            _some(open_set(train_source or own_set(card), "train", data, card), images, seed),
-            open_set(test_source or own_set(card), "test", data, card),
+            _some(open_set(own, "train", data, card), images, seed),
+            open_set(judged_by, "test", data, card),
         )
         command = typed(ctx, "python -m scumble.training.auxiliary")
         card = ship(bundle, sets, recipes, command)

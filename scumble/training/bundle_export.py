@@ -24,15 +24,14 @@ import onnx
 import orjson
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from pydantic import ValidationError
 from torch import nn
 
 from app.inference.bundle import (
-    FORMAT,
     ONNX_FILE,
     Card,
     Golden,
     InputShape,
+    checked_card,
     golden_inputs,
     write_card,
 )
@@ -227,16 +226,14 @@ def export_bundle(
 
     Raises:
         ExportError: the network cannot be exported, or has not one class per label.
+        BundleError: no card may be like this.
     """
     count, labels = classes_of(module, shape), card["labels"]
     notes_of(module, shape)
     if count != len(labels):
         raise ExportError(f"the network has {count} classes, but there are {len(labels)} labels")
     card = {**card, "input": shape.model_dump()}
-    try:  # before a folder is made of a name that no card may have
-        Card.model_validate_json(orjson.dumps({**card, "format": FORMAT, "files": {}}))
-    except ValidationError as exc:
-        raise ExportError(f"no card can be made of this: {exc}") from exc
+    checked_card(card)  # before a folder is made of a name that no card may have
     folder.mkdir(parents=True, exist_ok=True)
     remove_derived(folder)
     model = to_onnx(module, shape)

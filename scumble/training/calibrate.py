@@ -233,9 +233,11 @@ def calibrate(
             precision: settings_of(models, name, precision=precision, engine=engine)
             for precision in PRECISIONS
         }
-        known = own_set(bundle.card)
-        own = open_set(own_source or known, "train", data, bundle.card)
-        test = open_set(test_source or known, "test", data, bundle.card)
+        card = bundle.card
+        own_images = own_source or own_set(card, "train", data, "--own and --test")
+        test_images = test_source or own_set(card, "test", data, "--test")
+        own = open_set(own_images, "train", data, card)
+        test = open_set(test_images, "test", data, card)
         if own_source is None:
             recipe = bundle.card.training.get("recipe", {})
             _, own = own.split(recipe.get("holdout", 0.05), recipe.get("seed", 0))

@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -31,11 +32,15 @@ version_option = click.option(
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns expected errors into one-line messages."""
+    """Turns expected errors into one-line messages, and has Ctrl-C say how to go on."""
     try:
         yield
     except (ScumbleError, DatasetError, OSError) as exc:
         raise click.ClickException(" ".join(str(exc).split())) from exc
+    except KeyboardInterrupt as exc:
+        if exc.args:  # says how to continue
+            raise
+        raise KeyboardInterrupt("interrupted: the same command starts again") from None
 
 
 @contextlib.contextmanager
@@ -71,8 +76,17 @@ def typed(ctx: click.Context, program: str = "") -> str:
     for parameter in ctx.command.params:
         name = str(parameter.name)
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            option = [parameter.opts[0]] if isinstance(parameter, click.Option) else []
-            value = ctx.params[name]
-            for one in value if isinstance(value, tuple) else [value]:
-                words += [*option, str(one)]
+            words += _words(parameter, ctx.params[name])
     return shlex.join(words)
+
+
+def _words(parameter: click.Parameter, value: Any) -> list[str]:
+    """What was typed for a parameter."""
+    if not isinstance(parameter, click.Option):
+        return [str(value)]
+    if parameter.is_flag:
+        return [parameter.opts[0] if value else parameter.secondary_opts[0]]
+    if parameter.multiple:
+        return [word for one in value for word in (parameter.opts[0], str(one))]
+    text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [parameter.opts[0], text]

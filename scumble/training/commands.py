@@ -10,7 +10,7 @@ from typing import Any
 import click
 import torch
 
-from app.inference.bundle import Bundle, InputShape, open_bundle
+from app.inference.bundle import Bundle, InputShape, checked_card, open_bundle
 from scumble.data.image_sets import load
 from scumble.help_option import HELP
 from scumble.training.bundle_export import export_bundle, finish
@@ -129,6 +129,14 @@ def train(
         rest, held_out = images.split(recipe.holdout, recipe.seed)
         height, width, channels = images.images.shape[1:]
         shape = InputShape(height=height, width=width, channels=channels)
+        card: dict[str, Any] = {
+            "name": place.name,
+            "version": version,
+            "labels": list(images.classes),
+            "input": shape.model_dump(),
+            "data_licence": DATA_LICENCE.get(source, ""),
+        }
+        checked_card(card)
         exposure, exposed = None, {}
         if outliers is not None:
             found_outliers = load(outliers, "train", root=data)
@@ -152,25 +160,18 @@ def train(
             raise KeyboardInterrupt(
                 f"{checkpoint.path} keeps how far it was: the same command continues"
             ) from None
-        card: dict[str, Any] = {
-            "name": place.name,
-            "version": version,
-            "labels": list(images.classes),
-            "data_licence": DATA_LICENCE.get(source, ""),
-            "training": {
-                "command": typed(ctx),
-                "set": source,
-                "recipe": asdict(recipe),
-                "images": len(rest),
-                "held_out": len(held_out),
-                **exposed,
-                "threads": threads(),
-                "torch": torch.__version__,
-            },
+        card["training"] = {
+            "command": typed(ctx),
+            "set": source,
+            "recipe": asdict(recipe),
+            "images": len(rest),
+            "held_out": len(held_out),
+            **exposed,
+            "threads": threads(),
+            "torch": torch.__version__,
         }
         with staged(place) as folder:
             export_bundle(network, folder, shape, card, threads=threads())
-            card["input"] = shape.model_dump()
             model = Bundle(folder).onnx("float32")
             found = card_accuracy(answers(model, test.images, "float32"), test)
             validation = share_right(answers(model, held_out.images, "float32"), held_out)
@@ -230,13 +231,15 @@ def quantize(
     with plain_errors():
         bundle = open_bundle(models, name)
         require_writable(bundle.folder)
-        recipe, known = bundle.card.training.get("recipe", {}), own_set(bundle.card)
-        images = open_set(train_source or known, "train", data, bundle.card, unlabelled=True)
+        recipe = bundle.card.training.get("recipe", {})
+        source = train_source or own_set(bundle.card, "train", data, "--train")
+        images = open_set(source, "train", data, bundle.card, unlabelled=True)
         share = recipe.get("holdout", 0.05) if test_source or not train_source else OWN_HOLDOUT
         rest, held_out = images.split(share, recipe.get("seed", 0))
         test = held_out
         if test_source or not train_source:
-            test = open_set(test_source or known, "test", data, bundle.card, unlabelled=True)
+            source = test_source or own_set(bundle.card, "test", data, "--test")
+            test = open_set(source, "test", data, bundle.card, unlabelled=True)
         augment = augment or recipe.get("augment", "none")
         tuning = Tuning(epochs=epochs, lr=lr, augment=augment, seed=seed)
         judge = Judge(bundle.read("float32.onnx"), held_out, test)

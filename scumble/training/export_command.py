@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from app.commands.picture_options import Size, picture_options, taken_preprocessing
 from app.errors import ConfigError
 from app.inference.bundle import ONNX_FILE, open_bundle
 from app.inference.defense_artifacts import DefenseArtifacts
@@ -35,7 +36,7 @@ from scumble.training.sanity_checks import check_normalisation
 from scumble.training.staging import staged, write_file
 
 if TYPE_CHECKING:
-    from scumble.training.sources import Fit, Published
+    from scumble.training.sources import Published
 
 
 @click.command(context_settings=HELP)
@@ -72,29 +73,12 @@ if TYPE_CHECKING:
     "those of its weights.",
 )
 @click.option(
-    "--size", type=click.IntRange(1), help="In pixels; 224, or what torchvision's weights take."
+    "--size", type=Size(), help="HEIGHTxWIDTH, or one number; 224, or what published weights take."
 )
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True)
 @click.option("--mean", help="Per channel, as 0.485,0.456,0.406 (the default for torchvision).")
 @click.option("--std", help="Per channel, as 0.229,0.224,0.225 (the default for torchvision).")
-@click.option(
-    "--fit",
-    "fit_to",
-    type=click.Choice(["stretch", "crop", "resize_crop", "letterbox"]),
-    help="How pictures of another size are brought to size; as torchvision's weights say, else "
-    "stretch.",
-)
-@click.option(
-    "--ratio",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Central share that crop keeps; for torchvision as its weights say, else 1.",
-)
-@click.option("--shorter", type=click.IntRange(1), help="Side that resize_crop resizes to.")
-@click.option(
-    "--interpolation",
-    type=click.Choice(["bilinear", "bicubic", "lanczos"]),
-    help="Filter of the resizing; as torchvision's weights say, else bilinear.",
-)
+@picture_options
 @click.option("--licence", default="", help="Of the training data, for the card.")
 @version_option
 @models_option
@@ -165,8 +149,17 @@ def export(
         else:
             require_writable(models / name)
             settings = None if images is None else settings_of(models, name, precision="float32")
-            command = typed(ctx)
-            click.echo(write_bundle(models, name, command=command, **sources, **network))
+            preprocessing = taken_preprocessing(network)
+            click.echo(
+                write_bundle(
+                    models,
+                    name,
+                    command=typed(ctx),
+                    preprocessing=preprocessing,
+                    **sources,
+                    **network,
+                )
+            )
             if settings and images:
                 show_folder(settings, images)
 
@@ -243,14 +236,11 @@ def write_bundle(
     weights: str | None,
     classes: int | None,
     labels: Path | None,
-    size: int | None,
+    size: tuple[int, int] | None,
     channels: str,
     mean: str | None,
     std: str | None,
-    fit_to: Fit | None,
-    ratio: float | None,
-    shorter: int | None,
-    interpolation: str | None,
+    preprocessing: dict[str, Any],
     licence: str,
     version: str,
 ) -> str:
@@ -305,8 +295,8 @@ def write_bundle(
     if said:
         if loaded and not names and classes in (None, len(said.labels)):
             names = said.labels
-        fit_to, ratio, shorter = said.preprocessing(size, fit_to, ratio, shorter)
-        size, interpolation = size or said.size, interpolation or said.interpolation
+        preprocessing = said.preprocessing(size, preprocessing)
+        size = size or (said.size, said.size)
         mean = mean or ",".join(map(str, said.mean))
         std = std or ",".join(map(str, said.std))
         trained = {
@@ -325,20 +315,15 @@ def write_bundle(
         means, stds = numbers(mean or "0"), numbers(std or "1")
         check_normalisation(means, stds)
         network = normalized(network, means, stds)
-    size = size or 224
-    shape = InputShape(height=size, width=size, channels=3 if channels == "3" else 1)
+    height, width = size or (224, 224)
+    shape = InputShape(height=height, width=width, channels=3 if channels == "3" else 1)
     count = classes_of(network, shape)
     names = names or [str(k) for k in range(classes or count)]
     card = {
         "name": name,
         "version": version,
         "labels": names,
-        "preprocessing": {
-            "fit": fit_to or "stretch",
-            "ratio": ratio or 1.0,
-            "shorter": shorter,
-            "interpolation": interpolation or "bilinear",
-        },
+        "preprocessing": preprocessing,
         "training": {"command": command, "torch": torch.__version__, **trained},
         "data_licence": licence,
     }
@@ -348,5 +333,5 @@ def write_bundle(
     ):
         export_bundle(network, folder, shape, card, threads=threads())
     lines += notes_of(network, shape)
-    line = f"{models / name}: {count} classes, {size}x{size} pixels, {channels} channels"
+    line = f"{models / name}: {count} classes, {height}x{width} pixels, {channels} channels"
     return "\n".join([*(f"note: {each}" for each in lines), line])

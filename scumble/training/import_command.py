@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 import onnx
-import orjson
-from pydantic import ValidationError
 
-from app.inference.bundle import (
-    FORMAT,
-    ONNX_FILE,
-    Card,
-    Preprocessing,
-)
+from app.commands.picture_options import Size, picture_options, taken_preprocessing
+from app.inference.bundle import ONNX_FILE, Preprocessing, checked_card
 from app.inference.normalisation import PRESETS, Normalisation
 from scumble.help_option import HELP
 from scumble.training.command_options import (
@@ -36,6 +30,7 @@ from scumble.training.onnx_import import (
     Decision,
     Imported,
     Layout,
+    Unsaid,
     convert,
     decide,
     read_network,
@@ -45,22 +40,6 @@ from scumble.training.sanity_checks import ExportError, check_normalisation
 from scumble.training.staging import remove_derived, staged
 
 MANY_LABELS = 8  # of which no more are shown
-
-
-class Size(click.ParamType[tuple[int, int]]):
-    """`224` or `HEIGHTxWIDTH`."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        """Parse the text."""
-        if isinstance(value, tuple):
-            return value
-        found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", str(value))
-        sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-        if not all(sides):
-            self.fail(f"{value!r} is not a size; allowed: 224 or HEIGHTxWIDTH such as 240x320")
-        return sides
 
 
 def normalisation_of(
@@ -120,25 +99,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 @click.option(
     "--labels", type=file, help="A label a line, or JSON; without it classes are numbered."
 )
-@click.option(
-    "--fit",
-    "fit_to",
-    type=click.Choice(["stretch", "crop", "resize_crop", "letterbox"]),
-    default="stretch",
-    show_default=True,
-    help="How pictures of another size are brought to size.",
-)
-@click.option(
-    "--ratio", type=click.FloatRange(0, 1, min_open=True), help="Central share that crop keeps."
-)
-@click.option("--shorter", type=click.IntRange(1), help="Side that resize_crop resizes to.")
-@click.option(
-    "--interpolation",
-    type=click.Choice(["bilinear", "bicubic", "lanczos"]),
-    default="bilinear",
-    show_default=True,
-    help="Filter of the resizing.",
-)
+@picture_options
 @click.option("--licence", default="", help="Of the training data, for the card.")
 @version_option
 @models_option
@@ -146,6 +107,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 @click.pass_context
 def import_onnx(
     ctx: click.Context,
+    /,
     source: Path,
     name: str | None,
     preset: str | None,
@@ -157,14 +119,11 @@ def import_onnx(
     output: str | None,
     answers: Answers | None,
     labels: Path | None,
-    fit_to: str,
-    ratio: float | None,
-    shorter: int | None,
-    interpolation: str,
     licence: str,
     version: str,
     models: Path,
     images: Path | None,
+    **options: Any,
 ) -> None:
     """Write an ONNX classifier as the float bundle NAME, by default that of the file.
 
@@ -176,9 +135,9 @@ def import_onnx(
         settings = None if images is None else settings_of(models, name, precision="float32")
         network = read_network(source)
         normalisation = normalisation_of(preset, mean, std, bgr)
-        decision = decide(
-            network, normalisation, layout=layout, size=size, output=output, answers=answers
-        )
+        wishes = {"layout": layout, "size": size, "output": output, "answers": answers}
+        ask = prompted if sys.stdin.isatty() else None
+        decision = settled(network, normalisation, wishes, ask)
         click.echo(decision.sentence(normalisation))
         names = _labels(labels, decision)
         card = {
@@ -186,12 +145,7 @@ def import_onnx(
             "version": version,
             "labels": names,
             "input": decision.shape.model_dump(),
-            "preprocessing": {
-                "fit": fit_to,
-                "ratio": ratio or 1.0,
-                "shorter": shorter,
-                "interpolation": interpolation,
-            },
+            "preprocessing": taken_preprocessing(options),
             "training": {
                 "command": typed(ctx),
                 "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
@@ -200,16 +154,45 @@ def import_onnx(
             },
             "data_licence": licence,
         }
-        try:
-            Card.model_validate_json(orjson.dumps({**card, "format": FORMAT, "files": {}}))
-        except ValidationError as exc:
-            raise ExportError(f"no card can be made of this: {exc}") from exc
+        checked_card(card)
         made = convert(network, decision, normalisation)
         for note in made.notes:
             click.echo(f"note: {note}")
         click.echo(_write(models / name, made, card))
         if settings and images:
             show_folder(settings, images)
+
+
+def settled(
+    network: onnx.ModelProto,
+    normalisation: Normalisation,
+    wishes: Mapping[str, Any],
+    ask: Callable[[Unsaid], Any] | None,
+) -> Decision:
+    """How a file is read, after somebody was asked for what neither it nor the options say.
+
+    Args:
+        network: the file.
+        normalisation: of its input.
+        wishes: what the options say.
+        ask: gives the value of an option; None if nobody is there.
+
+    Raises:
+        ExportError: it is not an image classifier, or nobody says what it leaves open.
+    """
+    while True:
+        try:
+            return decide(network, normalisation, **wishes)
+        except Unsaid as missing:
+            if ask is None:
+                raise
+            wishes = {**wishes, missing.option: ask(missing)}
+
+
+def prompted(missing: Unsaid) -> Any:
+    """What the person at the terminal says."""
+    choices = click.Choice(missing.choices) if missing.choices else Size()
+    return click.prompt(str(missing), type=choices)
 
 
 def _labels(path: Path | None, decision: Decision) -> list[str]:

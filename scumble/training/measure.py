@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from app.inference.engines import Engine, EngineName, Probs, load
 from app.inference.image_formats import SIGNATURE
 from app.precision import Precision
 from scumble.data import image_sets
-from scumble.data.image_sets import Dataset, DatasetError, Decoder
+from scumble.data.image_sets import Dataset, DatasetError, Decoder, numbered_as
 from scumble.png import to_image
 from scumble.progress import bar
 
@@ -65,9 +66,25 @@ def open_set(
     return fitted(data, card)
 
 
-def own_set(card: Card) -> str:
-    """The data set that a bundle was trained on: the one it is named after, if none is stated."""
-    return str(card.training.get("set", card.name))
+def own_set(card: Card, split: str, root: Path | None, option: str) -> str:
+    """The data set that a bundle was trained on: the one it is named after, if none is stated.
+
+    Args:
+        card: of the bundle.
+        split: `train` or `test`.
+        root: folder with data sets by name.
+        option: that names other images.
+
+    Raises:
+        DatasetError: there is no such set.
+    """
+    found = str(card.training.get("set", card.name))
+    if not image_sets.named(found, split, root):
+        raise DatasetError(
+            f"no image set is known that {card.name!r} was trained on; give images of yours with "
+            f"{option}"
+        )
+    return found
 
 
 def fitted(data: Dataset, card: Card) -> Dataset:
@@ -77,13 +94,9 @@ def fitted(data: Dataset, card: Card) -> Dataset:
         DatasetError: other classes than the card's.
     """
     want = card.input
-    images, labels = data.images, data.labels
-    if data.labelled:
-        labels = np.array(class_numbers(data.name, data.classes, card.labels), np.int64)[labels]
-    if images.shape[1:] != (want.height, want.width, want.channels):
-        images = fit_images(images, want, card.preprocessing)
-    classes = tuple(card.labels) if data.labelled else ()
-    return Dataset(data.name, images, labels, classes, data.groups)
+    if data.images.shape[1:] != (want.height, want.width, want.channels):
+        data = replace(data, images=fit_images(data.images, want, card.preprocessing))
+    return numbered_as(data, card.labels) if data.labelled else data
 
 
 def fit_images(
@@ -91,36 +104,6 @@ def fit_images(
 ) -> npt.NDArray[np.uint8]:
     """Images in memory, brought to the input as the service does it."""
     return np.stack([to_pixels(to_image(image), shape, preprocessing) for image in images])
-
-
-def class_numbers(name: str, classes: Sequence[str], labels: Sequence[str]) -> list[int]:
-    """The number of each class of a data set among the labels of a bundle.
-
-    Classes may be named after labels, in any order and not all of them, or numbered from 0. As many
-    classes as there are labels, under other names, are taken in their order.
-
-    Raises:
-        DatasetError: none of these.
-    """
-    known: dict[str, int] = {}
-    for k, label in enumerate(labels):
-        known[_plain(label)] = -1 if _plain(label) in known else k
-    named = [known.get(_plain(each), -1) for each in classes]
-    if min(named) >= 0:
-        return named
-    if all(each.isdecimal() and int(each) < len(labels) for each in classes):
-        return [int(each) for each in classes]
-    if len(classes) == len(labels):
-        return list(range(len(labels)))
-    strange = next(each for each, k in zip(classes, named, strict=True) if k < 0)
-    raise DatasetError(
-        f"{name} has {len(classes)} classes, the bundle {len(labels)}, none or two of them named "
-        f"{strange!r}; needed: classes with the names of labels, or with their numbers from 0"
-    )
-
-
-def _plain(label: str) -> str:
-    return label.strip().casefold()
 
 
 def batch_size(image: tuple[int, ...], values: int = BATCH_VALUES) -> int:

@@ -15,7 +15,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,19 @@ PASSING = ("Identity", "Reshape", "Flatten", "Squeeze", "Cast")
 Layout = Literal["nchw", "nhwc"]
 Answers = Literal["logits", "probabilities", "sigmoid", "logit"]
 Values = npt.NDArray[Any]
+
+
+class Unsaid(ExportError):
+    """The file leaves open what an option can say.
+
+    Attributes:
+        option: its name.
+        choices: its values; none if it is free.
+    """
+
+    def __init__(self, message: str, option: str, choices: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.option, self.choices = option, choices
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,8 @@ def decide(
     """Read from a network what it says of itself; the arguments are what the owner says.
 
     Raises:
-        ExportError: it is not an image classifier, or lacks information.
+        Unsaid: an option has to say something.
+        ExportError: it is not an image classifier.
     """
     found = _input(model.graph)
     # Old files of PaddlePaddle have -1 for a free size.
@@ -140,7 +154,8 @@ def decide(
     kind, batch = found.type.tensor_type.elem_type, sides[0] or None
     outputs = [each.name for each in model.graph.output]
     if output is None and len(outputs) != 1:
-        raise ExportError(f"the network has the outputs {', '.join(outputs)}; choose with --output")
+        message = f"the network has the outputs {', '.join(outputs)}; choose with --output"
+        raise Unsaid(message, "output", outputs)
     if output is not None and output not in outputs:
         raise ExportError(f"the network has no output {output!r}; there: {', '.join(outputs)}")
     output = output or outputs[0]
@@ -219,22 +234,25 @@ def _input(graph: onnx.GraphProto) -> onnx.ValueInfoProto:
 def _layout(sides: Sequence[int]) -> Layout:
     first, last = sides[1] in CHANNELS, sides[3] in CHANNELS
     if first == last:
-        raise ExportError(
+        raise Unsaid(
             f"the input has the shape {list(sides)}, where 0 is free; say which dimension the "
-            "channels are with --layout nchw or nhwc"
+            "channels are with --layout nchw or nhwc",
+            "layout",
+            get_args(Layout),
         )
     return "nchw" if first else "nhwc"
 
 
 def _size(found: tuple[int, int], given: tuple[int, int] | None) -> tuple[int, int]:
     if given is None and not all(found):
-        raise ExportError(
-            "the network takes images of any size; say which with --size HEIGHTxWIDTH"
-        )
+        message = "the network takes images of any size; say which with --size HEIGHTxWIDTH"
+        raise Unsaid(message, "size")
     if given is None:
         return found
     if any(side and side != wanted for side, wanted in zip(found, given, strict=True)):
-        raise ExportError(f"the network takes {found[0]} x {found[1]} pixels, not {given}")
+        raise ExportError(
+            f"the network takes {found[0]} x {found[1]} pixels, not {given[0]} x {given[1]}"
+        )
     return given
 
 
@@ -248,9 +266,11 @@ def _answers(model: onnx.ModelProto, output: str, rows: Values, given: Answers |
         if given not in (None, "sigmoid", "logit"):
             raise ExportError(f"answers are {given} by --answers, but the network gives one value")
         if found is None and given is None:
-            raise ExportError(
+            raise Unsaid(
                 "the network gives one value for an image; say with --answers whether it is a "
-                "sigmoid or a logit, of the second of two classes"
+                "sigmoid or a logit, of the second of two classes",
+                "answers",
+                ("sigmoid", "logit"),
             )
         return given or found or "sigmoid"
     if last == "Sigmoid" and given in (None, "sigmoid"):

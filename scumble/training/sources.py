@@ -8,7 +8,7 @@ import math
 import pickle
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,17 +78,22 @@ class Published:
         )
 
     def preprocessing(
-        self, size: int | None, fit: Fit | None, ratio: float | None, shorter: int | None
-    ) -> tuple[Fit, float | None, int | None]:
-        """Fit, ratio and shorter side, where the arguments are what the owner says.
+        self, size: tuple[int, int] | None, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What the owner says, and what the weights say where that leaves something open.
 
         For another size than the weights' the share of the picture that is seen stays the same.
+
+        Args:
+            size: that the owner says.
+            given: members of the card's `preprocessing` that the owner says.
         """
-        if size is None and fit is None and ratio is None and self.fit != "crop":
-            return self.fit, None, shorter or self.shorter
-        if fit in (None, "crop"):
-            return "crop", ratio or min(1.0, self.size / self.shorter), shorter
-        return fit, ratio, shorter
+        found = {"interpolation": self.interpolation, **given}
+        if size is None and self.fit != "crop" and not {"fit", "ratio"} & given.keys():
+            return {"fit": self.fit, "shorter": self.shorter, **found}
+        if given.get("fit", "crop") == "crop":
+            return {"fit": "crop", "ratio": min(1.0, self.size / self.shorter), **found}
+        return found
 
 
 def torchvision_weights(name: str, weights: str | None) -> tuple[Published, Path | None]:

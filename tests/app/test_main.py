@@ -217,10 +217,32 @@ def test_a_missing_file_is_named(own_models):
         create_app(settings(own_models, precision="int8"))
 
 
-def test_a_malformed_card_is_named(own_models):
-    (own_models / "tiny" / "card.json").write_text("{}")
-    with pytest.raises(BundleError, match=r"card\.json.*is malformed"):
+MALFORMED = {
+    "{": "Invalid JSON: EOF while parsing",
+    "{}": "format is missing; name is missing; version is missing; and 3 more",
+    "[]": "it is []; allowed: an object",
+    '{"format": 1}': "format is 1; allowed: 'scumble-bundle/1'; name is missing; version is mi",
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_a_malformed_card_is_named_with_what_is_wrong(own_models, text):
+    path = own_models / "tiny" / "card.json"
+    path.write_text(text)
+    with pytest.raises(BundleError) as refused:
         create_app(settings(own_models))
+    assert str(refused.value).startswith(f"{str(path)!r} is malformed: {MALFORMED[text]}")
+    assert "\n" not in str(refused.value)
+
+
+def test_malformed_golden_outputs_are_named_with_what_is_wrong(own_models):
+    from app.inference.bundle import Bundle, write_card
+
+    folder = own_models / "tiny"
+    (folder / "golden.json").write_text('{"probabilities": {"float32": 3}, "tolerance": {}}')
+    write_card(folder, json.loads((folder / "card.json").read_text()))
+    with pytest.raises(BundleError, match=r"malformed: probabilities\.float32 is 3; allowed: a"):
+        Bundle(folder).golden()
 
 
 def edit_card(folder, change) -> None:

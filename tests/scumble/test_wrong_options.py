@@ -73,6 +73,11 @@ WRONG = {
     "bench model": (["bench", "defenses", "--models", "nope"], "no model 'nope' in "),
     "bench precision": (["bench", "defenses", "--precisions", "int4"], "precision is 'int4'; "),
     "train folder": (["train", "digits", "--models", "/dev/null"], "'/dev/null/digits' cannot be"),
+    "train bundle": (["train", "digits", "--bundle", "a b"], "no card can be made of this: name "),
+    "train version": (
+        ["train", "digits", "--version", ""],
+        "no card can be made of this: version is ''; allowed: text that matches ",
+    ),
     "train data": (["train", "mnist", "--data", "."], "'mnist' cannot be downloaded into '.'"),
     "quantize": (["quantize", "nope"], "no model 'nope' in 'models'; available: none"),
     "calibrate": (["calibrate", "nope"], "no model 'nope' in 'models'; available: none"),

@@ -30,8 +30,9 @@ from scumble.attacker.run import Job, claim, configure, data
 from scumble.attacker.settings import parse
 from scumble.attacker.settings import replace as change
 from scumble.cli import main
-from scumble.data.image_sets import Dataset, load
+from scumble.data.image_sets import Dataset, load, numbered_as
 from scumble.evaluation.steal import CELLS
+from tests.tiny import LABELS
 
 ROOT = Path(__file__).parents[3]
 STEAL = ROOT / "docs" / "results" / "records" / "steal"
@@ -95,7 +96,7 @@ def test_every_attack_runs_end_to_end(name, serve, folder, tmp_path):
     assert result.curve[-1].accuracy == result.scores.accuracy
     assert f"{result.scores.accuracy:.2%}" in done.output
     again = students.make("small_cnn", (3, 8, 8), 4, seed=0, weights=tmp_path / "copy.pt")
-    test = pool(load(str(folder)), (3, 8, 8))
+    test = pool(numbered_as(load(str(folder)), LABELS), (3, 8, 8))
     accuracy = (students.predict(again, test.images).argmax(1) == test.labels).mean()
     assert accuracy == pytest.approx(result.scores.accuracy)
 

@@ -11,6 +11,8 @@ from sklearn.datasets import load_digits
 from app.inference.bundle import Bundle, Preprocessing, golden_inputs
 from app.inference.engines import load
 from scumble.data.image_sets import write_parquet
+from scumble.training.calibrate import calibrate
+from scumble.training.command_options import plain_errors
 from scumble.training.commands import quantize, train
 from scumble.training.export_command import export
 from scumble.training.train import AUGMENTS
@@ -116,6 +118,20 @@ def test_export_own_module_with_labels_and_weights(tmp_path):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_export_takes_inputs_that_are_not_square(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    words = f"own --module {tmp_path}/own.py:net --size 12x20 --channels 1 --alpha black"
+    done = CliRunner().invoke(export, [*words.split(), "--models", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "3 classes, 12x20 pixels, 1 channels" in done.output
+    bundle = Bundle(tmp_path / "own")
+    assert (bundle.card.input.height, bundle.card.input.width) == (12, 20)
+    assert bundle.card.preprocessing == Preprocessing(alpha="black")
+    x = golden_inputs(bundle.card.input)
+    run = load("onnxruntime", bundle.onnx("float32"), threads=1, precision="float32")
+    assert run(x).shape == (len(x), 3)
+
+
 def test_export_torchvision_has_imagenet_defaults(tmp_path):
     words = ["sq", "--torchvision", "squeezenet1_1", "--classes", "5", "--size", "64"]
     done = CliRunner().invoke(export, [*words, "--models", str(tmp_path)], prog_name="export")
@@ -163,7 +179,7 @@ def test_one_line_for_a_mistake(command, words, message, data, tmp_path, monkeyp
 def test_other_classes_than_the_bundle_has(models, data, tmp_path):
     grey = np.full((8, 6, 6), 200, np.uint8)
     write_parquet(tmp_path / "many.parquet", grey, np.arange(8) + 4)
-    for file, message in (("many", "12 classes, the bundle 10"), ("none", "no file")):
+    for file, message in (("many", "12 classes, the network 10"), ("none", "no file")):
         words = ["reader", "--models", str(models), "--data", str(data)]
         words += ["--test", str(tmp_path / f"{file}.parquet")]
         done = CliRunner().invoke(quantize, words, prog_name="quantize")
@@ -235,6 +251,17 @@ def test_images_without_labels_are_enough(hard, tmp_path, method):
     assert set(Bundle(hard / "hard").golden().probabilities) == {"float32", "bf16", "int8"}
 
 
+@pytest.mark.parametrize(
+    ("command", "option"), [(quantize, "--train"), (calibrate, "--own and --test")]
+)
+def test_a_bundle_of_unknown_images_asks_for_some(hard, command, option):
+    done = CliRunner().invoke(command, ["hard", "--models", str(hard)])
+    assert done.exit_code == 1
+    said = " ".join(done.output.split())
+    assert "no image set is known that 'hard' was trained on" in said
+    assert said.endswith(f"give images of yours with {option}")
+
+
 def test_some_of_the_classes_are_enough(hard, tmp_path):
     folder = photos(tmp_path / "photos", {"cow": 4, "Bee ": 5})
     words = ["--train", str(folder), "--test", str(folder), "--method", "ptq"]
@@ -260,6 +287,13 @@ def test_a_command_that_fails_leaves_the_bundle_as_it_was(hard, tmp_path, comman
     assert done.exit_code == 1
     assert {p.name: p.read_bytes() for p in (hard / "hard").iterdir()} == before
     assert [p.name for p in hard.iterdir()] == ["hard"]
+
+
+def test_an_interrupted_command_says_how_to_go_on():
+    for message in ("", "continue with the same command"):
+        with pytest.raises(KeyboardInterrupt) as said, plain_errors():
+            raise KeyboardInterrupt(*[message] if message else [])
+        assert str(said.value) == (message or "interrupted: the same command starts again")
 
 
 def test_an_interrupted_training_says_how_to_continue_and_leaves_no_checkpoint(

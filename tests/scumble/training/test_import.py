@@ -1,6 +1,7 @@
 """ONNX files of many kinds become bundles that answer as the files do."""
 
 import json
+import shlex
 
 import numpy as np
 import onnx
@@ -10,11 +11,14 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from app.commands.connect import connect
 from app.inference.bundle import Bundle, InputShape, Preprocessing
 from app.inference.decode import decode
 from app.inference.engines import load
 from app.inference.normalisation import PRESETS
-from scumble.training.import_command import import_onnx
+from scumble.cli import main
+from scumble.training.export_command import export
+from scumble.training.import_command import import_onnx, settled
 from scumble.training.onnx_import import convert, decide, read_network, samples
 from scumble.training.sanity_checks import ExportError
 from tests.pictures import encoded, picture
@@ -260,7 +264,7 @@ def test_a_free_size_is_asked_for():
         decide(free_size(), PRESETS["0..1"])
     found = decide(free_size(), PRESETS["0..1"], size=(20, 16))
     assert found.shape == InputShape(height=20, width=16, channels=3)
-    with pytest.raises(ExportError, match=r"takes 10 x 12 pixels, not \(20, 16\)"):
+    with pytest.raises(ExportError, match="takes 10 x 12 pixels, not 20 x 16"):
         decide(network(), PRESETS["0..1"], size=(20, 16))
 
 
@@ -378,6 +382,62 @@ def test_labels_and_how_pictures_are_fitted(name, tmp_path):
     scale = source.resize((18, 14), Image.Resampling.BICUBIC).crop((3, 2, 15, 12))
     seen = decode(encoded(source), card.input, card.preprocessing, 10**6)
     np.testing.assert_array_equal(seen, np.asarray(scale))
+
+
+def test_every_rule_for_pictures_is_an_option_and_the_card_has_the_command(tmp_path):
+    onnx.save(network(), tmp_path / "net.onnx")
+    words = (
+        f"import {tmp_path}/net.onnx own --normalize imagenet --bgr --size 10x12 --fit letterbox "
+        "--fill 9 --no-orientation --alpha drop --profile srgb"
+    ).split()
+    words += ["--no-reduce-jpeg", "--licence", "my own", "--models", str(tmp_path)]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    card = Bundle(tmp_path / "own").card
+    assert card.preprocessing == Preprocessing(
+        fit="letterbox", fill=9, orientation=False, alpha="drop", profile="srgb", reduce_jpeg=False
+    )
+    program, *again = shlex.split(card.training["command"])
+    assert program == "scumble"
+    assert sorted(again) == sorted(words)
+    assert CliRunner().invoke(main, again).exit_code == 0
+    assert Bundle(tmp_path / "own").card == card
+
+
+def open_in_all(layout="nhwc"):
+    """A network whose file says neither layout, nor size, nor output, nor what one value is."""
+    model = network(layout=layout, ends="logit")
+    for dim in model.graph.input[0].type.tensor_type.shape.dim:
+        dim.Clear()
+    model.graph.output.append(onnx.ValueInfoProto(name=model.graph.node[0].output[0]))
+    return model
+
+
+def test_people_at_a_terminal_are_asked_for_what_the_file_leaves_open():
+    said = {"layout": "nhwc", "size": (10, 12), "answers": "logit"}
+    model = open_in_all()
+    said["output"] = model.graph.output[0].name
+    asked = []
+
+    def ask(missing):
+        asked.append((missing.option, tuple(missing.choices)))
+        return said[missing.option]
+
+    found = settled(model, PRESETS["imagenet"], {}, ask)
+    assert asked == [
+        ("layout", ("nchw", "nhwc")),
+        ("size", ()),
+        ("output", tuple(each.name for each in model.graph.output)),
+        ("answers", ("sigmoid", "logit")),
+    ]
+    assert (found.layout, found.shape.height, found.answers) == ("nhwc", 10, "logit")
+    with pytest.raises(ExportError, match="--layout nchw or nhwc"):
+        settled(model, PRESETS["imagenet"], {}, None)
+
+
+@pytest.mark.parametrize("command", [import_onnx, export, connect], ids=lambda one: one.name)
+def test_commands_that_make_bundles_have_all_rules_for_pictures(command):
+    assert Preprocessing.model_fields.keys() <= {option.name for option in command.params}
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from PIL import Image
 
 from app.inference.bundle import Card, InputShape, Preprocessing
 from app.inference.decode import decode
-from scumble.data.image_sets import DatasetError, load
-from scumble.training.measure import batch_size, class_numbers, decoder_of, fitted, open_set
+from scumble.data.image_sets import DatasetError, class_numbers, load
+from scumble.training.measure import batch_size, decoder_of, fitted, open_set
 from tests.pictures import encoded, picture
 
 LABELS = ["ant", "bee", "cow"]
@@ -119,7 +119,7 @@ def test_classes_are_found_by_name_then_by_number_then_in_order(classes, numbers
     ],
 )
 def test_other_classes_are_refused(classes, labels):
-    with pytest.raises(DatasetError, match=f"{len(classes)} classes, the bundle {len(labels)}"):
+    with pytest.raises(DatasetError, match=f"{len(classes)} classes, the network {len(labels)}"):
         class_numbers("x", classes, labels)
 
 

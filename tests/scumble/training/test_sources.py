@@ -330,8 +330,20 @@ def test_a_model_of_timm_brings_its_labels_and_preprocessing(timm):
     assert package.made == [{"pretrained": True, "in_chans": 3}]
     assert said.labels == ["cat", "crane", "dog", "crane"]
     assert (said.size, said.shorter, said.interpolation) == (9, 10, "bicubic")
-    assert said.preprocessing(None, None, None, None) == ("resize_crop", None, 10)
-    assert said.preprocessing(18, None, None, None) == ("crop", 0.9, None)
+    rule = {"fit": "resize_crop", "shorter": 10, "interpolation": "bicubic"}
+    assert said.preprocessing(None, {}) == rule
+    assert said.preprocessing(None, {"shorter": 12, "fill": 3}) == {
+        **rule,
+        "shorter": 12,
+        "fill": 3,
+    }
+    other = {"fit": "crop", "ratio": 0.9, "interpolation": "bicubic"}
+    assert said.preprocessing((18, 9), {}) == other
+    assert said.preprocessing(None, {"ratio": 0.5}) == {**other, "ratio": 0.5}
+    assert said.preprocessing(None, {"fit": "stretch", "interpolation": "lanczos"}) == {
+        "fit": "stretch",
+        "interpolation": "lanczos",
+    }
     assert said.mean == [0.5, 0.4, 0.3]
     assert classes_of(model, SMALL) == 4
 
@@ -339,16 +351,15 @@ def test_a_model_of_timm_brings_its_labels_and_preprocessing(timm):
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"crop_mode": "squash"}, ("stretch", None, 10)),
-        ({"crop_mode": "border"}, ("letterbox", None, 10)),
-        ({"crop_mode": None, "crop_pct": None}, ("resize_crop", None, 9)),
+        ({"crop_mode": "squash"}, {"fit": "stretch", "shorter": 10}),
+        ({"crop_mode": "border"}, {"fit": "letterbox", "shorter": 10}),
+        ({"crop_mode": None, "crop_pct": None}, {"fit": "resize_crop", "shorter": 9}),
     ],
 )
 def test_how_timm_crops(timm, config, expected):
     timm(**config, interpolation="random")
     _, said = timm_model("small.four", None, 3, None)
-    assert said.preprocessing(None, None, None, None) == expected
-    assert said.interpolation == "bilinear"
+    assert said.preprocessing(None, {}) == {**expected, "interpolation": "bilinear"}
 
 
 def test_what_timm_lacks_is_one_sentence(timm, monkeypatch):
