@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
@@ -44,6 +44,7 @@ from scumble.attacker.students import STUDENTS
 from scumble.data.image_sets import DatasetError
 from scumble.evaluation.checks import check, with_hashes
 from scumble.evaluation.experiment import Cell, Defended
+from scumble.evaluation.local_server import children
 from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, Record, read
 from scumble.evaluation.referee import PROGRESS, judge
@@ -329,13 +330,17 @@ def kept(future: Future[Record], cell: Cell, out: Path, console: Console) -> boo
 
 
 def end_processes(processes: Iterable[BaseProcess]) -> None:
-    """End processes, those that have not ended within a second by force."""
+    """End processes; those that have not ended within a second by force, and their servers."""
     processes = list(processes)
     for process in processes:
         process.terminate()
     for process in processes:
         process.join(ENDED_S)
+        started = children(process.pid) if process.is_alive() and process.pid else []
         process.kill()
+        for pid in started:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 def show_inside(progress: Progress, inside: dict[str, TaskID], cells: Iterable[Cell]) -> None:

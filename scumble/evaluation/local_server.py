@@ -96,8 +96,15 @@ class Server:
 
 
 def children(pid: int) -> list[int]:
-    """Process ids of what a process has started and not ended, oldest first. Linux only."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Process ids of what a process's main thread has started and not ended, oldest first.
+
+    Empty for a process that has ended, and where there is no `/proc`.
+    """
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [int(child) for child in found.split()]
 
 
 def variables(settings: Mapping[str, object]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Ctrl-C or SIGTERM ends an evaluation with its servers, and says how to continue."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from scumble.evaluation.commands import end_processes
 
 ROOT = Path(__file__).parents[3]
 WORDS = ["evaluate", "--defense", "label", "--queries", "digits", "--test", "digits", "--no-beside"]
@@ -24,6 +27,36 @@ def descendants(pid):
         for child in task.read_text().split():
             found += [int(child), *descendants(child)]
     return found
+
+
+def test_a_cell_that_does_not_end_takes_its_server_along():
+    """A busy machine may need more than a second to end a server."""
+    here, there = multiprocessing.Pipe()
+
+    def stubborn():
+        server = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        there.send(server.pid)
+        time.sleep(600)
+
+    process = multiprocessing.get_context("fork").Process(target=stubborn)
+    process.start()
+    server = here.recv()
+    end_processes([process])
+    process.join(LIMIT_S)
+    assert process.exitcode == -signal.SIGKILL
+    deadline = time.monotonic() + LIMIT_S
+    while runs(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def runs(pid):
+    """Whether there is such a process that is no zombie."""
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C in a terminal", "SIGTERM"])
