@@ -98,7 +98,7 @@ class Admission:
         Args:
             images: to charge.
             done: called at once or later on the event loop, with the error that `charge` would
-                raise; raises nothing.
+                raise.
         """
         buckets = self.grant.buckets
         if not buckets:

@@ -26,7 +26,7 @@ from starlette.responses import Response
 from app.endpoint_type import Endpoint
 from app.errors import Internal, RequestError, Unavailable
 from app.request_context import RequestContext, request_context
-from app.system.background import Throttle, settle
+from app.system.background import Throttle, give, settle
 from app.system.timestamps import timestamp
 
 FLUSH_S = 0.05  # how long an open log gathers lines
@@ -137,7 +137,7 @@ class Audit:
             route: label of its path.
             status: of the answer.
             done: called at once or later on the event loop, with False if the answer must not
-                leave; raises nothing.
+                leave.
             refusal: why there is none.
         """
         entry = self._entry(context, route, status, refusal)
@@ -199,7 +199,7 @@ class Audit:
                 written = await self._batch([entry for entry, _ in batch if entry is not None])
                 for _, done in batch:
                     if done is not None:
-                        done(written)
+                        give(done, written)
         finally:
             self._writing = None
 

@@ -26,6 +26,7 @@ from app.inference.deadline import LATE, NO_DEADLINE, Deadline
 from app.inference.engines import FAST, Batch, Probs, size_within
 from app.inference.pipeline import Answers, Compute, Pipeline
 from app.request_context import ClientConnection
+from app.system.background import give
 from app.telemetry.metrics import Metrics
 from scumble.defenses import Defense
 from scumble.defenses.evidence import Marks
@@ -162,7 +163,7 @@ class Batcher:
 
         Args:
             batch: the images.
-            waiting: gets the result as soon as there is one, on the event loop; raises nothing.
+            waiting: gets the result as soon as there is one, on the event loop.
             client: skipped once it has left.
             defense: replaces the defense of the pipeline, which must be a `Pipeline`.
 
@@ -338,15 +339,14 @@ class Batcher:
         for job in jobs:
             last = first + len(job.batch)
             if not job.future.done():  # done already: its client went away
-                job.future.set_result(
-                    BatchResult(
-                        answers.probabilities[first:last],
-                        started - job.submitted,
-                        answers.infer_s,
-                        answers.defend_s,
-                        None if marks is None else marks[first:last],
-                    )
+                served = BatchResult(
+                    answers.probabilities[first:last],
+                    started - job.submitted,
+                    answers.infer_s,
+                    answers.defend_s,
+                    None if marks is None else marks[first:last],
                 )
+                give(job.future.set_result, served)
             first = last
 
     def _count(self, images: int) -> None:
@@ -374,4 +374,4 @@ class Batchers(NamedTuple):
 def refuse(job: Job, why: BaseException) -> None:
     """Answer a job with an error, unless it is answered already."""
     if not job.future.done():  # done already: its client went away
-        job.future.set_exception(why)
+        give(job.future.set_exception, why)

@@ -70,6 +70,14 @@ def settle(future: asyncio.Future[T], result: T | Exception) -> None:
         future.set_result(result)
 
 
+def give(callback: Callable[[T], object], result: T) -> None:
+    """Call back; an error of the callback is logged, so that those after it are called as well."""
+    try:
+        callback(result)
+    except Exception:
+        log.exception("a callback failed")
+
+
 async def repeat(
     what: str,
     turn: Callable[[], Awaitable[None]],

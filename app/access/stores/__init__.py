@@ -93,7 +93,7 @@ class Charge(NamedTuple):
 
 
 Charged = Callable[[Charge | Exception], None]
-"""Gets a charge, or why there is none: `StoreError`, or a fault of ours. It raises nothing."""
+"""Gets a charge, or why there is none: `StoreError`, or a fault of ours."""
 
 
 class StateStore(Protocol):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from app.access.stores import Bucket, Charge, Charged, Level
+from app.system.background import give
 
 
 class MemoryStore:
@@ -21,7 +22,7 @@ class MemoryStore:
 
     def charge_soon(self, buckets: Sequence[Bucket], images: int, done: Charged) -> None:
         """The same; `done` is called at once."""
-        done(self._charge(buckets, images))
+        give(done, self._charge(buckets, images))
 
     async def refund(self, buckets: Sequence[Bucket], images: int, charge: Charge) -> None:
         """Take a charge back."""

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from app.access.stores import Bucket, Charge, Charged, Level, StoreError
 from app.errors import ConfigError
-from app.system.background import settle
+from app.system.background import give, settle
 from app.system.urls import redacted
 
 TAG = "{scumble}:"
@@ -161,7 +161,7 @@ class RedisStore:
         except Exception as exc:  # noqa: BLE001  # any error goes to those who wait
             results = [exc] * len(charges)
         for (_, _, done), result in zip(charges, results, strict=True):
-            done(result)
+            give(done, result)
 
     async def _run(self, script: Any, buckets: Sequence[Bucket], arguments: list[Any]) -> Any:
         try:

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from app.access.stores import Bucket, Charge, Charged, StoreError
 from app.access.stores.memory import current, decide
 from app.errors import ConfigError
-from app.system.background import settle
+from app.system.background import give, settle
 from app.system.urls import redacted
 
 BUSY_S = 2.0  # how long to wait for another worker's transaction
@@ -176,7 +176,7 @@ class SqliteStore:
     ) -> None:
         self._begin(loop)  # the next transaction runs meanwhile
         for number, job in enumerate(jobs):
-            job.done(outcome[number] if isinstance(outcome, list) else outcome)
+            give(job.done, outcome[number] if isinstance(outcome, list) else outcome)
 
     def _commit(self, jobs: list[Job]) -> list[Any] | Exception:
         """The results of jobs in one transaction, or why there are none; on the thread."""

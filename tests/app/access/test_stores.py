@@ -213,6 +213,19 @@ async def test_a_request_that_is_cancelled_disturbs_no_other(opened):
     assert 20 < (await store.charge([Bucket("x", 100)], 1)).levels[0].used <= 41
 
 
+async def test_a_callback_that_raises_leaves_no_other_without_its_charge(opened, caplog):
+    (store,) = opened(1)
+    charged = asyncio.get_running_loop().create_future()
+
+    def broken(charge):
+        raise ValueError("a fault of the caller")
+
+    store.charge_soon([WINDOW], 1, broken)
+    store.charge_soon([WINDOW], 2, charged.set_result)
+    assert (await asyncio.wait_for(charged, 30)).levels[0].used == 3
+    assert "a fault of the caller" in caplog.text
+
+
 async def test_ping_counts_nothing(opened):
     (store,) = opened(1)
     await store.ping()

@@ -1,5 +1,6 @@
 """The audit log over the public port: what stands in it, and what a full disk does."""
 
+import asyncio
 import os
 import signal
 import time
@@ -8,12 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import orjson
 import pytest
+from prometheus_client import Counter
 from starlette.testclient import TestClient
 
 from app.access.keys import KeyFile, write_keys
 from app.audit.hash_chain import verify
+from app.audit.log import Audit
 from app.errors import ConfigError
 from app.main import create_app
+from app.request_context import ALWAYS_CONNECTED, RequestContext
 from app.settings import Settings
 from tests.app.access.test_admission import BAD, IMAGE, ask, row
 from tests.app.http.test_application import samples
@@ -194,3 +198,29 @@ def test_killed_workers_leave_whole_chains_and_their_successors_go_on(serve, log
     assert sum(line["status"] == 200 for line in entries(log)) >= served > 700
     assert len(entries(log, "start")) == 3
     assert sorted(path.name for path in log.parent.iterdir()) == ["log.worker-0", "log.worker-1"]
+
+
+def test_a_callback_that_raises_leaves_no_other_without_its_line(caplog):
+    class Disk:
+        def append(self, entries):
+            pass
+
+        def close(self):
+            pass
+
+    counts = (Counter(name, name, registry=None) for name in ("written", "lost"))
+    fields = dict(zip(("written", "lost"), counts, strict=True))
+
+    async def run():
+        audit = Audit(Disk(), facts={}, policy=None, closed=True, **fields)
+        async with audit.running():
+            told = asyncio.get_running_loop().create_future()
+            audit.note(RequestContext(ALWAYS_CONNECTED), "/v1/predict", 200, broken)
+            audit.note(RequestContext(ALWAYS_CONNECTED), "/v1/predict", 200, told.set_result)
+            return await asyncio.wait_for(told, 30)
+
+    def broken(written):
+        raise ValueError("a fault of the caller")
+
+    assert asyncio.run(run())
+    assert "a fault of the caller" in caplog.text

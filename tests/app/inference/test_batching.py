@@ -217,6 +217,27 @@ async def test_a_client_that_went_away_does_not_disturb_its_batch(inline):
     assert outcomes[2].probabilities[0, 0] * 255 == pytest.approx(2)
 
 
+@pytest.mark.parametrize("fail", [False, True])
+async def test_what_fails_when_it_gets_its_result_leaves_no_other_without_one(inline, fail, caplog):
+    class Broken:
+        def done(self):
+            return False
+
+        def set_result(self, result):
+            raise ValueError("a fault of the caller")
+
+        set_exception = set_result
+
+    batcher = make_batcher(Echo(fail=fail), inline=inline)
+    batcher.submit(images(1), Broken(), ALWAYS_CONNECTED)
+    (told,) = await asyncio.gather(batcher(images(2)), return_exceptions=True)
+    assert isinstance(told, RuntimeError) == fail
+    again = (await asyncio.gather(batcher(images(3)), return_exceptions=True))[0]
+    assert isinstance(again, RuntimeError) == fail
+    batcher.close()
+    assert "a fault of the caller" in caplog.text
+
+
 async def test_thread_and_loop(inline):
     engine = Echo()
     batcher = make_batcher(engine, inline=inline)
