@@ -122,6 +122,8 @@ def bombs() -> Iterator[tuple[str, Callable[[], Bomb]]]:
         "31-and-a-bomb": [half] * 31 + [many],
         "32-stuffed-scans": [stuffed] * 32,
         "32-of-one-pixel": [one_pixel] * 32,
+        "32-avif-256-tiles": [FILES["avif-256-tiles"]()] * 32,
+        "10-avif-long-lists": [FILES["avif-long-lists"]()] * 10,
         "empty-segments": [FILES["jpeg-62000-empty-segments"]()] * 10,
     }
     for name, files in sets.items():

@@ -12,6 +12,7 @@ from app.http.application import build
 from app.http.protocols.v2 import LENGTH
 from app.inference.bundle import InputShape
 from app.inference.decode import decode
+from app.inference.executor import BoundedExecutor
 from app.inference.image_formats import FORMATS
 from loadtest import boxed_files
 from tests.pictures import PNG, encoded
@@ -134,3 +135,26 @@ def test_a_large_avif_photo_is_decoded_beside_the_loop(make_client):
     service = make_client().app.state.service
     assert service.small_header(small) is not None
     assert service.small_header(large) is None
+
+
+def test_long_lists_of_boxes_are_read_beside_the_loop(make_client):
+    tasks = []
+
+    class Counted(BoundedExecutor):
+        async def __call__(self, given, size, deadline):
+            tasks.append(len(given))
+            return await super().__call__(given, size, deadline)
+
+    service = replace(make_client().app.state.service, executor=Counted(64, 2**26))
+
+    tiles = boxed_files.FILES["avif-256-tiles"]()
+    small = encoded(Image.new("RGB", (64, 64)), "AVIF")
+    with TestClient(build(service)) as client:
+        for files, expected in (([tiles], [1, 1]), ([tiles, PNG], [2, 2]), ([small, PNG], [])):
+            tasks.clear()
+            answer = client.post("/v1/predict", files=[("image", file) for file in files])
+            assert answer.status_code == 200, answer.text
+            assert tasks == expected
+        tasks.clear()
+        answer = client.post("/v1/predict", files=[("image", tiles)] * 9)
+        assert (answer.status_code, tasks[-1]) == (413, 9)

@@ -237,6 +237,9 @@ def test_the_report_has_the_verdicts_of_the_records():
     for claim in CLAIMS:
         assert results.card(claim, *claim(lines, bench)) in report
     assert "src=" not in report
+    # On a phone a plot scrolls: scaled to its width, its words would be 4 pixels high.
+    assert re.search(r"figure \{[^}]*overflow-x: auto", report)
+    assert re.search(r"figure svg \{[^}]*min-width: 44rem", report)
     assert report.index("Which policy should I run?") < report.index("What held, what did not")
     page = re.sub(r"<svg.*?</svg>", "", report, flags=re.DOTALL)
     assert "`" not in page
