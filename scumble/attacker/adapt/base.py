@@ -19,6 +19,7 @@ from scumble.attacker.oracle import Oracle
 from scumble.attacker.transports import Images, Probs
 from scumble.defenses.parameters import CheckedParameters
 
+PART = 1024  # images that are mapped at a time
 REVISED = "attack.rounds needs answers that can be given again, as invert or modelguard keep them"
 
 
@@ -125,8 +126,20 @@ class Mapped:
         return mapped
 
 
+def check_rounds(rounds: int) -> None:
+    """Check how often an attack is to map its answers again.
+
+    Raises:
+        AttackError: less than 0.
+    """
+    if rounds < 0:
+        raise AttackError(f"rounds is {rounds}; allowed: 0 and more")
+
+
 def again(oracle: Oracle, images: Images) -> Probs:
     """Answers (N, K) that have been paid for, as the modifiers see them with the copy of now.
+
+    They are mapped in parts of at most `PART` images.
 
     Raises:
         AttackError: no modifier keeps its answers.
@@ -134,4 +147,4 @@ def again(oracle: Oracle, images: Images) -> Probs:
     found: Callable[[Images], Probs] | None = getattr(oracle, "again", None)
     if found is None:
         raise AttackError(f"{REVISED}; allowed without them: 0")
-    return found(images)
+    return np.concatenate([found(images[i : i + PART]) for i in range(0, len(images), PART)])

@@ -17,7 +17,9 @@ from torch import nn
 from scumble.attacker import third_party
 from scumble.attacker.attacks import (
     copycat,
+    coverage,
     dfme,
+    disguide,
     fixmatch,
     ideal,
     jbda,
@@ -69,11 +71,13 @@ ATTACKS: dict[str, Mapping[str, Callable[[int], Attack]]] = {
     "jbda": jbda.PROFILES,
     "copycat": copycat.PROFILES,
     "mask_seeking": mask_seeking.PROFILES,
+    "coverage": coverage.PROFILES,
     "fixmatch": fixmatch.PROFILES,
     "ideal": ideal.PROFILES,
+    "disguide": disguide.PROFILES,
 }
 
-DATA_FREE = frozenset({"dfme", "maze", "ideal"})  # these make their own images
+DATA_FREE = frozenset({"dfme", "maze", "ideal", "disguide"})  # these make their own images
 
 
 def make(name: str, profile: str = "cpu", *, seed: int = 0) -> Attack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -32,6 +32,16 @@ def make_generator(
         torch.manual_seed(seed)
         generator = Generator(oracle.shape, nz=nz, width=width, affine=affine)
     return generator.to(device.best())
+
+
+def moments(times: int, iterations: int) -> Iterator[bool]:
+    """For each iteration, whether it is one of `times` evenly spaced ones, the last not among them.
+
+    >>> list(moments(1, 4))
+    [False, True, False, False]
+    """
+    chosen = {round((i + 1) * iterations / (times + 1)) for i in range(times)}
+    return (iteration in chosen for iteration in range(1, iterations + 1))
 
 
 def repeat(

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scumble.attacker.adapt.base import again, check_rounds
 from scumble.attacker.attacks.knockoff import Rows, Shuffled
 from scumble.attacker.errors import AttackError, BudgetExhausted
+from scumble.attacker.losses import LOSSES
 from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
@@ -32,11 +34,13 @@ class FixMatch:
     """Answers to images drawn at random, and the images that were not asked about.
 
     Attributes:
-        fitting: `augment` is the slight change; `epochs` count the answers. `loss`, `mixup`,
+        fitting: `augment` is the slight change; `epochs` count the answers. `mixup`,
             `holdout` and `patience` are not used.
         mu: unlabelled images for each answer of a batch.
         threshold: probability from which a label of the copy counts.
         weight: of the unlabelled part.
+        rounds: how often the answers are mapped again by the modifiers, with the copy fitted so
+            far, and a new copy is fitted to them.
         ask: images asked about at a time.
         seed: of the choice of images.
     """
@@ -45,6 +49,7 @@ class FixMatch:
     mu: int = 3
     threshold: float = 0.95
     weight: float = 1.0
+    rounds: int = 0
     ask: int = 1024
     seed: int = 0
 
@@ -54,6 +59,7 @@ class FixMatch:
                 f"mu is {self.mu}, threshold {self.threshold}, weight {self.weight}; allowed: "
                 "1 and more, between 0 and 1, 0 and more"
             )
+        check_rounds(self.rounds)
 
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""
@@ -70,6 +76,16 @@ class FixMatch:
         self.check(oracle.remaining, images=pool is not None)
         assert pool is not None  # noqa: S101  # checked above
         rows, answers = self._ask(oracle, pool)
+        start = copy.deepcopy(student.state_dict())
+        self._learn(student, pool, rows, answers)
+        for _ in range(self.rounds):
+            answers = again(oracle, pool.images[rows])
+            student.load_state_dict(start)
+            self._learn(student, pool, rows, answers)
+        watch(len(rows), student)
+
+    def _learn(self, student: nn.Module, pool: Pool, rows: Rows, answers: Probs) -> None:
+        """Fit the copy to the answers, and to the images of the pool without one."""
         kept = np.isfinite(answers).all(1)
         if kept.sum() < 2:
             raise AttackError(f"{kept.sum()} of {len(rows)} answers can be used; at least 2 needed")
@@ -78,7 +94,6 @@ class FixMatch:
         # Without images to spare, the answered ones serve as unlabelled ones too.
         others = torch.from_numpy(pool.images[rest]) if len(rest) else labelled
         self._fit(student, labelled, targets(answers[kept], self.fitting), others)
-        watch(len(rows), student)
 
     def _ask(self, oracle: Oracle, pool: Pool) -> tuple[Rows, Probs]:
         asked: list[Rows] = []
@@ -102,6 +117,7 @@ class FixMatch:
         optimizer = OPTIMIZERS[how.optimizer](net, how)
         schedule = falling(optimizer, steps, how.warmup)
         slight = AUGMENTS[how.augment]
+        loss_of = LOSSES[how.loss](len(x), y.shape[1], how.noise)
         strong = chain(slight, light(0.5), cutout(x.shape[-1] // 2))
         average = copy.deepcopy(net).requires_grad_(False)
         net.train()
@@ -112,7 +128,7 @@ class FixMatch:
             logits, weak, hard = forward(net, torch.cat(views)).split([len(view) for view in views])
             sure, label = weak.detach().softmax(1).max(1)
             unlabelled = F.cross_entropy(hard, label, reduction="none") * (sure >= self.threshold)
-            loss = F.cross_entropy(logits, y[rows].to(logits.device))
+            loss = loss_of(logits, y[rows].to(logits.device), rows, step / steps)
             loss = loss + self.weight * unlabelled.mean()
             optimizer.zero_grad()
             loss.backward()

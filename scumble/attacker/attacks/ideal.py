@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scumble.attacker import device
+from scumble.attacker.adapt.base import check_rounds
+from scumble.attacker.attacks.data_free import check_budget, make_generator, moments, repeat
 from scumble.attacker.attacks.maze import Memory
 from scumble.attacker.attacks.zeroth import ask
-from scumble.attacker.errors import AttackError, BudgetExhausted
+from scumble.attacker.errors import AttackError
 from scumble.attacker.generators import Generator, images, noise
+from scumble.attacker.losses import LABELS_ALONE, LOSSES, Loss
 from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
@@ -41,6 +43,10 @@ class Ideal:
         width: of the generator.
         nz: size of its noise.
         memory: answers that are remembered at most.
+        loss: of the copy, key of `LOSSES`: "ce", or one of those that tolerate wrong labels.
+        noise: share of wrong labels that `small_loss` expects.
+        rounds: how often the remembered answers are mapped again by the modifiers, with the copy of
+            then.
         views: how often the copy is shown while it is made.
         seed: of everything random.
     """
@@ -55,16 +61,19 @@ class Ideal:
     width: int = 32
     nz: int = 100
     memory: int = 50_000
+    loss: str = "ce"
+    noise: float = 0.1
+    rounds: int = 0
     views: int = 20
     seed: int = 0
 
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""
         del images
-        if budget < self.batch:
-            raise AttackError(
-                f"the budget is {budget}; one iteration of ideal costs {self.batch} queries"
-            )
+        check_budget(type(self).__name__.lower(), budget, self.batch)
+        check_rounds(self.rounds)
+        if self.loss not in LABELS_ALONE:
+            raise AttackError(f"loss is {self.loss!r}; allowed: {', '.join(LABELS_ALONE)}")
 
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`; `pool` is not used."""
@@ -72,68 +81,89 @@ class Ideal:
         budget = oracle.remaining
         self.check(budget, images=False)
         rng = torch.Generator().manual_seed(self.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            generator = Generator(oracle.shape, nz=self.nz, width=self.width).to(device.best())
+        generator = make_generator(oracle, self.seed, nz=self.nz, width=self.width)
         adam = torch.optim.Adam(generator.parameters(), self.lr_g)
-        sgd = torch.optim.SGD(student.parameters(), self.lr_s, momentum=0.9, weight_decay=5e-4)
+        copies = self._copies(student)
+        learned = [weight for each in copies for weight in each.parameters()]
+        sgd = torch.optim.SGD(learned, self.lr_s, momentum=0.9, weight_decay=5e-4)
         rounds = budget // self.batch
-        schedule = falling(sgd, rounds)
-        shown = {round((i + 1) * rounds / self.views) for i in range(self.views)}
-        memory = Memory(self.memory, oracle.shape, oracle.labels)
-        for iteration in range(1, rounds + 1):
+        memory = Memory(self.memory, oracle.shape, oracle.labels, exact=self.rounds > 0)
+        losses = [LOSSES[self.loss](self.memory, oracle.labels, self.noise) for _ in copies]
+        revised = moments(self.rounds, rounds)
+        done = 0
+
+        def iterate() -> None:
+            nonlocal done
             for _ in range(self.g_steps):
-                self._invent(student, generator, adam, rng)
+                self._invent(copies, generator, adam, rng)
             with torch.no_grad():
                 x = images(generator(noise(self.batch, self.nz, rng)))
-            try:
-                y = ask(oracle, x)
-            except BudgetExhausted:  # what a crash had lost is gone from it
-                break
+            y = ask(oracle, x)
             kept = torch.isfinite(y).all(1)
             if kept.any():
-                memory.add(x[kept], F.one_hot(y[kept].argmax(1), oracle.labels).float())
-                self._imitate(student, sgd, memory, rng)
-            schedule.step()
-            if iteration in shown:
-                watch(budget - oracle.remaining, student)
-        student.eval()
+                memory.add(x[kept], y[kept])
+                self._imitate(copies, losses, sgd, memory, done / rounds, rng)
+            done += 1
+            if next(revised):
+                memory.revise(oracle)
+
+        repeat(iterate, rounds, [falling(sgd, rounds)], oracle, student, watch, self.views)
+
+    def _copies(self, student: nn.Module) -> list[nn.Module]:
+        """What learns from the labels; the first is the copy."""
+        return [student]
+
+    def _wanted(self, copies: list[nn.Module], x: Tensor) -> Tensor:
+        """What the generator makes small: sure of each image, all classes, images that differ."""
+        logits = forward(copies[0], x)
+        sure = F.cross_entropy(logits, logits.argmax(1))
+        alike = -(x - x.roll(1, 0)).abs().mean()
+        loss: Tensor = sure - self.spread * entropy(logits.softmax(1).mean(0))
+        return loss + self.difference * alike
 
     def _invent(
         self,
-        student: nn.Module,
+        copies: list[nn.Module],
         generator: Generator,
         adam: torch.optim.Optimizer,
         rng: torch.Generator,
     ) -> None:
-        """One step of the generator: sure of each image, all classes, images that differ."""
+        """One step of the generator."""
         generator.train()
-        student.eval()
-        x = images(generator(noise(self.batch, self.nz, rng)))
-        logits = forward(student, x)
-        mean = logits.softmax(1).mean(0)
-        spread = (mean * mean.clamp_min(1e-8).log()).sum()
-        sure = F.cross_entropy(logits, logits.argmax(1))
-        alike = -(x - x.roll(1, 0)).abs().mean()
-        loss: Tensor = sure + self.spread * spread + self.difference * alike
+        for each in copies:
+            each.eval()
+        loss = self._wanted(copies, images(generator(noise(self.batch, self.nz, rng))))
         adam.zero_grad()
         loss.backward()
         adam.step()
 
     def _imitate(
         self,
-        student: nn.Module,
+        copies: list[nn.Module],
+        losses: list[Loss],
         sgd: torch.optim.Optimizer,
         memory: Memory,
+        progress: float,
         rng: torch.Generator,
     ) -> None:
-        student.train()
+        """Steps of the copies on labels that are remembered."""
+        for each in copies:
+            each.train()
         for _ in range(self.s_steps):
-            x, y = memory.draw(self.batch, rng)
-            loss = F.cross_entropy(forward(student, x), y)
+            rows, x, y = memory.draw(self.batch, rng)
+            labels = F.one_hot(y.argmax(1), y.shape[1]).float()
+            parts = [
+                loss_of(forward(each, x), labels, rows, progress)
+                for each, loss_of in zip(copies, losses, strict=True)
+            ]
             sgd.zero_grad()
-            loss.backward()
+            torch.stack(parts).sum().backward()
             sgd.step()
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Of (K,), in nats."""
+    return -(probabilities * probabilities.clamp_min(1e-8).log()).sum()
 
 
 def paper(seed: int) -> Ideal:

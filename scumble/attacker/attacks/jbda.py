@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from scumble.attacker import device
+from scumble.attacker.adapt.base import again, check_rounds
 from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
@@ -33,17 +34,21 @@ class Jbda:
         seeds: images of the pool to begin with.
         lam: λ, in [0, 1] for images in [0, 1].
         fitting: of the student after each doubling, each time from where it started.
+        rounds: how often, after each doubling, the answers are mapped again by the modifiers, with
+            the copy fitted so far, and a new copy is fitted to them.
         seed: of the choice of images.
     """
 
     seeds: int = 150
     lam: float = 0.1
     fitting: Fitting = field(default_factory=Fitting)
+    rounds: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.seeds < 2:
             raise AttackError(f"seeds is {self.seeds}; allowed: 2 and more")
+        check_rounds(self.rounds)
 
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""
@@ -72,6 +77,10 @@ class Jbda:
             x = np.concatenate([x, new])
             student.load_state_dict(start)
             fit(student, x, y, self.fitting)
+            for _ in range(self.rounds):
+                y = again(oracle, x)
+                student.load_state_dict(start)
+                fit(student, x, y, self.fitting)
             watch(len(x), student)
             if not oracle.remaining:
                 break

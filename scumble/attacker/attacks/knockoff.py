@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scumble.attacker.adapt.base import again
+from scumble.attacker.adapt.base import again, check_rounds
 from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
@@ -60,10 +60,9 @@ class Knockoff:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise AttackError(f"strategy is {self.strategy!r}; allowed: {', '.join(STRATEGIES)}")
-        if self.rounds < 0 or not 0 < self.early <= 1:
-            raise AttackError(
-                f"rounds is {self.rounds} and early {self.early}; allowed: 0 and more, above 0 to 1"
-            )
+        check_rounds(self.rounds)
+        if not 0 < self.early <= 1:
+            raise AttackError(f"early is {self.early}; allowed: above 0 to 1")
 
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""
@@ -108,8 +107,7 @@ class Knockoff:
         for _ in range(self.rounds):
             student.load_state_dict(start)
             fit(student, images, answers, replace(self.fitting, epochs=epochs))
-            parts = [images[i : i + self.ask] for i in range(0, len(images), self.ask)]
-            answers = np.concatenate([again(oracle, part) for part in parts])
+            answers = again(oracle, images)
         student.load_state_dict(start)
         return answers
 

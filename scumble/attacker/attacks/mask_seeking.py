@@ -83,7 +83,7 @@ class Seeker:
         yield from self._take(first)
         each = max(1, -(-(self._budget - first) // self._attack.steps))
         while len(self._left):
-            self._sort()
+            self._sort(each)
             yield from self._take(each)
 
     def learn(self, rows: Rows, answers: Probs) -> None:
@@ -96,8 +96,9 @@ class Seeker:
         for i in range(0, len(taken), self._attack.ask):
             yield taken[i : i + self._attack.ask]
 
-    def _sort(self) -> None:
-        """Order what is left by how likely it is to be answered."""
+    def _sort(self, count: int) -> None:
+        """Order what is left, of which `count` are asked next, by how likely it is answered."""
+        del count
         asked, passed = np.concatenate(self._asked), np.concatenate(self._passed)
         if passed.all() or not passed.any():  # there is nothing to tell apart
             return

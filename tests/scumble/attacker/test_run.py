@@ -49,8 +49,10 @@ SHORT = {
     "jbda": ["--budget", "90", "--set", "fit.epochs=2", "--set", "attack.seeds=20"],
     "copycat": ["--budget", "90", "--set", "fit.epochs=2"],
     "mask_seeking": ["--budget", "90", "--set", "fit.epochs=2", "--set", "attack.ask=16"],
+    "coverage": ["--budget", "90", "--set", "fit.epochs=2", "--set", "attack.ask=16"],
     "fixmatch": ["--budget", "90", "--set", "fit.epochs=2"],
     "ideal": ["--budget", "100", "--set", "attack.batch=16", "--set", "attack.width=8"],
+    "disguide": ["--budget", "100", "--set", "attack.batch=16", "--set", "attack.width=8"],
 }
 
 
