@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scumble.evaluation.claims import labels_only, undefended
-from scumble.evaluation.summary import Line, best
+from scumble.evaluation.summary import Line, best, own_kind_line
 
 COLOURS = {
     "dcp": "#c0392b",
@@ -36,13 +36,14 @@ class Plot:
 
     Attributes:
         title: what it shows.
-        panel: draws one served model's lines.
+        panel: draws one served model's lines; takes the victim's policies in the order of the rows
+            too, which are the same in all panels.
         x, y: names of the axes.
         height: in inches.
     """
 
     title: str
-    panel: Callable[[Axes, list[Line]], None]
+    panel: Callable[[Axes, list[Line], list[str]], None]
     x: str
     y: str
     height: float = 4.2
@@ -54,8 +55,9 @@ class Plot:
             1, len(precisions), figsize=(5.6 * len(precisions), self.height), sharey=True,
             squeeze=False, layout="constrained",
         )  # fmt: skip
+        rows = list(dict.fromkeys(str(o.defense) for o in lines if o.victim == victim))[::-1]
         for axis, precision in zip(panels[0], precisions, strict=True):
-            self.panel(axis, [line for line in lines if line.model == (victim, precision)])
+            self.panel(axis, [o for o in lines if o.model == (victim, precision)], rows)
             axis.set_title(f"{victim}, {precision}", loc="left", fontsize="medium")
             axis.set_xlabel(self.x)
             axis.set_axisbelow(True)
@@ -73,11 +75,12 @@ class Plot:
         return figure
 
 
-def beside(axis: Axes, lines: list[Line]) -> None:
+def beside(axis: Axes, lines: list[Line], rows: list[str]) -> None:
     """One row per defense: the published attack hollow, the best of all attackers full."""
-    rows = list(dict.fromkeys(str(line.defense) for line in lines))[::-1]
     for y, name in enumerate(rows):
         own = [line for line in lines if str(line.defense) == name]
+        if not own:
+            continue
         colour = COLOURS.get(own[0].defense.name, GREY)
         published = [line for line in own if line.attacker == "knockoff"]
         strongest = best(own, tried=2)
@@ -98,10 +101,11 @@ def beside(axis: Axes, lines: list[Line]) -> None:
     axis.grid(axis="x", color="#e5e5e5")
 
 
-def against(value: Callable[[Line], float]) -> Callable[[Axes, list[Line]], None]:
+def against(value: Callable[[Line], float]) -> Callable[[Axes, list[Line], list[str]], None]:
     """One curve per defense over `value`: the published attack solid, the best of all dashed."""
 
-    def panel(axis: Axes, lines: list[Line]) -> None:
+    def panel(axis: Axes, lines: list[Line], rows: list[str]) -> None:
+        del rows
         references(axis.axhline, lines)
         for name in dict.fromkeys(line.defense.name for line in lines):
             if name in ("none", "label"):
@@ -129,11 +133,12 @@ def against(value: Callable[[Line], float]) -> Callable[[Axes, list[Line]], None
 
 
 def references(draw: Callable[..., object], lines: Iterable[Line]) -> None:
-    """The undefended and the label-only line, each by its best attacker."""
+    """Undefended, labels only, and attackers with own images, each by the best copy."""
     lines = list(lines)
     for line, style, label in (
         (undefended(lines), "-", "undefended"),
         (labels_only(lines), ":", "labels only"),
+        (own_kind_line(lines), "-.", "own images as queries, any policy"),
     ):
         if line is not None:
             draw(100 * line.stolen.mean, color=GREY, linestyle=style, linewidth=1.3, label=label)

@@ -192,6 +192,19 @@ def failed(record: Record) -> str | None:
     return record.attack_failed or flat(record.attack.curve, record.attack.victim.labels)
 
 
+def own_kind_line(lines: Iterable[Line]) -> Line | None:
+    """The line with the most accurate copy by an attacker with images of the victim's own kind.
+
+    The undefended model does not count: this is what gets through defenses.
+    """
+    usable = (
+        line
+        for line in lines
+        if line.own_kind and line.failed is None and line.defense.name != "none"
+    )
+    return max(usable, key=lambda line: line.stolen.mean, default=None)
+
+
 def best(lines: Iterable[Line], tried: int = 1) -> list[Line]:
     """The line with the most accurate copy of each defended model.
 

@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from docs.generators import results
 from scumble.evaluation.claims import CLAIMS, Advice, advice, default_strengths
 from scumble.evaluation.experiment import Defended
 from scumble.evaluation.plans import dcp
+from scumble.evaluation.plots import PLOTS
 from scumble.evaluation.scores import Spread
 from scumble.evaluation.summary import Line, attacker_of, best, load, own_kind, summarise
 from scumble.evaluation.tables import advised, compared, everything, latency, ordered
@@ -305,6 +308,49 @@ def test_an_attacker_with_images_of_the_victims_kind_is_a_line_of_its_own():
     assert "97.0%" in compared([one for one in lines if one.precision == "float32"])
     claim = next(claim for claim in CLAIMS if claim.words.startswith("It protects more"))
     assert claim(lines, {}) == claim(LINES, {})
+
+
+def test_rows_of_policies_are_the_same_for_each_precision():
+    """The panels share an axis; a policy that was measured in float32 alone must not shift it."""
+    lines = [
+        line(defense, "knockoff", stolen, precision=precision)
+        for precision in ("float32", "int8")
+        for defense, stolen in ((NONE, 0.9), (WITHHOLD, 0.3), (LABEL, 0.6))
+        if (defense, precision) != (WITHHOLD, "int8")
+    ]
+    figure = PLOTS["defenses"](lines, "mnist")
+    for panel in figure.axes:
+        names = panel.yaxis.get_major_formatter().format_ticks(range(3))
+        drawn = {names[y]: x for x, y in points(panel)}
+        assert drawn == {"none": 90, "label": 60} | (
+            {"withhold": 30} if "float32" in panel.get_title(loc="left") else {}
+        )
+    plt.close(figure)
+
+
+def points(panel):
+    """The hollow dots of a panel."""
+    for drawn in panel.lines:
+        if drawn.get_marker() == "o" and drawn.get_markerfacecolor() == "white":
+            yield from zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_the_line_of_own_images_stands_in_every_plot(name):
+    own = replace(line(WITHHOLD, "knockoff with images of the victim's kind", 0.97), own_kind=True)
+    undefended = replace(own, defense=NONE, stolen=Spread(0.98, None))
+    failed = replace(own, stolen=Spread(0.99, None), failed="one class")
+    drawn = {}
+    for lines in (LINES, [*LINES, own, undefended, failed]):
+        figure = Figure()
+        axis = figure.subplots()
+        PLOTS[name].panel(axis, [one for one in lines if one.model == ("mnist", "float32")], [])
+        handles = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        drawn[len(lines)] = handles.get("own images as queries, any policy")
+    without, with_own = drawn.values()
+    assert without is None
+    data = with_own.get_xdata() if name == "defenses" else with_own.get_ydata()
+    assert data[0] == pytest.approx(97)
 
 
 @pytest.mark.parametrize(
