@@ -2,6 +2,8 @@
 
     python -m loadtest.frames          writes loadtest/frames.json
 
+`python -m loadtest.pages` draws the stacks as a flame graph.
+
 It needs the programs `wrk` and `py-spy` (`pip install py-spy`), and the right to look into another
 process: that of the same user on most machines, root in others.
 """
@@ -19,6 +21,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import click
 
@@ -32,6 +35,7 @@ from scumble.machine import processor
 OUT = Path(__file__).with_suffix(".json")
 MOST = 20
 HZ = 200
+LEAST = 0.004  # of the samples that a part of a stack has, to be kept
 
 
 def shares(folded: str) -> dict[str, dict[str, float]]:
@@ -56,6 +60,33 @@ def shares(folded: str) -> dict[str, dict[str, float]]:
         frame: {"self": round(count / samples, 4), "total": round(total[frame] / samples, 4)}
         for frame, count in own.most_common(MOST)
     }
+
+
+def tree(folded: str) -> list[dict[str, Any]]:
+    """The stacks as nested functions, without those that have less than `LEAST` of the samples.
+
+    Args:
+        folded: as for `shares`.
+
+    Returns:
+        `name`, `share` of all samples and `calls` of each.
+    """
+    counts: Counter[tuple[str, ...]] = Counter()
+    for line in folded.splitlines():
+        stack, _, count = line.rpartition(" ")
+        frames = tuple(stack.split(";"))
+        for depth in range(1, len(frames) + 1):
+            counts[frames[:depth]] += int(count)
+    samples = sum(count for path, count in counts.items() if len(path) == 1)
+
+    def below(path: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [
+            {"name": at[-1], "share": round(count / samples, 4), "calls": below(at)}
+            for at, count in sorted(counts.items())
+            if at[:-1] == path and count >= LEAST * samples
+        ]
+
+    return below(())
 
 
 def linear_in(folder: str) -> Path:
@@ -106,6 +137,7 @@ def main(connections: int, seconds: int, out: Path) -> None:
         "processor": processor(),
         "python": platform.python_version(),
         "functions": shares(found),
+        "stacks": tree(found),
     }
     out.write_text(json.dumps(document, indent=1) + "\n")
     click.echo(json.dumps(document["functions"], indent=1))

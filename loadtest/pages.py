@@ -6,6 +6,7 @@ python -m loadtest.pages            writes them
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -393,6 +394,11 @@ def frame_parts(frames: Document) -> Iterator[str]:
             for name, share in frames["functions"].items()
         ],
     )
+    if "stacks" in frames:
+        yield (
+            "Each box is a function, and as wide as its share of the time; below it is its caller."
+        )
+        yield "![Flame graph of a busy worker](../performance-worker.svg)"
 
 
 def protection_parts(protections: Document) -> Iterator[str]:
@@ -631,6 +637,41 @@ def photo_labels(imagenet: Document) -> str:
     )
 
 
+def flames(frames: Document, path: Path) -> None:
+    """A flame graph: functions above their callers, as wide as their share of the time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # The same stacks are the same file: no random names, no time.
+    mpl.rcParams["svg.hashsalt"] = "worker"
+    boxes = list(flame_boxes(frames["stacks"]))
+    deepest = max(depth for _, depth, _, _ in boxes)
+    figure, axis = plt.subplots(figsize=(12, 0.26 * (deepest + 2)), layout="constrained")
+    colours = plt.get_cmap("YlOrRd")
+    for name, depth, left, share in boxes:
+        shade = colours(0.15 + 0.5 * (zlib.crc32(name.encode()) % 97) / 97)
+        axis.barh(depth, share, left=left, height=0.94, color=shade, align="edge")
+        shown = name.partition(" (")[0][: int(share * 150)]
+        if len(shown) > 2:
+            axis.text(left + 0.001, depth + 0.42, shown, va="center", fontsize=7, clip_on=True)
+    axis.set(xlim=(0, 1), ylim=(0, deepest + 1))
+    axis.axis("off")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def flame_boxes(
+    calls: Sequence[Document], depth: int = 0, left: float = 0.0
+) -> Iterator[tuple[str, int, float, float]]:
+    """Name, depth, left edge and width of each function."""
+    for call in calls:
+        yield call["name"], depth, left, call["share"]
+        yield from flame_boxes(call["calls"], depth + 1, left)
+        left += call["share"]
+
+
 def plot(peers: Document, path: Path) -> None:
     """Answers per second at 32 connections, one bar per server."""
     import matplotlib as mpl
@@ -760,6 +801,8 @@ def main(out: Path) -> None:
     (out / "explanation" / "performance.md").write_text(committed())
     if peers:
         plot(peers, out / "performance-peers.png")
+    if "stacks" in (frames := read("frames.json")):
+        flames(frames, out / "performance-worker.svg")
 
 
 if __name__ == "__main__":
