@@ -5,12 +5,16 @@ Figures are compared in kind only: they differ between releases of torch, and po
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from docs.generators import notebook
+from loadtest import photos
+from scumble.cli import COMMANDS
 from tests.ports import free_ports
 
 PAGE = Path(__file__).parent.parent / "docs" / "tutorial" / "index.md"
@@ -63,3 +67,33 @@ def test_the_commands_print_what_the_page_shows(tmp_path, commands):
     printed = run([block for block, _ in shown], tmp_path, commands)
     for (block, output), real in zip(shown, printed, strict=True):
         assert kind(output) == kind(real), f"{block}\nprints:\n{real}"
+
+
+# The page about photos needs weights that are installed by hand, and trains for minutes.
+
+
+def test_the_notebook_is_the_page_about_photos():
+    page = notebook.PAGE.read_text()
+    made = "run python -m docs.generators.notebook"
+    assert notebook.NOTEBOOK.read_text() == notebook.text(page), made
+    document = notebook.notebook(page)
+    assert (document["nbformat"], document["nbformat_minor"]) == (4, 5)
+    code = ["".join(c["source"]) for c in document["cells"] if c["cell_type"] == "code"]
+    assert code == [f"%%bash\n{commands.rstrip()}" for commands, _ in blocks(page)]
+    assert len({cell["id"] for cell in document["cells"]}) == len(document["cells"])
+
+
+@pytest.mark.torch
+def test_the_page_about_photos_has_commands_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name in photos.SHOWN:
+        (tmp_path / "photos" / name).touch()
+    text = "".join(commands for commands, _ in blocks(notebook.PAGE.read_text()))
+    lines = re.findall(r"scumble ([^|>&\n]+)", text.replace("\\\n", " "))
+    assert {line.split()[0] for line in lines} == {
+        "export", "quantize", "serve", "predict", "check", "evaluate"
+    }  # fmt: skip
+    for line in lines:
+        name, *words = shlex.split(re.sub(r" 2$", "", line.strip()))
+        COMMANDS[name].load().make_context(name, words)  # refuses what is no option
