@@ -4,7 +4,8 @@
 
 A small PNG is sent to the application that `create_app` makes, in process, and every call of a
 function under `app/` or `scumble/` is noted. Left out are `app/telemetry`, where each stage counts
-itself, and the values that travel with a request: a call of their methods is not a step.
+itself, helpers of `app/system`, and the values that travel with a request: a call of their methods
+is not a step.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN = "<!-- written by python -m docs.generators.request_path -->\n"
 END = "<!-- end of the request path -->"
 FOLDERS = ("app/", "scumble/")
-LEFT_OUT = ("app/telemetry/", "app/request_context.py", "app/inference/deadline.py")
+LEFT_OUT = (
+    "app/telemetry/",
+    "app/system/",
+    "app/request_context.py",
+    "app/inference/deadline.py",
+)
 VALUES = (Bucket, Grant, Header)
 ENDPOINT = "app/http/prediction.py"
 
