@@ -38,7 +38,8 @@ LARGEST_MB = 450  # of the service's image
 REQUESTS = 30  # sent by this script to each service
 BUDGET = 5
 ENGINE = {"dockerd": "docker.io", "iptables": "iptables", "mmdebstrap": "mmdebstrap"}
-OWN = ("victim", "defended", "attacker")
+SERVICES = {"undefended": "victim", "defended": "defended", "recommended": "recommended"}
+OWN = (*SERVICES.values(), "attacker")
 BASE = "scumble-base"  # the substitute, as an image with a digest cannot be replaced by name
 
 # Prints for each HOST:PORT whether a connection is accepted.
@@ -155,7 +156,7 @@ def main(out: Path, queries: int, epochs: int, local: bool) -> None:
             project = stack.enter_context(own_engine(ours))
         else:
             project = Project(ours, stand_ins=False)
-        for service in ("victim", "defended", "prometheus", "grafana"):
+        for service in (*SERVICES.values(), "prometheus", "grafana"):
             project.ports[service] = port = free_port()
             project.environ[f"{service.upper()}_PORT"] = str(port)
         stack.callback(project.compose, "--profile=*", "down", "--volumes", "--remove-orphans")
@@ -187,7 +188,7 @@ def answers(environ: dict[str, str]) -> bool:
 
 def play(project: Project) -> dict[str, Any]:
     """Run the demo with all checks; returns the figures."""
-    shown = ["victim", "defended", "prometheus", *([] if project.stand_ins else ["grafana"])]
+    shown = [*SERVICES.values(), "prometheus", *([] if project.stand_ins else ["grafana"])]
     with project.step("build the service and start"):
         project.compose("up", "--detach", "--wait", *shown)
     with project.step("build the attacker"):
@@ -204,7 +205,7 @@ def play(project: Project) -> dict[str, Any]:
     with project.step("requests of three formats"):
         send(project)
         answered = 'sum(scumble_requests_total{job="%s",route="/v1/predict",code="200"})'
-        settled(project, answered, dict.fromkeys(("victim", "defended"), REQUESTS))
+        settled(project, answered, dict.fromkeys(SERVICES.values(), REQUESTS))
     with project.step("theft"):
         click.echo(project.compose("run", "--rm", "--no-TTY", "attacker"))
         report = json.loads(
@@ -259,14 +260,14 @@ def confined(project: Project, services: list[str]) -> None:
 
 def isolated(project: Project) -> None:
     """Check that the attacker reaches only public ports, and that the admin network is isolated."""
-    open_to_him = {"victim:8000": True, "defended:8000": True}
+    public = [f"{name}:8000" for name in SERVICES.values()]
     closed = [
-        "victim:9000", "defended:9000", "victim-admin:9000", "defended-admin:9000",
-        *(f"{project.address(name, 'admin')}:9000" for name in ("victim", "defended")),
+        *(f"{host}:9000" for name in SERVICES.values() for host in (name, f"{name}-admin")),
+        *(f"{project.address(name, 'admin')}:9000" for name in SERVICES.values()),
         f"{project.address('prometheus', 'admin')}:9090", "prometheus:9090",
         f"{project.address('prometheus', 'operator')}:9090",
     ]  # fmt: skip
-    expected = open_to_him | dict.fromkeys(closed, False)
+    expected = dict.fromkeys(public, True) | dict.fromkeys(closed, False)
     words = ["run", "--rm", "--no-TTY", "attacker", "python3", "-c", PROBE, *expected]
     found = json.loads(project.compose(*words))
     check(found == expected, f"the attacker reaches {found}")
@@ -285,7 +286,7 @@ def send(project: Project) -> None:
         kind = ("png", "jpeg", "webp")[i % 3]
         body = io.BytesIO()
         picture.save(body, kind)
-        for service in ("victim", "defended"):
+        for service in SERVICES.values():
             answer = httpx2.post(
                 f"{project.url(service)}/v1/predict",
                 content=body.getvalue(),
@@ -308,18 +309,16 @@ def settled(project: Project, expr: str, expected: dict[str, int]) -> None:
 
 def counted(project: Project, report: dict[str, Any]) -> dict[str, int]:
     """Images sent to each service, which Prometheus must have counted."""
-    undefended, defended = (report["servers"][name] for name in ("undefended", "defended"))
-    check(undefended["l1"]["digits"] == 0, f"undefended answers are {undefended['l1']} off")
-    check(defended["l1"]["digits"] > 0.5, f"defended answers are only {defended['l1']} off")
+    l1 = {name: side["l1"]["digits"] for name, side in report["servers"].items()}
+    check(l1["undefended"] == 0, f"undefended answers are {l1['undefended']} off")
+    check(l1["defended"] > 0.5, f"defended answers are only {l1['defended']} off")
+    check(l1["recommended"] > 0, "answers under the recommended policy are clean")
     asked = {
         name: side["images"]
         + sum(line["images"] for line in report["attacks"] if line["server"] == name)
         for name, side in report["servers"].items()
     }
-    sent = {
-        "victim": REQUESTS + asked["undefended"],
-        "defended": REQUESTS + asked["defended"],
-    }
+    sent = {service: REQUESTS + asked[name] for name, service in SERVICES.items()}
     with project.step("counts"):
         settled(project, 'sum(scumble_images_total{job="%s"})', sent)
     changed = project.ask('sum(scumble_defended_rows_total{job="victim"})')

@@ -1,16 +1,18 @@
-"""`make demo`: steal a digit reader twice, once undefended and once defended, and compare.
+"""`make demo`: steal a digit reader, undefended and under two policies, and compare.
 
-Two servers run on loopback, and each is attacked with KnockoffNets over HTTP. The transfer set is
+Three servers run on loopback, and each is attacked with KnockoffNets over HTTP. The transfer set is
 scikit-learn's digits, randomly rotated, moved, scaled and distorted; each such picture is a query.
-The test set is other digits, and MNIST's test images if they are available. The defended server is
-attacked with answers as they are, under both losses; with labels only, which a defense that keeps
-the label cannot prevent; and by an attacker who knows the defense and inverts it. Clients have
-keys: the budget of the attacker's key is large enough, that of the visitor's is not.
+The test set is other digits, and MNIST's test images if they are available. The defended server has
+`dcp`. It is attacked with answers as they are, under both losses; with labels only, which a defense
+that keeps the label cannot prevent; and by an attacker who knows the defense and inverts it. The
+third server has the policy that is recommended for the model, and is attacked with answers as they
+are, without those that were withheld, and with the labels of the others. Clients have keys: the
+budget of the attacker's key is large enough, that of the visitor's is not.
 
     python -m scumble.evaluation.demo --out runs/demo
 
-With `--undefended` and `--defended` it steals from two servers that run elsewhere, as those of
-`docker-compose.yml`, and sees only their public ports.
+With `--undefended`, `--defended` and `--recommended` it steals from servers that run elsewhere, as
+those of `docker-compose.yml`, and sees only their public ports.
 """
 
 from __future__ import annotations
@@ -25,15 +27,22 @@ from pathlib import Path
 
 import click
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from app.inference.bundle import open_bundle
+from app.inference.policy_presets import recommended_policy
+from app.precision import Precision
+from app.settings import default_model_dir
 from scumble.attacker import consent, students
+from scumble.attacker.adapt.abstention_filter import withheld
 from scumble.attacker.errors import AttackError
 from scumble.attacker.pool import pool
 from scumble.attacker.result import Result
 from scumble.attacker.run import Job, run
+from scumble.attacker.transports import Probs
 from scumble.client.wire import encode
 from scumble.data.digits import SIDE, digits
 from scumble.data.image_sets import Dataset, load, write_parquet
@@ -43,6 +52,8 @@ from scumble.evaluation.local_server import serving
 from scumble.evaluation.referee import REQUESTS, UNTIMED, ask, latencies
 from scumble.training.train import affine, as_tensors, chain, light
 
+MODEL = "mnist"
+PRECISION: Precision = "int8"
 DCP: dict[str, object] = {"defense": "dcp", "defense_params": {"beta": 1.2, "gamma": 0.2}}
 HELD_OUT = 0.25  # of the digits, for the test
 DISTORT = chain(affine(degrees=15, shift=0.1, scale=0.25, shear=0.2), light(0.3))
@@ -60,7 +71,22 @@ ATTACKS: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
         ("invert",),
         ("fit.loss=centred", "invert.beta=1.2", "invert.gamma=0.2"),
     ),
+    ("recommended", "recommended", (), ("fit.loss=centred",)),
+    (
+        "recommended, answered only",
+        "recommended",
+        ("answered",),
+        ("fit.loss=soft", "fit.augment=digits"),
+    ),
+    (
+        "recommended, labels only",
+        "recommended",
+        ("answered", "argmax"),
+        ("fit.loss=soft", "fit.augment=digits"),
+    ),
 ]
+# The jobs of docker/prometheus, by server.
+JOBS = {"undefended": "victim", "defended": "defended", "recommended": "recommended"}
 
 
 @dataclass(frozen=True)
@@ -109,14 +135,16 @@ class ServerFigures:
 
     Attributes:
         settings: other than the defaults; None of a server that runs elsewhere.
-        accuracy: of its answers by test set.
+        accuracy: of its answers by test set; a withheld one is wrong.
+        withheld: share of its answers by test set.
         l1: mean L1 distance of its answers from the undefended ones by test set.
-        latency_ms: median of single requests, taken by turns with the other server.
+        latency_ms: median of single requests, taken by turns with the other servers.
         images: sent for these figures.
     """
 
     settings: dict[str, object] | None
     accuracy: dict[str, float]
+    withheld: dict[str, float]
     l1: dict[str, float]
     latency_ms: float
     images: int
@@ -139,8 +167,11 @@ class ServerFigures:
     show_default=True,
     help="Where MNIST may be.",
 )
-@click.option("--undefended", metavar="URL", help="Of a server that runs, with --defended.")
-@click.option("--defended", metavar="URL", help="Of the other.  [default: own servers]")
+@click.option("--undefended", metavar="URL", help="Of a server that runs, with the next two.")
+@click.option("--defended", metavar="URL", help="Of the one with dcp.")
+@click.option(
+    "--recommended", metavar="URL", help="Of the one with withhold.  [default: own servers]"
+)
 @click.option(
     "--i-have-the-owners-consent",
     "consented",
@@ -150,7 +181,7 @@ class ServerFigures:
 @click.option(
     "--owner-token",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File with the token that the owner of both gave you.",
+    help="File with the token that the owner of all three gave you.",
 )
 def main(
     out: Path,
@@ -160,19 +191,20 @@ def main(
     data: Path,
     undefended: str | None,
     defended: str | None,
+    recommended: str | None,
     consented: bool,
     owner_token: Path | None,
 ) -> None:
-    """Steal the digit reader from an undefended and from a defended server, and compare."""
+    """Steal the digit reader, undefended and under two policies, and compare."""
     start = time.perf_counter()
-    if (undefended is None) != (defended is None):
-        raise click.UsageError("--undefended and --defended belong together")
-    given = {"undefended": undefended, "defended": defended} if undefended and defended else {}
+    urls = {"undefended": undefended, "defended": defended, "recommended": recommended}
+    given = {name: url for name, url in urls.items() if url is not None}
+    if given and len(given) < len(urls):
+        raise click.UsageError(f"{', '.join(f'--{name}' for name in urls)} belong together")
     try:
         servers = {
             name: Target(url, headers=consent.check(url, consent=consented, token=owner_token))
             for name, url in given.items()
-            if url
         }
     except AttackError as exc:
         raise click.ClickException(str(exc)) from exc
@@ -182,7 +214,7 @@ def main(
     transfer, tests = material(out, queries, seed, data)
     with ExitStack() as stack:
         if not servers:
-            settings = {"undefended": {}, "defended": DCP}
+            settings = {"undefended": {}, "defended": DCP, "recommended": recommended_settings()}
             asked = queries + sum(map(len, tests.values()))
             keys = out.absolute() / "keys.json"
             guests = admit(keys, 2 * len(ATTACKS) * asked)
@@ -192,7 +224,11 @@ def main(
                 store = f"sqlite:///{out.absolute() / f'{name}.sqlite'}"
                 server = stack.enter_context(
                     serving(
-                        model="mnist", precision="int8", keys_file=keys, store=store, **(ours or {})
+                        model=MODEL,
+                        precision=PRECISION,
+                        keys_file=keys,
+                        store=store,
+                        **(ours or {}),
                     )
                 )
                 servers[name] = Target(server.url, server.admin, guests["thief"])
@@ -245,13 +281,18 @@ def material(out: Path, queries: int, seed: int, data: Path) -> tuple[Path, dict
     return out / "queries.parquet", tests
 
 
+def recommended_settings() -> dict[str, object]:
+    """Settings of the policy that is recommended for the model."""
+    preset = recommended_policy(open_bundle(default_model_dir(), MODEL).card, PRECISION)
+    return {"defense": preset.defense, "defense_params": dict(preset.params)}
+
+
 def watch(servers: dict[str, Target], path: Path) -> None:
-    """Tell a Prometheus with `docker/prometheus/demo.yml` where both servers' metrics are."""
-    jobs = {"victim": servers["undefended"].admin, "defended": servers["defended"].admin}
+    """Tell a Prometheus with `docker/prometheus/demo.yml` where the servers' metrics are."""
     targets = [
-        {"targets": [admin.removeprefix("http://")], "labels": {"job": job}}
-        for job, admin in jobs.items()
-        if admin
+        {"targets": [server.admin.removeprefix("http://")], "labels": {"job": JOBS[name]}}
+        for name, server in servers.items()
+        if server.admin
     ]
     path.write_text(json.dumps(targets))
 
@@ -261,12 +302,16 @@ def measure(
     settings: dict[str, dict[str, object] | None],
     tests: dict[str, Dataset],
 ) -> dict[str, ServerFigures]:
-    """Accuracy, distortion and latency of both servers."""
+    """Accuracy, distortion and latency of the servers."""
     shape = (1, SIDE, SIDE)
     images = {test: pool(data, shape).images for test, data in tests.items()}
     answers = {
         name: {test: ask(server.url, images[test], server.headers) for test in tests}
         for name, server in servers.items()
+    }
+    said = {
+        name: {test: ~withheld(rows) for test, rows in found.items()}
+        for name, found in answers.items()
     }
     urls = {name: server.url for name, server in servers.items()}
     latency = latencies(urls, tests["digits"], REQUESTS, headers=servers["defended"].headers)
@@ -274,9 +319,10 @@ def measure(
         name: ServerFigures(
             settings=settings[name],
             accuracy={
-                test: scores.accuracy(answers[name][test], data.labels)
+                test: float((said[name][test] & right(answers[name][test], data)).mean())
                 for test, data in tests.items()
             },
+            withheld={test: float(1 - said[name][test].mean()) for test in tests},
             l1={
                 test: float(scores.l1(answers[name][test], answers["undefended"][test]).mean())
                 for test in tests
@@ -286,6 +332,12 @@ def measure(
         )
         for name in servers
     }
+
+
+def right(rows: Probs, data: Dataset) -> npt.NDArray[np.bool_]:
+    """Which rows are largest at the true label."""
+    found: npt.NDArray[np.bool_] = rows.argmax(1) == data.labels
+    return found
 
 
 def steal(
@@ -380,11 +432,15 @@ def show(
             f"{name} server and was refused {found.refused} times."
         )
     counted = [line.queries[1] for line in lines]
-    added = served["defended"].latency_ms / served["undefended"].latency_ms - 1
+    free = served["undefended"].latency_ms
+    added = {name: f"{side.latency_ms / free - 1:+.1%}" for name, side in served.items()}
     console.print(
         f"{lines[0].queries[0]:,} queries each, counted by the servers as "
         f"{', '.join('not asked' if n is None else f'{n:,}' for n in counted)}. "
-        f"The defense changes a request's median latency by {added:+.1%}.\n"
+        f"The recommended policy withholds {served['recommended'].withheld[tests[-1]]:.1%} of the "
+        f"answers to {tests[-1]}.\n"
+        f"A request's median latency changes by {added['defended']} (defended) and "
+        f"{added['recommended']} (recommended).\n"
         f"{seconds:.0f} s; written: {out / 'demo.json'}, {out / 'demo.png'}"
     )
 
@@ -397,7 +453,7 @@ def plot(served: dict[str, ServerFigures], lines: list[Line], path: Path) -> Non
     import matplotlib.pyplot as plt
 
     tests = list(lines[0].stolen)
-    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 0.6 * len(lines)), layout="constrained")
     high = 0.8 / len(tests)
     colours = ["#1f4e79", "#e08e45"]
     for i, test in enumerate(tests):

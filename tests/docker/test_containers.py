@@ -29,7 +29,7 @@ from scumble.evaluation import demo
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
-SCRAPED = ("victim", "defended")
+SCRAPED = ("victim", "defended", "recommended")
 DOCKERFILE = ROOT / "Dockerfile"
 FIGURES = json.loads((ROOT / "docker" / "demo.json").read_text())
 PAGE = ROOT / "docs" / "how-to" / "containers.md"
@@ -135,6 +135,20 @@ def test_the_thief_knows_the_defense_that_is_served():
     assert "SCUMBLE_DEFENSE" not in SERVICES["victim"]["environment"]
 
 
+def test_the_recommended_service_has_the_policy_that_is_recommended_for_its_model():
+    environment = SERVICES["recommended"]["environment"]
+    model, precision = (
+        re.fullmatch(r"\$\{\w+:-(\w+)\}", environment[name])[1]
+        for name in ("SCUMBLE_MODEL", "SCUMBLE_PRECISION")
+    )
+    assert (model, precision) == (demo.MODEL, demo.PRECISION)
+    assert "SCUMBLE_DEFENSE_PARAMS" not in environment  # so the card's are used
+    card = Bundle(ROOT / "models" / model).card
+    defense = environment["SCUMBLE_DEFENSE"]
+    served = {"defense": defense, "defense_params": card.defense_params(defense, {})}
+    assert served == demo.recommended_settings()
+
+
 def test_the_thief_is_started_with_options_that_exist():
     words = [re.sub(r"\$\{\w+:-(\w+)\}", r"\1", word) for word in SERVICES["attacker"]["command"]]
     assert words[:3] == ["python3", "-m", "scumble.evaluation.demo"]
@@ -143,6 +157,7 @@ def test_the_thief_is_started_with_options_that_exist():
     ).params
     assert parsed["undefended"] == "http://victim:8000"
     assert parsed["defended"] == "http://defended:8000"
+    assert parsed["recommended"] == "http://recommended:8000"
     assert parsed["consented"]
     assert str(parsed["out"]) == SERVICES["attacker"]["volumes"][0].partition(":")[2]
 

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.server
-def test_the_demo_steals_from_both_servers(tmp_path):
+def test_the_demo_steals_from_all_servers(tmp_path):
+    (tmp_path / "undefended").mkdir()
+    for left in ("undefended.sqlite", "undefended/journal.sqlite"):
+        (tmp_path / left).write_bytes(b"of a run that was interrupted")
     words = ["--out", str(tmp_path), "--queries", "100", "--epochs", "1", "--data", "nowhere"]
     done = CliRunner().invoke(demo.main, words)
     assert done.exit_code == 0, done.output
@@ -26,25 +29,24 @@ def test_the_demo_steals_from_both_servers(tmp_path):
         assert line["queries"] == [100, 100]
         assert 0 <= line["stolen"]["digits"] <= 1
         assert line["name"] in done.output
-    undefended, defended = report["servers"]["undefended"], report["servers"]["defended"]
-    assert undefended["accuracy"]["digits"] > 0.9
-    assert undefended["l1"]["digits"] == 0
-    assert defended["l1"]["digits"] > 0.5
-    assert min(undefended["latency_ms"], defended["latency_ms"]) > 0
+    servers = report["servers"]
+    assert list(servers) == ["undefended", "defended", "recommended"]
+    assert servers["undefended"]["accuracy"]["digits"] > 0.9
+    assert servers["undefended"]["l1"]["digits"] == 0
+    assert servers["defended"]["l1"]["digits"] > 0.5
+    withheld = {name: side["withheld"]["digits"] for name, side in servers.items()}
+    assert withheld["undefended"] == withheld["defended"] == 0
+    assert 0 < withheld["recommended"] <= 1 - servers["recommended"]["accuracy"]["digits"]
+    assert min(side["latency_ms"] for side in servers.values()) > 0
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.size[0] > 600
     # Nobody's digit is in both sets.
     asked, test = (load(str(tmp_path / f"{name}.parquet")) for name in ("queries", "test"))
     assert len(asked) == 100
     assert not {p.tobytes() for p in asked.images} & {p.tobytes() for p in test.images}
-    # A second run in the same folder starts from scratch.
-    again = CliRunner().invoke(demo.main, words)
-    assert again.exit_code == 0, again.output
-    second = json.loads((tmp_path / "demo.json").read_text())
-    stolen = [line["stolen"] for line in report["attacks"]]
-    assert stolen == [line["stolen"] for line in second["attacks"]]
+    # What an earlier run left does not count.
     refused = {"budget": 20, "answered": 20, "refused": 10}
-    assert report["visits"] == second["visits"] == {"undefended": refused, "defended": refused}
+    assert report["visits"] == dict.fromkeys(servers, refused)
 
 
 @pytest.mark.server
@@ -52,14 +54,17 @@ def test_the_demo_steals_from_servers_that_run_and_says_what_it_sent(tmp_path):
     with (
         serving(model="mnist", precision="int8", workers=1) as undefended,
         serving(model="mnist", precision="int8", workers=1, **demo.DCP) as defended,
+        serving(
+            model="mnist", precision="int8", workers=1, **demo.recommended_settings()
+        ) as recommended,
     ):
-        servers = {"undefended": undefended, "defended": defended}
+        servers = {"undefended": undefended, "defended": defended, "recommended": recommended}
         words = ["--out", str(tmp_path), "--queries", "100", "--epochs", "1", "--data", "nowhere"]
         words += [f"--{name}={server.url}" for name, server in servers.items()]
         done = CliRunner().invoke(demo.main, words)
         assert done.exit_code == 0, done.output
         report = json.loads((tmp_path / "demo.json").read_text())
-        assert [line["queries"] for line in report["attacks"]] == 6 * [[100, None]]
+        assert [line["queries"] for line in report["attacks"]] == len(demo.ATTACKS) * [[100, None]]
         for name, server in servers.items():
             sent = report["servers"][name]["images"] + sum(
                 line["images"] for line in report["attacks"] if line["server"] == name
@@ -72,7 +77,8 @@ def test_the_demo_steals_from_servers_that_run_and_says_what_it_sent(tmp_path):
 
 def test_the_demo_asks_no_other_host_without_consent(tmp_path):
     words = ["--out", str(tmp_path), "--undefended=http://victim:8000"]
-    done = CliRunner().invoke(demo.main, [*words, "--defended=http://defended:8000"])
+    others = ["--defended=http://defended:8000", "--recommended=http://recommended:8000"]
+    done = CliRunner().invoke(demo.main, [*words, *others])
     assert done.exit_code == 1
     assert "--i-have-the-owners-consent" in done.output
     assert not list(tmp_path.iterdir())
