@@ -31,7 +31,7 @@ const terms = (facts) =>
     make("dd", { className }, value),
   ]);
 
-// The lines of an environment file that serve a policy; for the shell and for `docker --env-file`.
+// Lines for a shell that serve a policy. `docker --env-file` would keep the quotes.
 export function settingsLines(defense, params) {
   return `SCUMBLE_DEFENSE=${defense}\nSCUMBLE_DEFENSE_PARAMS=${shellWord(JSON.stringify(params))}`;
 }
