@@ -60,6 +60,8 @@ KNOBS = {
     ),
     "none": Knob("Returns the clean probabilities."),
 }
+# What `withhold` may answer with: none of these has a defense among its parameters.
+ANSWERS = tuple(name for name in KNOBS if name != "withhold")
 
 
 def about(settings: Settings, model_dir: Path) -> dict[str, Any]:
@@ -151,10 +153,15 @@ def policy(settings: Settings, name: str, params: dict[str, Any]) -> tuple[str, 
     """The defense and parameters for a name of the page's list.
 
     Raises:
-        Unprocessable: the page does not offer this name.
+        Unprocessable: the page does not offer this name, or what `withhold` answers with.
     """
     if name == ACTIVE:
         return settings.defense, settings.defense_params
     if name not in KNOBS:
         raise Unprocessable(f"defense is {name[:64]!r}; allowed: {', '.join([*KNOBS, ACTIVE])}")
+    match params.get("answers"):
+        case [inner, *_] if inner not in ANSWERS:
+            raise Unprocessable(
+                f"answers are those of {str(inner)[:64]!r}; allowed: {', '.join(ANSWERS)}"
+            )
     return name, params

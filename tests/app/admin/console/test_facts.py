@@ -2,7 +2,8 @@ import pytest
 
 from app.access.keys import Key, KeyFile, write_keys
 from app.admin.api_description import OPENAPI_FILE, leave_description
-from app.admin.console.facts import client_policies, measured_copies, offered
+from app.admin.console.facts import KNOBS, client_policies, measured_copies, offered, policy
+from app.errors import Unprocessable
 from app.inference.bundle import open_bundle
 from app.settings import default_model_dir, load_settings
 
@@ -55,6 +56,22 @@ def test_defenses_that_the_bundle_was_not_calibrated_for_are_not_offered():
     rows = {row["name"]: row for row in offered(settings, card)}
     assert rows["withhold"]["start"] == 0.02
     assert {row["name"] for row in offered(load_settings(), without)} == rows.keys() - {"withhold"}
+
+
+@pytest.mark.parametrize("name", sorted(KNOBS))
+@pytest.mark.parametrize(
+    "inner", ["own.py:Own", "chain", "mad", "withhold", "", None, {}, ["own.py:Own"]]
+)
+def test_the_page_loads_no_file_and_no_defense_that_it_does_not_offer(name, inner):
+    with pytest.raises(Unprocessable, match="allowed: dcp, "):
+        policy(load_settings(), name, {"answers": [inner, {}]})
+
+
+def test_withhold_answers_with_what_the_page_offers():
+    params = {"loss": 0.01, "answers": ["codebook", {"cells": 4}]}
+    assert policy(load_settings(), "withhold", params) == ("withhold", params)
+    with pytest.raises(Unprocessable, match=r"defense is 'own.py:Own'"):
+        policy(load_settings(), "own.py:Own", {})
 
 
 def test_the_first_worker_leaves_the_description(tmp_path):
