@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ SHORTER = (
     ("match pattern", "text that matches"),
     ("a integer", "an integer"),
 )
+SHORT = reprlib.Repr()  # a value may be a document
+SHORT.maxstring = SHORT.maxother = 200
+SHORT.maxlist = SHORT.maxdict = 20
 
 
 def allowed(errors: Iterable[ErrorDetails]) -> str:
@@ -38,7 +42,7 @@ def sentence(name: str, error: ErrorDetails) -> str:
         return f"{name} is unknown"
     if error["type"] in ("value_error", "json_invalid"):  # these say what is wrong
         return f"{name}: {allowed([error])}"
-    value = f"is {error['input']!r}" if "input" in error else "is not valid"
+    value = f"is {SHORT.repr(error['input'])}" if "input" in error else "is not valid"
     return f"{name} {value}; allowed: {allowed([error])}"
 
 

@@ -103,6 +103,10 @@ class Elr:
     def __init__(self, answers: int, labels: int) -> None:
         self._said = torch.zeros(answers, labels)
 
+    def forget(self, rows: Tensor) -> None:
+        """Other answers have taken the places of these."""
+        self._said[rows] = 0
+
     def __call__(self, logits: Tensor, answers: Tensor, rows: Tensor, progress: float) -> Tensor:
         """See `Loss`."""
         del progress

@@ -156,7 +156,7 @@ INTERRUPTED = 130
 @click.option(
     "--minutes",
     type=click.FloatRange(min=0, min_open=True),
-    help="End after so long; cells that have not ended are left for the next time.",
+    help="End after so long; cells that have not ended begin again the next time.",
 )
 @click.option(
     "--beside/--no-beside",
@@ -338,6 +338,7 @@ def end_processes(processes: Iterable[BaseProcess]) -> None:
         process.join(ENDED_S)
         started = children(process.pid) if process.is_alive() and process.pid else []
         process.kill()
+        process.join()
         for pid in started:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

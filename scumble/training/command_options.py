@@ -66,7 +66,7 @@ def require_writable(path: Path) -> None:
 
 
 def typed(ctx: click.Context, program: str = "") -> str:
-    """The command line, rebuilt from the parameters that were given.
+    """The command line, rebuilt from the parameters that were given, at a prompt or before.
 
     Args:
         ctx: of the command.
@@ -75,7 +75,7 @@ def typed(ctx: click.Context, program: str = "") -> str:
     words = (program or f"scumble {ctx.command.name}").split()
     for parameter in ctx.command.params:
         name = str(parameter.name)
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.PROMPT):
             words += _words(parameter, ctx.params[name])
     return shlex.join(words)
 

@@ -6,11 +6,13 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 import onnx
+from click.core import ParameterSource
 
 from app.commands.picture_options import Size, picture_options, taken_preprocessing
 from app.inference.bundle import ONNX_FILE, Preprocessing, checked_card
@@ -45,18 +47,19 @@ MANY_LABELS = 8  # of which no more are shown
 def normalisation_of(
     preset: str | None, mean: str | None, std: str | None, bgr: bool
 ) -> Normalisation:
-    """What the options say; asked for where they say nothing and somebody is there.
+    """What the options say.
 
     Raises:
-        ExportError: nothing was said, or no numbers.
+        Unsaid: they say nothing.
+        ExportError: they are no numbers.
     """
     if preset is None and mean is None and std is None:
-        if not sys.stdin.isatty():
-            raise ExportError(
-                "an ONNX file does not say how its input is normalised; give "
-                f"--normalize {'|'.join(PRESETS)}, or --mean and --std"
-            )
-        preset = click.prompt("Normalisation of the input", type=click.Choice(list(PRESETS)))
+        raise Unsaid(
+            "an ONNX file does not say how its input is normalised; give "
+            f"--normalize {'|'.join(PRESETS)}, or --mean and --std",
+            "preset",
+            tuple(PRESETS),
+        )
     found = PRESETS[preset] if preset else Normalisation()
     if mean or std:
         found = Normalisation(_numbers(mean or "0"), _numbers(std or "1"))
@@ -134,9 +137,14 @@ def import_onnx(
         require_writable(models / name)
         settings = None if images is None else settings_of(models, name, precision="float32")
         network = read_network(source)
-        normalisation = normalisation_of(preset, mean, std, bgr)
+        ask = partial(prompted, ctx) if sys.stdin.isatty() else None
+        try:
+            normalisation = normalisation_of(preset, mean, std, bgr)
+        except Unsaid as missing:
+            if ask is None:
+                raise
+            normalisation = normalisation_of(ask(missing), None, None, bgr)
         wishes = {"layout": layout, "size": size, "output": output, "answers": answers}
-        ask = prompted if sys.stdin.isatty() else None
         decision = settled(network, normalisation, wishes, ask)
         click.echo(decision.sentence(normalisation))
         names = _labels(labels, decision)
@@ -189,10 +197,12 @@ def settled(
             wishes = {**wishes, missing.option: ask(missing)}
 
 
-def prompted(missing: Unsaid) -> Any:
-    """What the person at the terminal says."""
+def prompted(ctx: click.Context, missing: Unsaid) -> Any:
+    """What the person at the terminal says; it becomes a part of the command of `ctx`."""
     choices = click.Choice(missing.choices) if missing.choices else Size()
-    return click.prompt(str(missing), type=choices)
+    said = ctx.params[missing.option] = click.prompt(str(missing), type=choices)
+    ctx.set_parameter_source(missing.option, ParameterSource.PROMPT)
+    return said
 
 
 def _labels(path: Path | None, decision: Decision) -> list[str]:

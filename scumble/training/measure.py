@@ -94,9 +94,11 @@ def fitted(data: Dataset, card: Card) -> Dataset:
         DatasetError: other classes than the card's.
     """
     want = card.input
+    if data.labelled:
+        data = numbered_as(data, card.labels)
     if data.images.shape[1:] != (want.height, want.width, want.channels):
         data = replace(data, images=fit_images(data.images, want, card.preprocessing))
-    return numbered_as(data, card.labels) if data.labelled else data
+    return data
 
 
 def fit_images(

@@ -115,7 +115,10 @@ def offered(settings: Settings, card: Card) -> list[dict[str, Any]]:
         given = settings.defense_params if name == settings.defense else {}
         params = card.defense_params(name, given)
         start = params.get(knob.parameter or "", min(knob.start, high))
-        span = {"high": max(high, start), "start": start}
+        step = knob.step
+        while abs(start / step - round(start / step)) > 1e-6:  # the slider can stand at its start
+            step /= 10
+        span = {"low": min(knob.low, start), "high": max(high, start), "start": start, "step": step}
         rows.append({**asdict(knob), **span, "name": name, "params": params})
     if settings.defense not in KNOBS:
         fixed = Knob("The served defense; its parameters cannot be changed here.")

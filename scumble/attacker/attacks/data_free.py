@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -39,7 +40,15 @@ def moments(times: int, iterations: int) -> Iterator[bool]:
 
     >>> list(moments(1, 4))
     [False, True, False, False]
+
+    Raises:
+        AttackError: there are too few iterations.
     """
+    if times >= iterations:
+        raise AttackError(
+            f"rounds is {times}; allowed with the {iterations} iterations of this budget: "
+            f"0 to {iterations - 1}"
+        )
     chosen = {round((i + 1) * iterations / (times + 1)) for i in range(times)}
     return (iteration in chosen for iteration in range(1, iterations + 1))
 
@@ -71,8 +80,11 @@ def repeat(
             iterate()
         except BudgetExhausted:  # answers that were lost in a crash are missing from it
             break
-        for schedule in schedules:
-            schedule.step()
+        with warnings.catch_warnings():
+            # Where all answers so far were discarded, the rate falls before the first step.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for schedule in schedules:
+                schedule.step()
         if iteration in shown:
             watch(budget - oracle.remaining, student)
     student.eval()

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from scumble.attacker.attacks.ideal import Ideal, entropy
+from scumble.attacker.errors import AttackError
+from scumble.attacker.pretrained import Pretrained
 from scumble.attacker.students import forward
 
 
@@ -31,12 +33,21 @@ class Disguide(Ideal):
     spread: float = 0.2
     difference: float = 0.0
 
+    def check(self, budget: int, *, images: bool) -> None:
+        """See `Attack`."""
+        super().check(budget, images=images)
+        if self.difference:
+            raise AttackError(f"difference is {self.difference}; allowed in disguide: 0")
+
     def _copies(self, student: nn.Module) -> list[nn.Module]:
-        """The copy, and one of the same kind with other weights."""
+        """The copy, and one of the same kind with other weights; pretrained ones are kept."""
         other = copy.deepcopy(student)
+        learning: list[nn.Module] = [
+            part.head for part in other.modules() if isinstance(part, Pretrained)
+        ]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + 1)
-            for layer in other.modules():
+            for layer in (layer for part in learning or [other] for layer in part.modules()):
                 if callable(reset := getattr(layer, "reset_parameters", None)):
                     reset()
         return [student, other]

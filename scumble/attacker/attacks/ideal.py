@@ -21,7 +21,7 @@ from scumble.attacker.attacks.maze import Memory
 from scumble.attacker.attacks.zeroth import ask
 from scumble.attacker.errors import AttackError
 from scumble.attacker.generators import Generator, images, noise
-from scumble.attacker.losses import LABELS_ALONE, LOSSES, Loss
+from scumble.attacker.losses import LABELS_ALONE, LOSSES, Elr, Loss
 from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
@@ -101,7 +101,10 @@ class Ideal:
             y = ask(oracle, x)
             kept = torch.isfinite(y).all(1)
             if kept.any():
-                memory.add(x[kept], y[kept])
+                places = memory.add(x[kept], y[kept])
+                for each in losses:
+                    if isinstance(each, Elr):
+                        each.forget(places)
                 self._imitate(copies, losses, sgd, memory, done / rounds, rng)
             done += 1
             if next(revised):

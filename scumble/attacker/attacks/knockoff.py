@@ -106,7 +106,8 @@ class Knockoff:
         images = pool.images[rows]
         for _ in range(self.rounds):
             student.load_state_dict(start)
-            fit(student, images, answers, replace(self.fitting, epochs=epochs))
+            chosen, learned = self._learned(rows, answers)
+            fit(student, pool.images[chosen], learned, replace(self.fitting, epochs=epochs))
             answers = again(oracle, images)
         student.load_state_dict(start)
         return answers

@@ -162,11 +162,12 @@ class Memory:
         self._y = torch.empty(size, labels, device=device.best())
         self._seen = 0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Remember images (N, C, H, W) and their answers (N, K)."""
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Remember images (N, C, H, W) and their answers (N, K); return their places."""
         places = (self._seen + torch.arange(len(x))) % len(self._x)
         self._x[places], self._y[places] = x.to(self._x), y.to(self._y)
         self._seen += len(x)
+        return places
 
     def revise(self, oracle: Oracle) -> None:
         """Map the answers again by the modifiers, with the copy of now; discarded ones stay.
@@ -175,6 +176,8 @@ class Memory:
             AttackError: no modifier keeps its answers.
         """
         count = min(self._seen, len(self._x))
+        if not count:  # all answers were discarded so far
+            return
         y = torch.from_numpy(again(oracle, self._x[:count].cpu().numpy())).to(self._y)
         kept = torch.isfinite(y).all(1)
         self._y[:count][kept] = y[kept]

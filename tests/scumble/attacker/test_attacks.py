@@ -21,6 +21,7 @@ from scumble.attacker.adapt.paced import PacedOracle
 from scumble.attacker.attacks import ATTACKS, DATA_FREE, make
 from scumble.attacker.attacks.copycat import Copycat
 from scumble.attacker.attacks.coverage import Coverage, Coverer, furthest
+from scumble.attacker.attacks.data_free import moments
 from scumble.attacker.attacks.dfme import Dfme
 from scumble.attacker.attacks.disguide import Disguide
 from scumble.attacker.attacks.fixmatch import FixMatch
@@ -413,10 +414,10 @@ def test_greedy_k_centre_takes_the_furthest_of_all_that_is_taken():
 
 
 def test_coverage_asks_about_what_is_unlike_all_that_it_asked_about():
-    """One image in twenty is of another kind: a random choice seldom takes it."""
+    """Nine images in ten are copies of five: a random choice takes nine in ten of these."""
     pool = noise_pool(1000)
-    rare = np.arange(1000) % 20 == 0
-    pool.images[rare] = 1 - np.indices((8, 8)).sum(0) % 2 * np.float32(1)
+    copied = np.arange(1000) % 10 > 0
+    pool.images[copied] = pool.images[np.arange(5) * 10][np.arange(1000) % 5][copied]
     attack = Coverage(fitting=FIT, ask=50, first=0.1, steps=4, epochs=2, candidates=1000)
     student = students.make("small_cnn", SHAPE, LABELS, seed=0)
     oracle = FunctionOracle(linear_victim(), 250)
@@ -426,8 +427,8 @@ def test_coverage_asks_about_what_is_unlike_all_that_it_asked_about():
         coverer.learn(rows, oracle(pool.images[rows]))
         seen.append(rows)
     assert not set(seen[0]) & set(seen[1])
-    spreads = [np.ptp(pool.images[rows].mean((1, 2, 3))) for rows in seen]
-    assert spreads[1] >= spreads[0]
+    assert copied[seen[0]].mean() > 0.7
+    assert copied[seen[1]].mean() < 0.1
 
 
 def test_disguides_copies_differ_and_both_learn():
@@ -440,6 +441,53 @@ def test_disguides_copies_differ_and_both_learn():
     apart = attack._wanted([first, second], x)
     together = attack._wanted([first, first], x)
     assert apart < together
+
+
+def test_disguide_keeps_pretrained_weights_and_refuses_what_it_does_not_use():
+    attack, _ = SMALL["disguide"]
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, HEAD))
+    first, second = attack._copies(nn.Sequential(Pretrained(pooled, LABELS, frozen=True)))
+    assert torch.equal(weights(first[0].backbone), weights(second[0].backbone))
+    assert not torch.equal(weights(first[0].head), weights(second[0].head))
+    with pytest.raises(AttackError, match=r"difference is 1\.0; allowed in disguide: 0"):
+        replace(attack, difference=1.0).check(10_000, images=False)
+
+
+@pytest.mark.parametrize("attack", ["ideal", "disguide"])
+def test_answers_that_were_all_withheld_are_not_mapped_again(attack):
+    chosen, budget = SMALL[attack][0], 160
+
+    class Withholding(FunctionOracle):
+        """One whose first answers are withheld until after they would be mapped again."""
+
+        def __call__(self, images):
+            answers = super().__call__(images)
+            return answers if self.remaining < budget // 4 else np.full_like(answers, np.nan)
+
+        def again(self, images):
+            raise AssertionError("nothing is remembered")
+
+    steal(replace(chosen, rounds=1), Withholding(linear_victim(), budget))
+
+
+def test_a_budget_has_more_iterations_than_rounds():
+    assert list(moments(2, 3)) == [True, True, False]
+    with pytest.raises(AttackError, match=r"rounds is 2; allowed .* 2 iterations .*: 0 to 1"):
+        moments(2, 2)
+
+
+def test_copies_of_a_round_learn_from_what_was_answered_alone():
+    """The copy with which answers are mapped again learns no withheld answer either."""
+    learned = []
+
+    class Noted(MaskSeeking):
+        def _learned(self, rows, answers):
+            learned.append(len(rows))
+            return super()._learned(rows, answers)
+
+    attack = Noted(fitting=FIT, ask=32, steps=2, rounds=2, curve=())
+    steal(attack, Remembered(FunctionOracle(linear_victim(), 100)), pool=noise_pool(200))
+    assert learned == [100] * 3
 
 
 def test_fixmatch_learns_from_images_that_nobody_was_asked_about():

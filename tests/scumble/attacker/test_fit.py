@@ -147,3 +147,13 @@ def test_layers_work_in_bfloat16_only_where_that_is_fast():
         kind = torch.nn.Linear(2, 2)(x).dtype
     fast = autocast.fast_bfloat16("cpu")
     assert kind == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_elr_forgets_answers_whose_places_were_taken():
+    loss = LOSSES["elr"](4, 3, 0.0)
+    rows, answers = torch.arange(4), torch.eye(3)[[0, 1, 2, 0]]
+    first = loss(torch.ones(4, 3), answers, rows, 0.0)
+    again = loss(torch.ones(4, 3), answers, rows, 0.0)
+    assert first != again
+    loss.forget(rows)
+    assert loss(torch.ones(4, 3), answers, rows, 0.0) == first

@@ -1,5 +1,6 @@
 """Ctrl-C or SIGTERM ends an evaluation with its servers, and says how to continue."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -42,13 +43,16 @@ def test_a_cell_that_does_not_end_takes_its_server_along():
     process = multiprocessing.get_context("fork").Process(target=stubborn)
     process.start()
     server = here.recv()
-    end_processes([process])
-    process.join(LIMIT_S)
-    assert process.exitcode == -signal.SIGKILL
-    deadline = time.monotonic() + LIMIT_S
-    while runs(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    try:
+        end_processes([process])
+        assert process.exitcode == -signal.SIGKILL
+        deadline = time.monotonic() + LIMIT_S
+        while runs(server):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
 
 
 def runs(pid):

@@ -17,9 +17,10 @@ from app.inference.decode import decode
 from app.inference.engines import load
 from app.inference.normalisation import PRESETS
 from scumble.cli import main
+from scumble.training.command_options import typed
 from scumble.training.export_command import export
-from scumble.training.import_command import import_onnx, settled
-from scumble.training.onnx_import import convert, decide, read_network, samples
+from scumble.training.import_command import import_onnx, prompted, settled
+from scumble.training.onnx_import import Unsaid, convert, decide, read_network, samples
 from scumble.training.sanity_checks import ExportError
 from tests.pictures import encoded, picture
 
@@ -433,6 +434,18 @@ def test_people_at_a_terminal_are_asked_for_what_the_file_leaves_open():
     assert (found.layout, found.shape.height, found.answers) == ("nhwc", 10, "logit")
     with pytest.raises(ExportError, match="--layout nchw or nhwc"):
         settled(model, PRESETS["imagenet"], {}, None)
+
+
+def test_what_was_answered_at_a_prompt_is_in_the_command_of_the_card(tmp_path, monkeypatch):
+    answers = iter(["tf", "nhwc", (10, 12)])
+    monkeypatch.setattr("click.prompt", lambda text, **_: next(answers))
+    (tmp_path / "net.onnx").touch()
+    with import_onnx.make_context("import", [f"{tmp_path}/net.onnx", "--bgr"]) as ctx:
+        prompted(ctx, Unsaid("", "preset", ("tf",)))
+        prompted(ctx, Unsaid("", "layout", ("nchw", "nhwc")))
+        prompted(ctx, Unsaid("", "size"))
+        words = "--normalize tf --bgr --layout nhwc --size 10x12"
+        assert typed(ctx) == f"scumble import {tmp_path}/net.onnx {words}"
 
 
 @pytest.mark.parametrize("command", [import_onnx, export, connect], ids=lambda one: one.name)

@@ -58,6 +58,17 @@ def test_defenses_that_the_bundle_was_not_calibrated_for_are_not_offered():
     assert {row["name"] for row in offered(load_settings(), without)} == rows.keys() - {"withhold"}
 
 
+@pytest.mark.parametrize(
+    ("loss", "low", "step"), [(0.01, 0.001, 0.001), (0.0025, 0.001, 1e-4), (0.0005, 0.0005, 1e-4)]
+)
+def test_the_slider_of_the_active_policy_can_stand_at_its_value(loss, low, step):
+    card = open_bundle(default_model_dir(), "mnist").card
+    settings = load_settings(defense="withhold", defense_params={"loss": loss})
+    (row,) = [row for row in offered(settings, card) if row["name"] == "withhold"]
+    assert (row["start"], row["low"]) == (loss, low)
+    assert row["step"] == pytest.approx(step)
+
+
 @pytest.mark.parametrize("name", sorted(KNOBS))
 @pytest.mark.parametrize(
     "inner", ["own.py:Own", "chain", "mad", "withhold", "", None, {}, ["own.py:Own"]]
