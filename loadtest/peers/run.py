@@ -260,9 +260,14 @@ def peer_command(name: str) -> list[str]:
 
 
 def peer_variables(setting: str, ports: Sequence[int]) -> dict[str, str]:
-    """What `serve.py` of a peer asks for; its handler comes from this repository."""
+    """What `serve.py` of a peer asks for; its handler comes from this repository.
+
+    The engine is the one that Scumble takes for int8 on this processor: on some, OpenVINO's int8
+    answers are others.
+    """
     return without_settings(os.environ) | {
         "PYTHONPATH": str(ROOT),
+        "PEER_ENGINE": engines.resolve("auto", "int8"),
         "PEER_SETTING": setting,
         "PEER_PORTS": ",".join(map(str, ports)),
         "OMP_NUM_THREADS": "1",

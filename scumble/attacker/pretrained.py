@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scumble.attacker.errors import AttackError
 from scumble.training.efficientnet_lite import HEAD, MEAN, STD, pretrained
-from scumble.training.sanity_checks import ExportError
+from scumble.training.errors import ExportError
 
 SIDE = 128
 """To which images are enlarged; the network halves them five times."""

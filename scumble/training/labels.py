@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scumble.training.sanity_checks import ExportError
+from scumble.training.errors import ExportError
 
 
 def read_labels(path: Path) -> list[str]:

@@ -29,8 +29,8 @@ from onnx import TensorProto, helper, numpy_helper
 from app.inference.bundle import InputShape, golden_inputs
 from app.inference.graph import OPSET, TENSOR
 from app.inference.normalisation import Normalisation
+from scumble.training.errors import ExportError
 from scumble.training.sanity_checks import (
-    ExportError,
     check_logits,
     check_normalisation,
     check_weights,

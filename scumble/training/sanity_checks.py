@@ -9,14 +9,10 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from app.errors import ScumbleError
+from scumble.training.errors import ExportError
 
 ALIKE = 1e-3  # L1 distance of answers to different pictures, below which they are nearly constant
 SUM_TOLERANCE = 1e-3
-
-
-class ExportError(ScumbleError):
-    """A network cannot be made into a bundle."""
 
 
 def check_weights(model: onnx.ModelProto) -> None:

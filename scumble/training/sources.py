@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from scumble.training.errors import ExportError
 from scumble.training.nets import Normalize
-from scumble.training.sanity_checks import ExportError
 
 # As they are typed after --mean and --std.
 IMAGENET_MEAN = "0.485,0.456,0.406"

@@ -1,4 +1,4 @@
-"""Every expression of every panel gives a figure for both services, after real load.
+"""Every expression of every panel gives a figure for all services, after real load.
 
 Two servers, and a Prometheus with the committed configuration; only the targets' addresses and the
 interval are the test's own.
@@ -29,7 +29,7 @@ pytestmark = [
         PROGRAM is None, reason="prometheus is not installed (Debian's package prometheus)"
     ),
 ]
-JOBS = {"victim", "defended"}
+JOBS = {"victim", "defended", "recommended"}
 LOAD_S = 6
 SETTLE_S = 4  # a scrape after the last request, and the rules after that
 # Known after an hour of history only; rules_test.yml has it.
@@ -47,7 +47,7 @@ def figures(prometheus: Prometheus, expr: str) -> dict[str, list[float]]:
 
 
 def settled(prometheus: Prometheus, expr: str) -> dict[str, list[float]]:
-    """The same, once there are some of both jobs, or after the time limit."""
+    """The same, once there are some of all jobs, or after the time limit."""
     end = time.monotonic() + LIMIT_S
     while (found := figures(prometheus, expr)).keys() != JOBS and time.monotonic() < end:
         time.sleep(0.5)
@@ -91,7 +91,7 @@ def send(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def servers(models, tmp_path_factory):
-    """An undefended and a defended one, by job, with a rich and a poor client."""
+    """An undefended one and two defended ones, by job, with a rich and a poor client."""
     keys = tmp_path_factory.mktemp("keys") / "keys.json"
     rows = (
         row("rich", limits={"window_images": 10**6}),
@@ -102,13 +102,14 @@ def servers(models, tmp_path_factory):
     with (
         serving(**common) as victim,
         serving(**common, defense="dcp", defense_params={"beta": 1.2}) as defended,
+        serving(**common, defense="label") as recommended,
     ):
-        yield {"victim": victim, "defended": defended}
+        yield {"victim": victim, "defended": defended, "recommended": recommended}
 
 
 @pytest.fixture(scope="module")
 def prometheus(servers, tmp_path_factory):
-    """One that scrapes both, after a mixed load."""
+    """One that scrapes all, after a mixed load."""
     folder = tmp_path_factory.mktemp("prometheus")
     with running(configuration(servers), folder) as started:
         # The zeros before the load.
@@ -122,12 +123,12 @@ def prometheus(servers, tmp_path_factory):
 
 
 @pytest.mark.parametrize("expr", expressions())
-def test_a_panel_has_figures_of_both_services(prometheus, expr):
+def test_a_panel_has_figures_of_all_services(prometheus, expr):
     assert settled(prometheus, filled_in(expr)).keys() == JOBS, filled_in(expr)
 
 
 @pytest.mark.parametrize("name", sorted({r["record"] for r in rules() if "record" in r} - LATER))
-def test_a_rule_records_both_services(prometheus, name):
+def test_a_rule_records_all_services(prometheus, name):
     assert settled(prometheus, name).keys() == JOBS
 
 

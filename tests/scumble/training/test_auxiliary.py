@@ -127,7 +127,7 @@ def test_untruth_is_least_where_the_truth_is_least_likely():
         ("none --transfer digits", "no model 'none'"),
         ("own", "give --transfer; only mnist, cifar10, gtsrb"),
         ("own --transfer nothing --train digits --test digits", "no data set 'nothing'"),
-        ("own --transfer digits", "no data set 'own'"),
+        ("own --transfer digits", "no image set is known that 'own' was trained on"),
     ],
 )
 def test_one_line_for_a_mistake(models, words, message):

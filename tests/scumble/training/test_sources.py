@@ -20,8 +20,8 @@ from app.inference.bundle import Bundle, InputShape, Preprocessing, golden_input
 from app.inference.decode import decode
 from app.inference.engines import load
 from scumble.training.bundle_export import check_same, classes_of, notes_of, to_onnx
+from scumble.training.errors import ExportError
 from scumble.training.export_command import export
-from scumble.training.sanity_checks import ExportError
 from scumble.training.sources import (
     load_weights,
     normalized,
