@@ -104,6 +104,8 @@ def test_each_processor_has_its_column_and_its_tables():
     assert "| best stock peer, answers per second | ≥ 6 | 4.5 | **no** | not measured |  |" in page
     assert "[bench.json](../../loadtest/bench.json): 2 cores, p." in page
     assert "[bench-q.json](../../loadtest/bench-q.json): 2 cores, q." in page
+    assert "at batch 32, with AMX | ≥ 0.65 | — |  | — |  |" in page
+    assert "at batch 32, without AMX | ≥ 0.88 | 0.95 | yes | 0.95 | yes |" in page
     assert page.count("## Beside other servers") == page.count("[peers.json]") == 1
 
 
