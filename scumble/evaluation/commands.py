@@ -330,18 +330,21 @@ def kept(future: Future[Record], cell: Cell, out: Path, console: Console) -> boo
 
 
 def end_processes(processes: Iterable[BaseProcess]) -> None:
-    """End processes; those that have not ended within a second by force, and their servers."""
+    """End processes, those that have not ended within a second by force; then their servers.
+
+    One that ends while it starts a server leaves that server behind, as one that is killed does.
+    """
     processes = list(processes)
+    servers = [child for each in processes if each.pid for child in children(each.pid)]
     for process in processes:
         process.terminate()
     for process in processes:
         process.join(ENDED_S)
-        started = children(process.pid) if process.is_alive() and process.pid else []
         process.kill()
         process.join()
-        for pid in started:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+    for pid in servers:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 def show_inside(progress: Progress, inside: dict[str, TaskID], cells: Iterable[Cell]) -> None:

@@ -200,22 +200,20 @@ def test_what_cannot_be_judged_is_said(words, message):
     assert message in done.output
 
 
+def run(cells, folder, **more):
+    """How many cells failed, and what was said; records are in `folder`/out."""
+    said = io.StringIO()
+    (folder / "out").mkdir()
+    options = {"finished": 0, "jobs": 1, "threads": 1, "headers": None, **more}
+    console = Console(file=said, width=200)
+    return commands.run_cells(cells, folder / "out", None, console=console, **options), said
+
+
 @pytest.mark.server
 def test_a_cell_that_fails_does_not_stop_the_others(cell, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bad = replace(cell, defense=Defended("dcp", {"beta": "x"}))
-    said = io.StringIO()
-    (tmp_path / "out").mkdir()
-    failed = commands.run_cells(
-        [bad, cell],
-        tmp_path / "out",
-        None,
-        finished=0,
-        jobs=1,
-        threads=1,
-        headers=None,
-        console=Console(file=said),
-    )
+    failed, said = run([bad, cell], tmp_path)
     assert failed == 1
     assert "beta" in said.getvalue()
     assert len(list((tmp_path / "out").glob("*.json"))) == 1
@@ -223,20 +221,8 @@ def test_a_cell_that_fails_does_not_stop_the_others(cell, folder, tmp_path, monk
 
 def test_cells_that_have_not_ended_in_time_are_left_for_the_next_time(cell, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = io.StringIO()
-    (tmp_path / "out").mkdir()
-    failed = commands.run_cells(
-        [cell, replace(cell, seed=1)],
-        tmp_path / "out",
-        None,
-        finished=0,
-        jobs=1,
-        threads=1,
-        headers=None,
-        console=Console(file=said, width=200),
-        seconds=60,
-        clock=iter((0.0, 61.0)).__next__,
-    )
+    clock = iter((0.0, 61.0)).__next__
+    failed, said = run([cell, replace(cell, seed=1)], tmp_path, seconds=60, clock=clock)
     assert failed == 0
     assert "the time is over; 0 of 2 cells are recorded in" in said.getvalue()
     assert "run the same command to continue" in said.getvalue()
