@@ -202,7 +202,7 @@ def effect_on(folder: Path, settings: Settings, card: Card, pipeline: Pipeline) 
     from app.inference.policy_effect import images_of, policy_effects
 
     refused: list[str] = []
-    images = images_of(folder, card, settings.limits, refused)
+    images = (pixels for _, pixels in images_of(folder, card, settings.limits, refused))
     (effect,) = policy_effects(pipeline, [pipeline.defense], images)
     said = {
         "images": f"{effect.images:,} in {folder}",

@@ -87,8 +87,8 @@ def policy_effects(
 
 def images_of(
     folder: Path, card: Card, limits: LimitSettings, refused: list[str]
-) -> Iterator[Pixels]:
-    """The pictures below a folder, as the service decodes them.
+) -> Iterator[tuple[Path, Pixels]]:
+    """The image files below a folder, each with its pixels as the service decodes them.
 
     Args:
         folder: with image files at any depth.
@@ -115,7 +115,7 @@ def images_of(
             refused.append(f"{file.name}: {exc}")
             continue
         count += 1
-        yield pixels
+        yield file, pixels
     if not count:
         first = f": {refused[0]}" if refused else ""
         raise ConfigError(f"no image in {str(folder)!r} can be answered{first}")

@@ -267,6 +267,15 @@ def tuned() -> Iterator[Cell]:
     )  # fmt: skip
     animals = replace(signs, victim="cifar10", recipe="cifar10-labels", queries=TRANSFER["cifar10"])
     stricter = replace(signs, defense=STRICTER)
+    strict = (
+        replace(stricter, adapt=("answered",), changes=(*stricter.changes, "fit.epochs=60")),
+        replace(
+            stricter,
+            attack="mask_seeking",
+            queries="cifar10,cifar10@outlines",
+            changes=(*stricter.changes, "fit.epochs=24"),
+        ),
+    )
     rows = (
         *gated("mnist"),
         against(CODEBOOK, "mixed"),
@@ -276,13 +285,8 @@ def tuned() -> Iterator[Cell]:
         replace(signs, defense=CODEBOOK, recipe="gtsrb-mixed"),
         animals,
         replace(animals, defense=CODEBOOK, recipe="cifar10-mixed"),
-        replace(stricter, adapt=("answered",), changes=(*stricter.changes, "fit.epochs=60")),
-        replace(
-            stricter,
-            attack="mask_seeking",
-            queries="cifar10,cifar10@outlines",
-            changes=(*stricter.changes, "fit.epochs=24"),
-        ),
+        *strict,
+        *(replace(row, victim="gtsrb-outliers", test="gtsrb") for row in (signs, *strict)),
         replace(against(WITHHOLD, "labels", "answered"), queries="mnist[:5000]", budget=5000),
         against(dcp(1.2), "labels", "margin_filter", "argmax"),
         against(dcp(1.2), "soft", "invert", own=ITERATED),

@@ -9,7 +9,7 @@ from scumble.evaluation.claims import Advice
 from scumble.evaluation.scores import Spread
 from scumble.evaluation.summary import Line, best
 
-VICTIMS = ("mnist", "mnist-outliers", "cifar10", "gtsrb")
+VICTIMS = ("mnist", "mnist-outliers", "cifar10", "gtsrb", "gtsrb-outliers")
 RECORDS = "../results/records/cells"
 
 # of the list of all cells: what the reader sees and how it is said

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +16,7 @@ from app.errors import ConfigError
 from app.inference.assembly import configure_defense, load_pipeline
 from app.inference.bundle import Bundle, open_bundle
 from app.inference.decode import Pixels
+from app.inference.pipeline import Pipeline
 from app.inference.policy_effect import images_of, policy_effects
 from app.inference.policy_presets import DEFAULTS, recommended_policy
 from app.settings import Settings, load_settings
@@ -22,8 +25,10 @@ from scumble.defenses import Defense, DefenseError
 images_option = click.option(
     "--images",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with images of yours; shows which share of their labels policies change.",
+    help="Folder with images of yours; shows the labels of the first ones, and which share of all "
+    "labels policies change.",
 )
+NAMED = 5  # images whose label is printed
 COMPARED = "dcp"  # which changes more labels, the more classes there are
 
 
@@ -58,12 +63,15 @@ def policies_of(settings: Settings, bundle: Bundle) -> dict[str, Defense]:
     return found
 
 
-def policy_table(settings: Settings, bundle: Bundle, images: Iterable[Pixels], of: str) -> Table:
+def policy_table(
+    settings: Settings, bundle: Bundle, pipeline: Pipeline, images: Iterable[Pixels], of: str
+) -> Table:
     """Shares of labels changed and answers withheld, and the mean distance to the clean answers.
 
     Args:
         settings: whose policy is one of those compared.
         bundle: the network.
+        pipeline: of `settings` and `bundle`.
         images: (H, W, C), as the network takes them.
         of: what the images are, for the title.
 
@@ -71,7 +79,7 @@ def policy_table(settings: Settings, bundle: Bundle, images: Iterable[Pixels], o
         ConfigError: the policy of the settings cannot be served with this bundle.
     """
     policies = policies_of(settings, bundle)
-    effects = policy_effects(load_pipeline(settings, bundle), list(policies.values()), images)
+    effects = policy_effects(pipeline, list(policies.values()), images)
     table = Table(title=f"{effects[0].images:,} images {of}, {settings.precision}")
     for column in ("policy", "labels changed", "withheld", "L1"):
         table.add_column(column, justify="left" if column == "policy" else "right")
@@ -84,18 +92,36 @@ def policy_table(settings: Settings, bundle: Bundle, images: Iterable[Pixels], o
 def show_policies(settings: Settings, images: Iterable[Pixels], of: str) -> None:
     """Print the table; the bundle is made by now, so what cannot be compared is a note."""
     try:
-        show(policy_table(settings, open_bundle(settings.model_dir, settings.model), images, of))
+        bundle = open_bundle(settings.model_dir, settings.model)
+        show(policy_table(settings, bundle, load_pipeline(settings, bundle), images, of))
     except ConfigError as exc:
         click.echo(f"note: no policies are compared: {exc}")
 
 
 def show_folder(settings: Settings, folder: Path) -> None:
-    """Print the table of the images in a folder, and what the service refuses of it."""
-    card = open_bundle(settings.model_dir, settings.model).card
+    """Print labels and the table of the images in a folder, and what the service refuses of it."""
+    bundle = open_bundle(settings.model_dir, settings.model)
     refused: list[str] = []
-    show_policies(settings, images_of(folder, card, settings.limits, refused), f"in {folder}")
+    try:
+        pipeline = load_pipeline(settings, bundle)
+        found = images_of(folder, bundle.card, settings.limits, refused)
+        first = list(islice(found, NAMED))
+        show_labels(pipeline, bundle.card.labels, first)
+        images = (pixels for _, pixels in chain(first, found))
+        show(policy_table(settings, bundle, pipeline, images, f"in {folder}"))
+    except ConfigError as exc:
+        click.echo(f"note: no policies are compared: {exc}")
     if refused:
         click.echo(f"note: {len(refused)} images are refused, the first is {refused[0]}")
+
+
+def show_labels(
+    pipeline: Pipeline, labels: Sequence[str], images: Sequence[tuple[Path, Pixels]]
+) -> None:
+    """Print the network's label for each of some images, with its probability."""
+    answers = pipeline.engine(np.stack([pixels for _, pixels in images]))
+    for (file, _), answer in zip(images, answers, strict=True):
+        click.echo(f"{file.name}: {labels[int(answer.argmax())]}, {answer.max():.1%}")
 
 
 def show(table: Table) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from app.inference.assembly import load_pipeline
 from app.inference.bundle import Bundle
 from scumble.data.image_sets import Dataset
 from scumble.training.policy_table import policy_table, settings_of
@@ -70,7 +71,7 @@ def test_policies_are_compared_on_what_the_server_answers(tmp_path, monkeypatch)
             settings = settings_of(tmp_path, "front", precision=precision, engine="upstream")
         settings = settings_of(tmp_path, "front", precision="float32", engine="upstream")
         asked = images(0, fake, 40).images
-        table = policy_table(settings, made, asked, "of --test")
+        table = policy_table(settings, made, load_pipeline(settings, made), asked, "of --test")
     columns = [list(column.cells) for column in table.columns]
     assert columns[0][:2] == ["Opposite()", "Label()"]
     assert columns[1][:2] == ["100.00%", "0.00%"]
@@ -86,7 +87,8 @@ def test_withheld_answers_of_a_server_are_counted(tmp_path, monkeypatch):
         ship(made, images(0, fake), images(1, fake), {}, "scumble calibrate front")
         settings = settings_of(tmp_path, "front", engine="upstream")
         asked = images(2, fake, 40).images
-        table = policy_table(settings, Bundle(made.folder), asked, "of --test")
+        made = Bundle(made.folder)
+        table = policy_table(settings, made, load_pipeline(settings, made), asked, "of --test")
     names, changed, withheld, _ = (list(column.cells) for column in table.columns)
     assert names[0].startswith("Withhold(")
     assert changed[0] == "0.00%"
