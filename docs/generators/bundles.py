@@ -121,7 +121,8 @@ def exposures(models: Path) -> str:
         if card.training.get("set", card.name) not in exposed:
             continue
         gate = card.auxiliary["gate"]
-        found = [gate[precision]["vim+top"] for precision in ("float32", "int8")]
+        kind = "vim+top" if "vim+top" in gate["float32"] else "energy+top"  # where few images are
+        found = [gate[precision][kind] for precision in ("float32", "int8")]
         for images in ("own", "own, shifted", *gate["foreign"]):
             cells = [_share(row, images) for losses in found for row in losses.values()]
             lines.append(f"| {card.name} | {images} | {' | '.join(cells)} |")

@@ -50,7 +50,8 @@ def test_drawn_outliers_are_behind_those_that_attackers_get_by_name(name):
 
 def test_the_pools_of_the_plans_are_known():
     assert {OUTLINED, LARGER} <= outliers.pools("mnist")
-    assert not outliers.pools("gtsrb")
+    assert outliers.pools("gtsrb") == {"cifar10", "cifar10,cifar10@outlines"}
+    assert not outliers.pools("cifar10")
 
 
 def test_half_of_the_classes_are_outliers_and_the_other_half_is_not():
