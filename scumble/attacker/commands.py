@@ -107,7 +107,10 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Admin port of your own server, to compare its query count with the attacker's.",
 )
 @click.option(
-    "--keys", type=FILE, help="File with API keys of several accounts, one a line, used by turns."
+    "--keys",
+    type=FILE,
+    help="File with API keys of accounts, one a line, used by turns until the budget of each is "
+    "spent. The test images are asked about with --owner-token, where it is given.",
 )
 @click.option(
     "--out",
@@ -169,6 +172,7 @@ def show(result: Result, out: Path) -> None:
         + "".join(f", {modifier.name}" for modifier in result.adapt),
         "queries": f"{ledger.spent:,} of {ledger.budget:,}; counted by the server: {server}"
         + (f"; {rate:,.0f}/s" if rate else ""),
+        **({"ended": ledger.ended} if ledger.ended else {}),
         "served accuracy": f"{scores.victim_accuracy:.2%}",
         "stolen accuracy": f"{scores.accuracy:.2%}",
         "agreement": f"{scores.agreement:.2%}",

@@ -5,6 +5,7 @@ AttackError             base class; the message says what is allowed
 ├─ BudgetExhausted      more images asked for than the budget has left; nothing was sent
 ├─ NoConsent            the target is another machine, and its owner's consent is missing
 ├─ OracleUnavailable    no answer, to the last attempt
+│  └─ ServiceSpent      a budget of the service is spent
 ├─ OracleRefused        the service refused in a way that a retry does not change
 ├─ ResumeMismatch       the journal is of another run
 └─ BadResult            a file is not a result of an attack
@@ -31,6 +32,10 @@ class NoConsent(AttackError):
 
 class OracleUnavailable(AttackError):
     """The service gave no answer, to the last attempt."""
+
+
+class ServiceSpent(OracleUnavailable):
+    """The service gives no account more answers."""
 
 
 class OracleRefused(AttackError):

@@ -2,7 +2,8 @@
 
 One query is one image; repeats count. Images are sent in requests of up to `batch`, several at a
 time. What the service refused (429, 503) was not answered and costs nothing. A request that was
-sent and got no answer may have been: its images are `lost`, and count as spent.
+sent and got no answer may have been: its images are `lost`, and count as spent. Where the service's
+own budget ends before the attacker's, the copy is made of the answers there are.
 
 Answers are kept in a journal, in the order asked. A run that starts again with the same seed asks
 the same questions, and gets from the journal what it had got before. A request is noted there just
@@ -33,10 +34,11 @@ from scumble.attacker.errors import (
     OracleRefused,
     OracleUnavailable,
     ResumeMismatch,
+    ServiceSpent,
 )
 from scumble.attacker.transports import TRANSPORTS, Images, Message, Probs, Transport
 from scumble.client import wire
-from scumble.client.http_client import BUSY, UNSENT, retry_policy
+from scumble.client.http_client import BUSY, UNSENT, retry_policy, spent
 from scumble.progress import bar
 
 SPARE = 4096  # bytes of a request that are not pixels
@@ -109,7 +111,9 @@ class HttpOracle:
         transport: key of `TRANSPORTS`, or one of your own.
         model: name, labels, input and limits as `/v1/model` gives them; asked there if None.
         headers: sent with every request.
-        keys: API keys of several accounts, which the requests use by turns.
+        keys: API keys of several accounts, which the requests use by turns until each is spent.
+        partial: whether images that no account may ask about any more are answered by rows of NaN;
+            else they are an error.
         batch: images of one request; fewer where the service's limits say so.
         connections: requests at a time.
         journal: file that keeps the answers; None keeps none.
@@ -131,6 +135,7 @@ class HttpOracle:
         model: dict[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         keys: Sequence[str] = (),
+        partial: bool = False,
         batch: int = 256,
         connections: int = 8,
         journal: Path | None = None,
@@ -151,6 +156,9 @@ class HttpOracle:
             raise OracleUnavailable(str(exc)) from exc
         self._http.headers.update(headers or {})
         self._keys = tuple(keys)
+        self._spent: set[str] = set()
+        self._partial = partial
+        self.ended: str | None = None  # why the service gives no more
         if keys:  # also for what is asked about the model
             self._http.headers["Authorization"] = f"Bearer {keys[0]}"
         self._retrying = tenacity.Retrying(sleep=sleep, **retry_policy(30.0, retries))
@@ -172,7 +180,7 @@ class HttpOracle:
     @property
     def remaining(self) -> int:
         """Images that may still be asked."""
-        return self.budget - self.ledger.spent
+        return 0 if self.ended else self.budget - self.ledger.spent
 
     def __call__(self, images: Images) -> Probs:
         """Probabilities (N, K) of float32 (N, C, H, W) in [0, 1].
@@ -180,6 +188,7 @@ class HttpOracle:
         Raises:
             BudgetExhausted: N is more than `remaining`; nothing was sent.
             OracleUnavailable: no answer, to the last attempt or until the budget was lost.
+            ServiceSpent: the service's budget is; with `partial`, before it gave any answer.
             OracleRefused: the service will not answer this.
             ResumeMismatch: the journal has the answer to another question here.
         """
@@ -213,12 +222,17 @@ class HttpOracle:
                 answers.append(self._settle(n, part, answer))
             except (AttackError, CancelledError) as exc:
                 self.ledger.answered -= len(part)
+                if self._partial and isinstance(exc, ServiceSpent):
+                    answers.append(np.full((len(part), self.labels), np.nan, np.float32))
+                    continue
                 failure = failure or exc
                 for later in found:  # not yet sent; those on their way are waited for
                     if isinstance(later, Future):
                         later.cancel()
         if failure:
             raise failure
+        if self.ended and not self.ledger.answered:
+            raise ServiceSpent(self.ended)
         return np.concatenate([np.empty((0, self.labels), np.float32), *answers])
 
     def close(self) -> None:
@@ -273,7 +287,20 @@ class HttpOracle:
 
     def _ask(self, number: int, part: Images) -> Probs:
         message = self.transport.pack(self.model["name"], part)
-        response = self._retrying.copy()(self._post, number, message)
+        while True:
+            if self.ended:
+                raise ServiceSpent(self.ended)
+            key = self._key(number)
+            response = self._retrying.copy()(self._post, number, message, key)
+            if not spent(response):
+                break
+            with self._lock:
+                self._spent.add(key)
+            if self._spent.issuperset(self._keys):
+                said = f"{_place(response)} gives no more: {response.status_code} "
+                said += _detail(response)
+                self.ended = said if self._partial else None
+                raise ServiceSpent(said)
         if response.status_code in BUSY:
             raise OracleUnavailable(
                 f"{_place(response)} is still busy: {response.status_code} {_detail(response)}"
@@ -293,11 +320,16 @@ class HttpOracle:
         self._journal.answer(number, answer.tobytes())
         return answer
 
-    def _post(self, number: int, message: Message) -> httpx2.Response:
+    def _key(self, number: int) -> str:
+        """Whose turn it is; empty for a service without keys."""
+        with self._lock:
+            left = [key for key in self._keys if key not in self._spent] or self._keys
+        return left[number % len(left)] if left else ""
+
+    def _post(self, number: int, message: Message, key: str) -> httpx2.Response:
         self._journal.send(number, 1)
         headers = message.headers
-        if self._keys:
-            key = self._keys[number % len(self._keys)]
+        if key:
             headers = {**headers, "Authorization": f"Bearer {key}"}
         try:
             response = self._http.request(

@@ -66,6 +66,7 @@ class Student(Part):
 class Ledgers(Part):
     """What was asked, in images, counted on both sides; `test` is not part of the budget.
 
+    `ended` says why the service gave no more, where its own budget was spent.
     `difference` is the attacker's count less the service's: 0 but for images whose answers were
     lost on the way and that the service had not counted. Both are None without the admin port.
     """
@@ -81,6 +82,7 @@ class Ledgers(Part):
     server: Count | None
     difference: int | None
     test: Count
+    ended: str | None = None
 
 
 class Timing(Part):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -83,7 +83,8 @@ class Job:
         batch: images of one request.
         connections: requests at a time.
         admin: URL of the admin port, to compare both ledgers.
-        keys: file with the API keys of several accounts, one a line, used by turns.
+        keys: file with API keys of one or several accounts, one a line, used by turns; the test
+            images are asked about with the token in `headers`, where there is one.
     """
 
     url: str
@@ -141,21 +142,26 @@ def run(
         torch.set_num_threads(job.threads)
     claim(job, out)
 
-    def open_oracle(budget: int, journal: Path, progress: bool) -> HttpOracle:
+    keys = job.keys.read_text().split() if job.keys else []
+
+    def open_oracle(
+        budget: int, journal: Path, progress: bool, keys: Sequence[str], partial: bool
+    ) -> HttpOracle:
         return HttpOracle(
             job.url,
             budget=budget,
             transport=described.transport if described else job.transport,
             model=described.model if described else None,
             headers=headers,
-            keys=job.keys.read_text().split() if job.keys else (),
+            keys=keys,
+            partial=partial,
             batch=job.batch,
             connections=job.connections,
             journal=journal,
             progress=progress,
         )
 
-    with open_oracle(job.budget, out / "journal.sqlite", progress) as oracle:
+    with open_oracle(job.budget, out / "journal.sqlite", progress, keys, True) as oracle:
         whole = data(job.test, "test", job.root, job.test_images)
         test_data = numbered_as(whole, oracle.model["labels"])
         test = pool(test_data, oracle.shape)
@@ -164,12 +170,18 @@ def run(
         student = students.make(
             student_of(job), oracle.shape, oracle.labels, seed=job.seed, weights=job.weights
         )
-        with open_oracle(len(test), out / "test.sqlite", False) as examiner:
+        own_keys = [] if headers else keys  # the owner's token has no budget to be spent
+        with open_oracle(len(test), out / "test.sqlite", False, own_keys, False) as examiner:
             # Asked before the server's count is read: these do not belong to the budget.
             truth = Examination(test, examiner(test.images))
         before = first_count(job.admin, out)
+
+        def watch(queries: int, copy: nn.Module) -> None:
+            # An attack does not tell what the service refused from what a modifier threw away.
+            truth(min(queries, oracle.ledger.spent), copy)
+
         with showing(progress):
-            attack(adapt.apply(modifiers, wrap(oracle), student), student, own, truth)
+            attack(adapt.apply(modifiers, wrap(oracle), student), student, own, watch)
         counted = None if before is None else count(job.admin) - before
         students.save(student, out / "copy.pt")
         result = Result(
@@ -375,6 +387,7 @@ def ledgers(oracle: HttpOracle, server: int | None, test: int) -> Ledgers:
         server=server,
         difference=None if server is None else own.spent - server,
         test=test,
+        ended=oracle.ended,
     )
 
 

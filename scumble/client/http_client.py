@@ -239,10 +239,14 @@ def retry_policy(max_wait: float, retries: int) -> dict[str, Any]:
     }
 
 
+def spent(response: httpx2.Response) -> bool:
+    """Whether a budget is spent that waiting does not fill."""
+    over = response.status_code == HTTPStatus.TOO_MANY_REQUESTS
+    return over and (_retry_after(response) or 0) >= FOR_GOOD
+
+
 def _busy(response: httpx2.Response) -> bool:
-    if response.status_code == HTTPStatus.TOO_MANY_REQUESTS:
-        return (_retry_after(response) or 0) < FOR_GOOD
-    return response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+    return response.status_code in BUSY and not spent(response)
 
 
 def _last_outcome(state: tenacity.RetryCallState) -> httpx2.Response:

@@ -15,6 +15,7 @@ from scumble.attacker.errors import (
     OracleRefused,
     OracleUnavailable,
     ResumeMismatch,
+    ServiceSpent,
 )
 from scumble.attacker.oracle import HttpOracle
 from scumble.attacker.transports import HEADER, TRANSPORTS, levels
@@ -152,10 +153,60 @@ def test_a_budget_of_the_service_that_is_spent_ends_it_at_once_and_says_so():
     service = Service(["ok", "spent"])
     with service.oracle() as oracle:
         oracle(images(3))
-        with pytest.raises(OracleUnavailable, match="is still busy: 429 no images are left"):
+        with pytest.raises(OracleUnavailable, match="gives no more: 429 no images are left"):
             oracle(images(3))
     assert service.slept == []
     assert oracle.ledger.spent == service.served == 3
+
+
+def test_what_the_service_gave_before_its_budget_was_spent_is_kept():
+    service = Service(["ok", "ok", "spent"])
+    with service.oracle(partial=True, batch=2) as oracle:
+        answers = oracle(images(6))
+        assert np.isfinite(answers).all(1).tolist() == [True] * 4 + [False] * 2
+        assert (oracle.remaining, oracle.budget) == (0, 100)
+        assert (
+            oracle.ended == "http://victim/v2/models/m/infer gives no more: 429 no images are left"
+        )
+        with pytest.raises(BudgetExhausted):
+            oracle(images(1))
+    assert service.slept == []
+    assert oracle.ledger.answered == oracle.ledger.spent == service.served == 4
+
+
+def test_a_service_that_never_gave_anything_is_an_error():
+    with (
+        Service(["spent"]).oracle(partial=True) as oracle,
+        pytest.raises(ServiceSpent, match="no images are left"),
+    ):
+        oracle(images(3))
+
+
+def test_an_account_whose_budget_is_spent_loses_its_turn():
+    service, seen, left = Service(), [], {"one": 1, "two": 2, "three": 3}
+
+    def limited(request):
+        key = request.headers["Authorization"].removeprefix("Bearer ")
+        seen.append(key)
+        left[key] -= request.url.path != "/v1/model"
+        service.plan = ["ok" if left[key] >= 0 else "spent"]
+        return service(request)
+
+    client = httpx2.Client(transport=httpx2.MockTransport(limited), base_url="http://victim")
+    with HttpOracle(
+        "http://victim",
+        budget=40,
+        transport="pixels",
+        client=client,
+        keys=list(left),
+        batch=1,
+        connections=1,
+        partial=True,
+    ) as oracle:
+        answers = oracle(images(8))
+    assert np.isfinite(answers).all(1).tolist() == [True] * 6 + [False] * 2
+    assert seen.count("one") == 3  # the model, an answer and a refusal
+    assert oracle.ledger.refused == 3
 
 
 def test_without_a_key_the_oracle_says_what_the_service_says():

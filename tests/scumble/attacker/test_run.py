@@ -121,6 +121,28 @@ def test_modifiers_are_part_of_the_result(adapt, serve, folder, tmp_path):
 
 
 @pytest.mark.server
+def test_a_copy_is_made_of_what_a_key_gives(serve, folder, tmp_path):
+    keys = tmp_path / "keys.json"
+    for client, more in (("guest", ["--total-images", "40"]), ("owner", [])):
+        words = ["keys", "add", "--file", str(keys), "--client", client, *more]
+        made = CliRunner().invoke(main, words)
+        (tmp_path / client).write_text(made.stdout)
+    server = serve(workers=1, keys_file=str(keys))
+    accounts = ["--keys", str(tmp_path / "guest"), "--owner-token", str(tmp_path / "owner")]
+    done = attack(
+        server.url, folder, tmp_path / "run", "knockoff", "--admin", server.admin, "--batch", "8",
+        *accounts,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    ledger = read(tmp_path / "run" / "result.json").ledger
+    assert (ledger.budget, ledger.spent, ledger.server) == (90, 40, 40)
+    assert ledger.test == 120
+    assert "429 budget exceeded" in ledger.ended
+    assert "40 of 90; counted by the server: 40" in done.output
+    assert [p.queries for p in read(tmp_path / "run" / "result.json").curve][-1] == 40
+
+
+@pytest.mark.server
 def test_a_killed_run_goes_on_and_gives_the_same_copy(serve, folder, tmp_path):
     server = serve(workers=1)
     options = ["--transport", "tensor", "--threads", "1"]
