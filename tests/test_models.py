@@ -21,10 +21,8 @@ AGREEMENT = {"mnist": 0.85, "cifar10": 0.65, "gtsrb": 0.4}  # of surrogate and v
 MOST_BYTES = 10_000_000
 
 each_model = pytest.mark.parametrize("name", LEAST)
-EXPOSED = {
-    "mnist-outliers": "mnist",
-    "gtsrb-outliers": "gtsrb",
-}  # trained with outliers: without auxiliary models
+# trained with outliers: without auxiliary models
+EXPOSED = {"mnist-outliers": "mnist", "gtsrb-outliers": "gtsrb"}
 
 
 def bundle(name: str) -> Bundle:
