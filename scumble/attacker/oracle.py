@@ -28,6 +28,7 @@ import numpy as np
 import tenacity
 
 from scumble.attacker import consent
+from scumble.attacker.accounts import Accounts
 from scumble.attacker.errors import (
     AttackError,
     BudgetExhausted,
@@ -155,8 +156,8 @@ class HttpOracle:
         except ImportError as exc:  # the environment names a SOCKS proxy
             raise OracleUnavailable(str(exc)) from exc
         self._http.headers.update(headers or {})
-        self._keys = tuple(keys)
-        self._spent: set[str] = set()
+        self._accounts = Accounts(keys)
+        self._one_at_a_time = connections == 1
         self._partial = partial
         self.ended: str | None = None  # why the service gives no more
         if keys:  # also for what is asked about the model
@@ -229,6 +230,8 @@ class HttpOracle:
                 for later in found:  # not yet sent; those on their way are waited for
                     if isinstance(later, Future):
                         later.cancel()
+        if self.ended:
+            self._bar.close()
         if failure:
             raise failure
         if self.ended and not self.ledger.answered:
@@ -287,20 +290,7 @@ class HttpOracle:
 
     def _ask(self, number: int, part: Images) -> Probs:
         message = self.transport.pack(self.model["name"], part)
-        while True:
-            if self.ended:
-                raise ServiceSpent(self.ended)
-            key = self._key(number)
-            response = self._retrying.copy()(self._post, number, message, key)
-            if not spent(response):
-                break
-            with self._lock:
-                self._spent.add(key)
-            if self._spent.issuperset(self._keys):
-                said = f"{_place(response)} gives no more: {response.status_code} "
-                said += _detail(response)
-                self.ended = said if self._partial else None
-                raise ServiceSpent(said)
+        response = self._response(number, message)
         if response.status_code in BUSY:
             raise OracleUnavailable(
                 f"{_place(response)} is still busy: {response.status_code} {_detail(response)}"
@@ -320,11 +310,24 @@ class HttpOracle:
         self._journal.answer(number, answer.tobytes())
         return answer
 
-    def _key(self, number: int) -> str:
-        """Whose turn it is; empty for a service without keys."""
-        with self._lock:
-            left = [key for key in self._keys if key not in self._spent] or self._keys
-        return left[number % len(left)] if left else ""
+    def _response(self, number: int, message: Message) -> httpx2.Response:
+        """The answer to a message under the first account whose budget is not spent."""
+        alone = self._one_at_a_time
+        while True:
+            if self.ended:
+                raise ServiceSpent(self.ended)
+            key = self._accounts.turn(number)
+            with self._accounts.using(key, alone=alone):
+                response = self._retrying.copy()(self._post, number, message, key)
+            if not spent(response):
+                return response
+            if not alone:  # what others give back may be enough
+                alone = True
+            elif self._accounts.spend(key):
+                said = f"{_place(response)} gives no more: {response.status_code} "
+                said += _detail(response)
+                self.ended = said if self._partial else None
+                raise ServiceSpent(said)
 
     def _post(self, number: int, message: Message, key: str) -> httpx2.Response:
         self._journal.send(number, 1)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from scumble.attacker import consent, students
 from scumble.attacker.adapt.abstention_filter import withheld
+from scumble.attacker.errors import AttackError
 from scumble.attacker.oracle import HttpOracle, Oracle
 from scumble.attacker.pool import pool
 from scumble.attacker.run import Job, data, run
@@ -97,6 +98,11 @@ def judge(
             progress=progress,
             wrap=recording,
         )
+        if result.ledger.ended:
+            raise AttackError(
+                f"{result.ledger.answered} of {result.ledger.budget} images were answered: "
+                f"{result.ledger.ended}; needed: an account without a budget"
+            )
         images, answers = recorders[0].sample()
         truth = ask(clean.url, images, None)
         sha256 = model_sha256(clean)

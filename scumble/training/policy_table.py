@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -106,22 +106,17 @@ def show_folder(settings: Settings, folder: Path) -> None:
         pipeline = load_pipeline(settings, bundle)
         found = images_of(folder, bundle.card, settings.limits, refused)
         first = list(islice(found, NAMED))
-        show_labels(pipeline, bundle.card.labels, first)
+        names = [str(file.relative_to(folder)) for file, _ in first]
+        batch = np.stack([pixels for _, pixels in first])
+        for name, answer in zip(names, pipeline.engine(batch), strict=True):
+            label = bundle.card.labels[int(answer.argmax())]
+            click.echo(f"{name}: {label}, {answer.max():.1%}")
         images = (pixels for _, pixels in chain(first, found))
         show(policy_table(settings, bundle, pipeline, images, f"in {folder}"))
     except ConfigError as exc:
         click.echo(f"note: no policies are compared: {exc}")
     if refused:
         click.echo(f"note: {len(refused)} images are refused, the first is {refused[0]}")
-
-
-def show_labels(
-    pipeline: Pipeline, labels: Sequence[str], images: Sequence[tuple[Path, Pixels]]
-) -> None:
-    """Print the network's label for each of some images, with its probability."""
-    answers = pipeline.engine(np.stack([pixels for _, pixels in images]))
-    for (file, _), answer in zip(images, answers, strict=True):
-        click.echo(f"{file.name}: {labels[int(answer.argmax())]}, {answer.max():.1%}")
 
 
 def show(table: Table) -> None:

@@ -68,9 +68,14 @@ class PacedOracle(Mapped):
         """See `Oracle`."""
         if len(images) <= self._burst or len(images) > self.remaining:
             return self._one(images)
-        return np.concatenate(
-            [self._one(images[i : i + self._burst]) for i in range(0, len(images), self._burst)]
-        )
+        rows: list[Probs] = []
+        for i in range(0, len(images), self._burst):
+            part = images[i : i + self._burst]
+            if rows and len(part) > self.remaining:  # the service has ended it since
+                rows.append(np.full((len(part), self.labels), np.nan, np.float32))
+            else:
+                rows.append(self._one(part))
+        return np.concatenate(rows)
 
     def _one(self, images: Images) -> Probs:
         wait = self._next - self._clock()

@@ -78,7 +78,9 @@ def repeat(
     for iteration in range(1, rounds + 1):
         try:
             iterate()
-        except BudgetExhausted:  # answers that were lost in a crash are missing from it
+        except BudgetExhausted:  # lost answers are missing from it, or the service has ended it
+            if iteration - 1 not in shown:
+                watch(budget - oracle.remaining, student)
             break
         with warnings.catch_warnings():
             # Where all answers so far were discarded, the rate falls before the first step.

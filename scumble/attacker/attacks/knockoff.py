@@ -91,6 +91,8 @@ class Knockoff:
             plan.learn(rows, answers[-1])
             if not oracle.remaining:
                 break
+        if not asked:
+            raise AttackError("no image could be asked about")
         rows = np.concatenate(asked)
         found = np.concatenate(answers)
         if self.rounds:
@@ -128,8 +130,10 @@ class Knockoff:
     ) -> None:
         for share in self.curve:
             n = int(share * len(rows))
-            early = copy.deepcopy(student)
             chosen, learned = self._learned(rows[:n], answers[:n])
+            if np.isfinite(learned).all(1).sum() < 2:  # all refused or thrown away
+                continue
+            early = copy.deepcopy(student)
             fit(early, pool.images[chosen], learned, self.fitting)
             watch(n, early)
         chosen, learned = self._learned(rows, answers)

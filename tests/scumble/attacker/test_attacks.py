@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -21,7 +22,7 @@ from scumble.attacker.adapt.paced import PacedOracle
 from scumble.attacker.attacks import ATTACKS, DATA_FREE, make
 from scumble.attacker.attacks.copycat import Copycat
 from scumble.attacker.attacks.coverage import Coverage, Coverer, furthest
-from scumble.attacker.attacks.data_free import moments
+from scumble.attacker.attacks.data_free import moments, repeat
 from scumble.attacker.attacks.dfme import Dfme
 from scumble.attacker.attacks.disguide import Disguide
 from scumble.attacker.attacks.fixmatch import FixMatch
@@ -31,7 +32,7 @@ from scumble.attacker.attacks.knockoff import Bandit, Knockoff
 from scumble.attacker.attacks.mask_seeking import MaskSeeking, Seeker
 from scumble.attacker.attacks.maze import Maze, Memory
 from scumble.attacker.attacks.zeroth import PAPER_STEP, default_step, estimate
-from scumble.attacker.errors import AttackError
+from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.generators import Generator, images
 from scumble.attacker.observer import blind
 from scumble.attacker.oracle import HttpOracle
@@ -608,3 +609,16 @@ def test_no_answers_is_an_error():
 def test_unknown_attacks_and_profiles_name_the_known(name, profile):
     with pytest.raises(AttackError, match=r"allowed: (knockoff|paper), "):
         make(name, profile)
+
+
+def test_a_data_free_attack_that_ends_early_is_watched_at_its_end():
+    oracle, seen = SimpleNamespace(remaining=90), []
+
+    def iterate():
+        if oracle.remaining < 70:
+            oracle.remaining = 0  # the service's own budget is spent
+            raise BudgetExhausted("no more")
+        oracle.remaining -= 10
+
+    repeat(iterate, 9, [], oracle, nn.Identity(), lambda n, _: seen.append(n), views=1)
+    assert seen == [90]

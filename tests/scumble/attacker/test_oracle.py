@@ -1,6 +1,7 @@
 """The oracle: exact counts, a budget that holds on every path, retry, resume."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from scumble.attacker.adapt.consistency_filter import ConsistencyFilter
+from scumble.attacker.adapt.paced import Paced
+from scumble.attacker.attacks.knockoff import Knockoff
 from scumble.attacker.errors import (
     BudgetExhausted,
     OracleRefused,
@@ -18,6 +23,8 @@ from scumble.attacker.errors import (
     ServiceSpent,
 )
 from scumble.attacker.oracle import HttpOracle
+from scumble.attacker.pool import Pool
+from scumble.attacker.students import Fitting
 from scumble.attacker.transports import HEADER, TRANSPORTS, levels
 
 ROOT = Path(__file__).parents[3]
@@ -207,6 +214,76 @@ def test_an_account_whose_budget_is_spent_loses_its_turn():
     assert np.isfinite(answers).all(1).tolist() == [True] * 6 + [False] * 2
     assert seen.count("one") == 3  # the model, an answer and a refusal
     assert oracle.ledger.refused == 3
+
+
+def test_a_refusal_beside_other_requests_is_not_believed():
+    """A budget of answers is charged with all images, and gets back those that are withheld."""
+    held, total, lock = 0, 12, threading.Lock()
+    service, together = Service(), threading.Barrier(2, timeout=10)
+    first = iter([True, True])
+
+    def charging(request):
+        nonlocal held
+        if request.url.path == "/v1/model":
+            return service(request)
+        with lock:
+            charged = held + 8 <= total
+            held += 8 * charged
+            wait = next(first, False)
+        if wait:  # both are on their way before either is answered
+            together.wait()
+        if not charged:
+            return httpx2.Response(429, headers={"Retry-After": "86400"}, json={"detail": "later"})
+        try:
+            return service(request)
+        finally:
+            with lock:
+                held -= 8
+
+    client = httpx2.Client(transport=httpx2.MockTransport(charging), base_url="http://victim")
+    with HttpOracle(
+        "http://victim", budget=100, transport="pixels", client=client, batch=8, connections=2,
+        partial=True,
+    ) as oracle:  # fmt: skip
+        answers = oracle(images(64))
+    assert np.isfinite(answers).all()
+    assert oracle.ended is None
+    assert oracle.ledger.refused >= 1
+
+
+@pytest.mark.parametrize("modifier", [Paced(rate=1e6, burst=4), ConsistencyFilter(repeats=2)])
+def test_modifiers_give_what_was_answered_before_the_end(modifier):
+    service = Service(["ok", "ok", "spent"])
+    with service.oracle(partial=True, batch=4) as oracle:
+        answers = modifier(oracle, None)(images(12))
+    assert np.isfinite(answers).all(1).sum() == 8 // getattr(modifier, "repeats", 1)
+
+
+def test_a_copy_is_made_where_the_first_images_are_refused():
+    """Other requests came first; a point of the curve has no answers."""
+    pool = Pool("own", images(120), np.zeros(120, np.int64), 1)
+    student, seen = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), []
+    attack = Knockoff(curve=(0.1, 0.5), fitting=Fitting(epochs=1, batch=16))
+    with Service().oracle(120) as oracle:
+        attack(Refusing(oracle, 30), student, pool, lambda n, _: seen.append(n))
+    assert seen == [60, 120]
+
+
+class Refusing:
+    """An oracle whose first rows are NaN, as where other requests came first."""
+
+    def __init__(self, inner, rows):
+        self.labels, self.shape, self.step = inner.labels, inner.shape, inner.step
+        self._inner, self._rows = inner, rows
+
+    @property
+    def remaining(self):
+        return self._inner.remaining
+
+    def __call__(self, asked):
+        answers = self._inner(asked)
+        answers[: self._rows] = np.nan
+        return answers
 
 
 def test_without_a_key_the_oracle_says_what_the_service_says():
