@@ -601,7 +601,7 @@ def test_an_unknown_student_names_the_known():
 
 
 def test_no_answers_is_an_error():
-    with pytest.raises(AttackError, match="0 of 150 answers can be used"):
+    with pytest.raises(AttackError, match="0 of 300 answers can be used"):
         steal(SMALL["knockoff"][0], FunctionOracle(linear_victim(), 300, drop=1.0))
 
 
