@@ -125,7 +125,7 @@ def test_answers_are_probabilities_or_nan(labels, name, params):
     thrown = np.isnan(answers)
     assert (thrown.all(axis=1) == thrown.any(axis=1)).all()
     if name != "average":  # there one repeat may be thrown away and another not
-        assert thrown[[0, 7]].all()
+        assert thrown[[0, 7 // params.get("repeats", 1)]].all()
     kept = answers[~thrown.any(axis=1)]
     assert len(kept) > 3
     assert (kept >= 0).all()
@@ -239,8 +239,8 @@ def test_repeats_are_asked_in_one_call_and_differ_by_what_the_service_sees():
     assert asked.dtype == np.float32
     assert (asked >= 0).all()
     assert (asked <= 1).all()
-    np.testing.assert_array_equal(asked[:7], images(7))
-    inner = asked[7:14, :, 1:3, 1:3]
+    np.testing.assert_array_equal(asked[::5], images(7))
+    inner = asked[1::5, :, 1:3, 1:3]
     moves = [
         np.abs(inner - images(7)[:, :, 1 + down : 3 + down, 1 + right : 3 + right])
         for down in (-1, 0, 1)
