@@ -176,7 +176,8 @@ def test_without_redis_keys_fail_closed_and_the_server_is_not_ready(ray, redis):
         assert answer.status_code == 503
         assert answer.headers["content-type"] == "application/problem+json"
         assert "retry-after" in answer.headers
-        assert status(f"{ray.url}/readyz") == 503
+        # The other replica learns it when it next asks the store.
+        wait_for(lambda: status(f"{ray.url}/readyz"), 503)
         assert status(f"{ray.url}/livez") == 200
     finally:
         redis.start()
