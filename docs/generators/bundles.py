@@ -121,7 +121,9 @@ def exposures(models: Path) -> str:
         if card.training.get("set", card.name) not in exposed:
             continue
         gate = card.auxiliary["gate"]
-        kind = "vim+top" if "vim+top" in gate["float32"] else "energy+top"  # where few images are
+        kind = (
+            "vim+top" if "vim+top" in gate["float32"] else "energy+top"
+        )  # too few images for a whitener
         found = [gate[precision][kind] for precision in ("float32", "int8")]
         for images in ("own", "own, shifted", *gate["foreign"]):
             cells = [_share(row, images) for losses in found for row in losses.values()]

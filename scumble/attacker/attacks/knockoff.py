@@ -92,7 +92,9 @@ class Knockoff:
             if not oracle.remaining:
                 break
         if not asked:
-            raise AttackError("no image could be asked about")
+            raise AttackError(
+                f"no image was asked about: {oracle.remaining} may be; needed: at least 1"
+            )
         rows = np.concatenate(asked)
         found = np.concatenate(answers)
         if self.rounds:

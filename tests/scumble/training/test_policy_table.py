@@ -49,6 +49,7 @@ def test_a_new_bundle_is_tried_on_the_owners_pictures(pictures, tmp_path, monkey
     assert found["Label()"][:2] == ("0.00%", "0.00%")
     assert any(name.startswith("DCP(beta=1.2") for name in found)
     assert "40 images in" in done.output
+    assert "note: 1 images are refused, the first is zz.png: " in done.output
     shown = re.findall(r"^(\S+\.png): (\S+), \d+\.\d%$", done.output, re.MULTILINE)
     made = Bundle(tmp_path / "m" / "net")
     settings = settings_of(tmp_path / "m", "net", defense="none")
