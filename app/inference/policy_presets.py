@@ -12,6 +12,8 @@ from typing import Any
 from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Card
 from app.precision import Precision
 
+LOSS = "0.02"  # of own images: the column of the card's report that decides on `withhold`
+CAUGHT = 0.5  # of each foreign set; a gate that lets more pass hinders attackers little
 # Parameters where the card recommends none.
 DEFAULTS: dict[str, dict[str, Any]] = {"dcp": {"beta": 1.2}, "withhold": {"loss": 0.01}}
 
@@ -41,12 +43,27 @@ def policy_presets(card: Card, precision: Precision) -> list[Preset]:
     names = ["none", "dcp", "label"]
     if CODEBOOK_FILE[precision] in card.files:
         names.append("codebook")
+    recommended = names[-1]
     if GATE_FILE.get(precision) in card.files:
         names.append("withhold")
+        if gate_catches(card, precision):
+            recommended = "withhold"
     return [
-        Preset(name, card.recommended.get(name, DEFAULTS.get(name, {})), name == names[-1])
+        Preset(name, card.recommended.get(name, DEFAULTS.get(name, {})), name == recommended)
         for name in names
     ]
+
+
+def gate_catches(card: Card, precision: Precision) -> bool:
+    """Whether `withhold` withholds at least `CAUGHT` of each foreign set at `LOSS`.
+
+    The card's report of `scumble calibrate` says so; without foreign sets it cannot.
+    """
+    report = card.auxiliary.get("gate", {})
+    measures: dict[str, dict[str, dict[str, float]]] = report.get(precision, {})
+    both = next((each for name, each in measures.items() if name.endswith("+top")), {})
+    shares = [both.get(LOSS, {}).get(name, 0.0) for name in report.get("foreign", {})]
+    return bool(shares) and min(shares) >= CAUGHT
 
 
 def recommended_policy(card: Card, precision: Precision) -> Preset:

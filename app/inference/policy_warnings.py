@@ -74,8 +74,15 @@ def policy_hint(card: Card, precision: Precision, defense: defenses.Defense) -> 
     reduced = any(isinstance(step, Codebook | Label) for step in steps)
     if recommended == "withhold" or not reduced:
         return REASONS[recommended]
-    if card.has_logits and precision in GATE_FILE:
+    if not card.has_logits or precision not in GATE_FILE:
+        return None
+    if GATE_FILE[precision] not in card.files:
         return "scumble calibrate fits withhold, which gives no answer to images unlike your own"
+    if not card.auxiliary.get("gate", {}).get("foreign"):
+        return (
+            "scumble calibrate --foreign SET tells whether withhold, which gives no answer to "
+            "images unlike your own, is worth it"
+        )
     return None
 
 

@@ -87,12 +87,12 @@ def table(cards: Mapping[str, Card], lines: Iterable[Line], demo: Mapping[str, A
 
 def withheld(lines: Iterable[Line]) -> list[str]:
     """What users lose, and what the best attackers get, from each model that was attacked."""
-    tuned = best(line for line in lines if line.recipe)
-    labels = {line.model: line for line in tuned if line.defense.name == "label"}
+    strongest = best(lines)
+    labels = {line.model: line for line in strongest if line.defense.name == "label"}
     return [
         f"`{line.victim}` {line.precision}: {1 - line.answered:.1%} of own images get no answer; "
         f"the copy falls from {labels[line.model].stolen} (labels only) to {line.stolen}"
-        for line in tuned
+        for line in strongest
         if line.defense.name == "withhold" and line.model in labels
     ]
 

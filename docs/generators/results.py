@@ -28,6 +28,7 @@ from scumble.evaluation.tables import (
     latency,
     ordered,
     policies,
+    strong,
 )
 
 HERE = Path(__file__).parent
@@ -51,6 +52,8 @@ def results(records: list[Record], bench: Bench) -> str:
         "## The best attackers",
         (HERE / "results.best.md").read_text().rstrip(),
         policies(lines),
+        (HERE / "results.strong.md").read_text().rstrip(),
+        strong(lines),
         "## Every defense against every attacker",
         "Accuracy of the copy on the victim's test set; the best of these attackers is bold.",
         *(part for group in groups(plain) for part in (heading(group[0]), compared(group))),
@@ -68,8 +71,9 @@ def results(records: list[Record], bench: Bench) -> str:
             for name, plot in PLOTS.items()
         ),
         "## Every cell",
-        "Made by " + ", ".join(f"`{command}`" for command in commands(records)) + ".",
         everything(lines),
+        "These commands made them:",
+        "\n".join(["```sh", *commands(records), "```"]),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -57,9 +57,8 @@ def check_victim(cell: Cell) -> dict[str, str]:
         ConfigError: no such model or precision, an unknown defense, or a parameter that is not
             allowed.
     """
-    folder, precision = Path(cell.victim), cast("Precision", cell.precision)
-    found = folder.is_dir() and (folder / "card.json").is_file()
-    bundle = ReadBundle(folder if found else open_bundle(default_model_dir(), cell.victim).folder)
+    precision = cast("Precision", cell.precision)
+    bundle = ReadBundle(folder_of(cell.victim))
     if ONNX_FILE[precision] not in bundle.card.files:
         raise ConfigError(f"{cell.victim} has no {precision} file; it has {there(bundle)}")
     if cell.defense.url is None:
@@ -71,6 +70,28 @@ def check_victim(cell: Cell) -> dict[str, str]:
         except defenses.DefenseError as exc:
             raise ConfigError(f"--defense: {exc}") from exc
     return bundle.hashes
+
+
+def folder_of(victim: str) -> Path:
+    """The folder of a bundle that is given by it, or by its name.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    folder = Path(victim)
+    if folder.is_dir() and (folder / "card.json").is_file():
+        return folder
+    return open_bundle(default_model_dir(), victim).folder
+
+
+def own_set(victim: str) -> str:
+    """The data set that a bundle was trained on; its name where its card states none.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    card = Bundle(folder_of(victim)).card
+    return str(card.training.get("set", card.name))
 
 
 def with_hashes(cell: Cell) -> Cell:

@@ -8,7 +8,7 @@ class alone below it. An attack that failed on its own is listed, but does not c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from scumble.evaluation.summary import Line, best
@@ -142,21 +142,24 @@ def tie(one: Line, other: Line) -> str:
 
 
 def policy(name: str, share: float, *, slack: bool) -> Callable[[list[Line], Bench], list[Finding]]:
-    """Whether the best attacker with a recipe gets at most `share` of what labels give.
+    """Whether the best attacker on answers of a policy gets at most `share` of what labels give.
+
+    Judged are policies that an attacker with a recipe was run against.
 
     Args:
         name: of the defense.
-        share: of the copy made of labels alone, by the best attacker with a recipe.
+        share: of the most accurate copy made of labels alone.
         slack: add what the seeds may explain; else the copy must be further below than that.
     """
 
     def judge(lines: list[Line], bench: Bench) -> list[Finding]:
         del bench
         found: list[Finding] = []
-        for group in groups(line for line in lines if line.recipe):
+        for group in groups(lines):
             reference = labels_only(group)
+            strong = {str(line.defense) for line in group if line.recipe}
             for line in best(line for line in group if line.defense.name == name):
-                if reference is None:
+                if reference is None or str(line.defense) not in strong:
                     continue
                 spread = noise(line, reference)
                 bound = share * reference.stolen.mean + (spread if slack else -spread)
@@ -321,15 +324,14 @@ CLAIMS = [
     ),
     Claim(
         "Codebook is worth no more to an attacker than labels.",
-        "the best attacker with a tuned recipe gets no better copy than the best from labels, "
-        "within the spread of the seeds (not a claim of the paper)",
+        "the best attacker on its answers gets no better copy than the best from labels, which are "
+        "among them, within the spread of the seeds (not a claim of the paper)",
         policy("codebook", 1, slack=True),
     ),
     Claim(
         "Withhold halves what labels give away.",
-        "the best attacker with a tuned recipe and foreign images gets a copy at most half as "
-        "accurate as the best from labels, by more than the spread of the seeds (not a claim of "
-        "the paper)",
+        "the best attacker with foreign images gets a copy at most half as accurate as the best "
+        "from labels, by more than the spread of the seeds (not a claim of the paper)",
         policy("withhold", 0.5, slack=False),
     ),
     Claim(
@@ -360,8 +362,11 @@ class Advice:
         beta: strength.
         lost: accuracy that honest users lose, by precision.
         l1: of honest users' answers, the larger of the precisions.
-        held: attackers whose copy stays below labels only on every precision, with the best copy.
-        broken: the others. Failed attacks are in neither.
+        held: attackers whose copy stays below labels only on every precision, by more than the
+            seeds may explain, with the best copy. Copies with a recipe are compared with those from
+            labels with one, the others with the others.
+        broken: those whose copy is better by more than that on a precision.
+        ties: the others. Failed attacks are in none of these.
     """
 
     victim: str
@@ -370,6 +375,7 @@ class Advice:
     l1: float
     held: dict[str, float]
     broken: dict[str, float]
+    ties: dict[str, float] = field(default_factory=dict)
 
     @property
     def recommended(self) -> bool:
@@ -397,19 +403,27 @@ def advice(lines: list[Line]) -> list[Advice]:
     found = []
     for victim in dict.fromkeys(line.victim for line in lines):
         own = [line for line in lines if line.victim == victim]
-        references = {
-            line.precision: line.stolen.mean for line in best(own) if line.defense.name == "label"
+        references: dict[tuple[str, bool], Line | None] = {
+            (line.precision, bool(line.recipe)): labels_only(
+                o for o in group if bool(o.recipe) == bool(line.recipe)
+            )
+            for group in groups(own)
+            for line in group
         }
         strengths = sorted({o.defense.strength for o in own if o.defense.name == "dcp"})
         for beta in strengths:
             at = [o for o in own if o.defense.name == "dcp" and o.defense.strength == beta]
             held: dict[str, float] = {}
             broken: dict[str, float] = {}
-            worked = [line for line in at if line.failed is None]
+            ties: dict[str, float] = {}
+            worked = [line for line in at if line.failed is None and not line.own_kind]
             for attacker in dict.fromkeys(line.attacker for line in worked):
                 by = [line for line in worked if line.attacker == attacker]
-                below = all(o.stolen.mean < references.get(o.precision, 0.0) for o in by)
-                (held if below else broken)[attacker] = max(o.stolen.mean for o in by)
+                places = [place(o, references[o.precision, bool(o.recipe)]) for o in by]
+                found_at = (
+                    held if all(n < 0 for n in places) else broken if max(places) > 0 else ties
+                )
+                found_at[attacker] = max(o.stolen.mean for o in by)
             found.append(
                 Advice(
                     victim,
@@ -418,6 +432,18 @@ def advice(lines: list[Line]) -> list[Advice]:
                     max(line.l1_test.mean for line in at),
                     held,
                     broken,
+                    ties,
                 )
             )
     return found
+
+
+def place(line: Line, reference: Line | None) -> int:
+    """-1 for a copy below another, 1 for one above it, 0 where the seeds explain the difference.
+
+    A copy is above one that was not made.
+    """
+    if reference is None:
+        return 1
+    apart = line.stolen.mean - reference.stolen.mean
+    return 0 if abs(apart) <= noise(line, reference) else 1 if apart > 0 else -1

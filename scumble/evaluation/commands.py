@@ -42,7 +42,7 @@ from scumble.attacker.errors import AttackError
 from scumble.attacker.recipes import recipes
 from scumble.attacker.students import STUDENTS
 from scumble.data.image_sets import DatasetError
-from scumble.evaluation.checks import check, with_hashes
+from scumble.evaluation.checks import check, own_set, with_hashes
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.local_server import children
 from scumble.evaluation.plans import PLANS, published
@@ -97,8 +97,12 @@ INTERRUPTED = 130
     show_default=True,
     help="Number of images to query.",
 )
-@click.option("--queries", help="Data set of the attacker.  [default: the victim's in the paper]")
-@click.option("--test", help="Data set to measure on.  [default: the victim's]")
+@click.option(
+    "--queries", help="Data set of the attacker.  [default: the published one for the victim]"
+)
+@click.option(
+    "--test", help="Data set to measure on.  [default: the one that the victim was trained on]"
+)
 @profile_option
 @click.option(
     "--recipe",
@@ -423,6 +427,7 @@ def single(*, defense: str, params: str, url: str | None, adapt: str, **options:
     """The one cell that the options describe.
 
     Raises:
+        ConfigError: no such model.
         ValueError: `params` is not a JSON object, or has a key twice.
     """
     try:
@@ -433,7 +438,10 @@ def single(*, defense: str, params: str, url: str | None, adapt: str, **options:
         raise ValueError(f"--params is {params!r}; allowed: a JSON object")
     names = tuple(name.strip() for name in adapt.split(",") if name.strip())
     cell = Cell(defense=Defended(defense, given, url), adapt=names, **options)  # type: ignore[arg-type] # click has checked them
-    queries = cell.queries or TRANSFER.get(cell.victim)
+    own = own_set(cell.victim)
+    if cell.test is None and own != cell.victim:
+        cell = replace(cell, test=own)
+    queries = cell.queries or TRANSFER.get(cell.victim) or TRANSFER.get(own)
     return replace(cell, queries=None if cell.attack in DATA_FREE else queries)
 
 

@@ -33,8 +33,16 @@ class Defended:
         return float(next((v for v in self.params.values() if isinstance(v, int | float)), 0.0))
 
     def __str__(self) -> str:
-        given = ", ".join(f"{key} {value}" for key, value in self.params.items())
+        given = ", ".join(f"{key} {_said(value)}" for key, value in self.params.items())
         return f"{self.name} ({given})" if given else self.name
+
+
+def _said(value: object) -> str:
+    """A parameter, where that is a defense in the form of one."""
+    match value:
+        case [str(name), dict(params)]:
+            return str(Defended(name, params))
+    return str(value)
 
 
 @dataclass(frozen=True)

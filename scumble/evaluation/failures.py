@@ -1,13 +1,16 @@
 """Recognises attacks that failed on their own, so that no defense gets the credit.
 
-A copy that answers one class for nearly all images, or that stays at chance level from the first
-checkpoint to the last, has not learned: the attack needs other settings. Its accuracy says nothing
-about the defense.
+A copy that answers one class for nearly all images, that stays at chance level from the first
+checkpoint to the last, or that is at chance level with the same accuracy whatever the defense, has
+not learned: the attack needs other settings. Its accuracy says nothing about the defense.
+
+A single copy at chance level is not a failure: an attacker who takes misleading answers as they are
+gets one, and with the same settings a good one from true answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from scumble.evaluation.scores import Labels, Rows
 ONE_CLASS = 0.95  # share of the test images from which a copy answers one class
 CHECKPOINTS = 5  # a shorter curve is not judged
 CHANCE = 1.5  # times 1/K: agreement up to which a checkpoint is at chance level
+DEFENSES = 3  # with copies of exactly the same accuracy
 
 
 def failure(copied: Rows, labels: Labels, curve: Sequence[Point]) -> str | None:
@@ -45,3 +49,18 @@ def flat(curve: Sequence[Point], classes: int) -> str | None:
     if len(curve) < CHECKPOINTS or best > CHANCE / classes:
         return None
     return f"the copy stays at chance level at all {len(curve)} checkpoints"
+
+
+def equal(accuracy: float, copies: Iterable[tuple[str, float, int]]) -> str | None:
+    """The reason if a copy at chance level is as accurate as those on other defenses.
+
+    Args:
+        accuracy: of the copy.
+        copies: defense, accuracy and number of classes of all copies of the victim, this one too.
+    """
+    same = {
+        name for name, other, classes in copies if other == accuracy <= CHANCE / classes
+    }  # fmt: skip
+    if len(same) < DEFENSES:
+        return None
+    return f"copies on {len(same)} defenses have the same accuracy, {accuracy:.2%}"

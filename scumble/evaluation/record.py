@@ -74,7 +74,8 @@ class Record(Part):
 
     `attack_failed` is the reason why the attack counts as failed (`scumble.evaluation.failures`),
     None if it does not. Older records have no such member; their curve is judged when they are
-    summarised.
+    summarised. `secret` says where the secret of a keyed defense came from: the referee's servers
+    draw one at their start, so no two records share it; that of a running service is unknown.
     """
 
     format: Literal["scumble-cell/1"] = "scumble-cell/1"
@@ -87,6 +88,7 @@ class Record(Part):
     transfer: Transfer
     attack: Result
     attack_failed: str | None = None
+    secret: Literal["drawn", "unknown"] | None = None
 
 
 def read(path: Path) -> Record:

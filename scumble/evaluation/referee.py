@@ -133,6 +133,7 @@ def judge(
         ),
         attack=result,
         attack_failed=failure(copied, test.labels, result.curve),
+        secret="unknown" if cell.defense.url else "drawn",
     )
     part = folder / "record.part"
     part.write_text(record.model_dump_json(indent=1) + "\n")

@@ -11,8 +11,9 @@ from statistics import fmean
 
 from scumble.attacker.third_party import short
 from scumble.attacker.transfer import TERM
+from scumble.data.image_sets import SPLIT_OFF, named
 from scumble.evaluation.experiment import Cell, Defended
-from scumble.evaluation.failures import flat
+from scumble.evaluation.failures import equal, flat
 from scumble.evaluation.record import Record, read
 from scumble.evaluation.scores import Spread, spread
 
@@ -52,6 +53,7 @@ class Line:
         answered_transfer: the same of the attacker's.
         ranking: AUC of the confidence of honest users' answers.
         bits: of an answer to the attacker, at most.
+        minutes: that the attack took, of one seed, on the machine that its record names.
     """
 
     victim: str
@@ -83,6 +85,7 @@ class Line:
     answered_transfer: float = 1.0
     ranking: float | None = None
     bits: float | None = None
+    minutes: float = 0.0
 
     @property
     def model(self) -> tuple[str, str]:
@@ -107,10 +110,32 @@ def load(folder: Path) -> list[Record]:
 def summarise(records: Iterable[Record]) -> list[Line]:
     """One line per cell; the seeds of a cell make its spread."""
     groups: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
+    for record in marked(list(records)):
         same = {key: value for key, value in record.cell.items() if key != "seed"}
         groups[json.dumps(same, sort_keys=True)].append(record)
     return [_line(sorted(group, key=lambda r: r.cell["seed"])) for group in groups.values()]
+
+
+def marked(records: list[Record]) -> list[Record]:
+    """The records, those whose attack failed with the reason.
+
+    Copies at chance level whose accuracy is the same to the last digit on several defenses of one
+    victim are marked, too: they do not depend on the answers.
+    """
+    figures: dict[str, list[tuple[str, float, int]]] = defaultdict(list)
+    for record in records:
+        name = str(cell_of(record).defense)
+        accuracy, classes = record.attack.scores.accuracy, record.attack.victim.labels
+        figures[record.cell["victim"]].append((name, accuracy, classes))
+    return [
+        record.model_copy(
+            update={
+                "attack_failed": failed(record)
+                or equal(record.attack.scores.accuracy, figures[record.cell["victim"]])
+            }
+        )
+        for record in records
+    ]
 
 
 def cell_of(record: Record) -> Cell:
@@ -139,9 +164,21 @@ def attacker_of(record: Record) -> str:
 
 
 def own_kind(record: Record) -> bool:
-    """Whether the attacker asked about images of the victim's own data set."""
+    """Whether the attacker asked about images of the victim's own data set.
+
+    That is the set that the victim is named after, or else the one that it was measured on.
+    """
     victim = Path(record.cell["victim"]).name
-    return any(name == victim for name, _ in terms_of(record.cell["queries"] or ""))
+    own = [victim]
+    if not named(victim, "test"):
+        own += [name for name, _ in terms_of(record.cell.get("test") or "")]
+    asked = [name for name, _ in terms_of(record.cell["queries"] or "")]
+    return not set(map(_whole, own)).isdisjoint(map(_whole, asked))
+
+
+def _whole(name: str) -> str:
+    """The set that a set was split off from; itself for others."""
+    return SPLIT_OFF[name][0] if name in SPLIT_OFF else name
 
 
 def terms_of(source: str) -> list[tuple[str, str | None]]:
@@ -177,13 +214,14 @@ def _line(group: list[Record]) -> Line:
         kl=spread([record.served.kl for record in group]),
         added_p50_ms=spread([record.served.added_ms["p50"] for record in group]),
         added_p99_ms=spread([record.served.added_ms["p99"] for record in group]),
-        failed=next(filter(None, map(failed, group)), None),
+        failed=next((one.attack_failed for one in group if one.attack_failed), None),
         own_kind=own_kind(group[0]),
         recipe=cell.recipe,
         answered=fmean(record.served.answered for record in group),
         answered_transfer=fmean(record.transfer.answered for record in group),
         ranking=group[0].served.ranking,
         bits=group[0].transfer.bits,
+        minutes=fmean(record.attack.timing.wall_s for record in group) / 60,
     )
 
 

@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from scumble.evaluation.claims import Advice
+from scumble.evaluation.plans import dcp, sigmoid
 from scumble.evaluation.scores import Spread
 from scumble.evaluation.summary import Line, best
 
-VICTIMS = ("mnist", "mnist-outliers", "cifar10", "gtsrb", "gtsrb-outliers")
+VICTIMS = ("mnist", "mnist-outliers", "cifar10", "gtsrb", "gtsrb-outliers", "cifar100")
 RECORDS = "../results/records/cells"
+# What the table of policies compares: these, and others at one strength.
+POLICIES = ("none", "label", "modelguard_w", "codebook", "withhold")
+STRENGTHS = (dcp(1.2), sigmoid(0.64))
 
 # of the list of all cells: what the reader sees and how it is said
 COLUMNS: dict[str, Callable[[Line], str]] = {
@@ -30,6 +34,7 @@ COLUMNS: dict[str, Callable[[Line], str]] = {
     "calibration error": lambda line: plain(line.calibration_error),
     "p50 added, ms": lambda line: plain(line.added_p50_ms),
     "p99 added, ms": lambda line: plain(line.added_p99_ms),
+    "minutes": lambda line: f"{line.minutes:.0f}",
 }
 
 
@@ -84,28 +89,70 @@ def compared(lines: Sequence[Line]) -> str:
 
 
 def policies(lines: Iterable[Line]) -> str:
-    """One row per defense and attacker with a tuned recipe: what users keep, what a thief gets."""
+    """One row per policy: what users keep, and the copies of attackers from naive to hopeless."""
     head = [
         *("victim", "policy", "users' accuracy", "answered", "L1", "ECE", "AUC"),
-        *("attacker", "answered", "bits", "copy"),
+        *("as published", "best attacker", "its answers", "oracle mask", "own images"),
     ]
-    tuned = [line for line in lines if line.recipe]
-    strongest = best(tuned)
+    lines = list(lines)
+    groups: dict[tuple[object, ...], list[Line]] = {}
+    labels = {line.model: line for line in best(lines) if line.defense.name == "label"}
+    for line in lines:
+        if line.defense.name in POLICIES or line.defense in STRENGTHS:
+            groups.setdefault((*line.model, str(line.defense)), []).append(line)
+    return markdown(head, [row(group, labels.get(group[0].model)) for group in groups.values()])
+
+
+def row(group: list[Line], labels: Line | None) -> list[str]:
+    """Of a policy; where it keeps all labels, an attacker may train on these alone."""
+    one = group[0]
+    kept = one.top1_changed.mean == 0 and one.answered == 1 and one.defense.name != "none"
+    usable = [*best(group), *([labels] if labels and kept else [])]
+    top = max(usable, key=lambda line: line.stolen.mean, default=None)
+    masked = [line for line in group if "oracle_mask" in line.adapt]
+    own = [line for line in group if line.own_kind]
+    said = [line for line in group if line.ranking is not None]
+    return [
+        f"`{one.victim}` {one.precision}",
+        str(one.defense),
+        f"{one.served.mean:.2%}",
+        f"{one.answered:.1%}",
+        f"{one.l1_test.mean:.3f}",
+        f"{one.calibration_error.mean:.3f}",
+        optional(said[0].ranking if said else None, ".3f"),
+        copied([line for line in group if line.attacker == "knockoff"]),
+        f"{top.stolen} by {top.attacker}" if top else "—",
+        f"{top.answered_transfer * top.budget:,.0f}" if top else "—",
+        copied(masked),
+        copied(own),
+    ]
+
+
+def copied(lines: Iterable[Line]) -> str:
+    """The most accurate of these copies; a dash where there is none."""
+    top = max(lines, key=lambda line: line.stolen.mean, default=None)
+    return "—" if top is None else stolen(top)
+
+
+def strong(lines: Iterable[Line]) -> str:
+    """One row per attacker with a recipe, and per other attacker who gets a better copy."""
+    head = ["victim", "policy", "attacker", "queries", "answered", "bits", "copy", "minutes"]
+    lines = list(lines)
+    strongest = best(lines)
+    judged = {(*line.model, str(line.defense)) for line in lines if line.recipe}
     rows = [
         [
             f"`{line.victim}` {line.precision}",
             str(line.defense),
-            f"{line.served.mean:.2%}",
-            f"{line.answered:.1%}",
-            f"{line.l1_test.mean:.3f}",
-            f"{line.calibration_error.mean:.3f}",
-            optional(line.ranking, ".3f"),
             line.attacker,
+            f"{line.budget:,}",
             f"{line.answered_transfer:.1%}",
             optional(line.bits, ".1f"),
             f"**{stolen(line)}**" if line in strongest else stolen(line),
+            f"{line.minutes:.0f}",
         ]
-        for line in tuned
+        for line in lines
+        if line.recipe or (line in strongest and (*line.model, str(line.defense)) in judged)
     ]
     return markdown(head, rows)
 
@@ -139,12 +186,13 @@ def advised(found: Iterable[Advice]) -> str:
             f"{one.l1:.2f}",
             "yes" if one.recommended else "no",
             said(one.held),
+            said(one.ties),
             said(one.broken),
         ]
         for one in found
     ]
     head = ["victim", "beta", "points lost by users", "L1", "within a point"]
-    return markdown([*head, "copies worse than from labels", "copies as good or better"], rows)
+    return markdown([*head, "copies worse than from labels", "ties", "better"], rows)
 
 
 def said(copies: dict[str, float]) -> str:

@@ -47,7 +47,12 @@ SURROGATE, MISINFORMATION = "surrogate.onnx", "misinformation.onnx"
 SCORES = "scores"
 IMAGES = 20_000
 # The sets that the papers' attackers query with: victim -> transfer set.
-TRANSFER = {"mnist": "fashion_mnist", "cifar10": "cifar100", "gtsrb": "cifar10"}
+TRANSFER = {
+    "mnist": "fashion_mnist",
+    "cifar10": "cifar100",
+    "gtsrb": "cifar10",
+    "cifar100": "cifar10",
+}
 RECIPES = {
     SURROGATE: Recipe("small_cnn", epochs=10, lr=0.1, augment="none", batch=128, ema=0.99),
     MISINFORMATION: Recipe("small_cnn", epochs=5, lr=0.1, augment="none", batch=128, ema=0.99),

@@ -66,37 +66,57 @@ SENT = Sent(
 CALIBRATED = ("codebook", "gate")
 
 
-def fitted_card(folder, fitted, precision):
-    """The card of a bundle with these files of `scumble calibrate`."""
+def fitted_card(folder, fitted, precision, caught=None):
+    """The card of a bundle with these files of `scumble calibrate`.
+
+    Args:
+        folder: the bundle's.
+        fitted: names of the files.
+        precision: theirs.
+        caught: share of each foreign set that is withheld at a loss of 2 %; None without any set.
+    """
     card = Bundle(make_bundle(folder)).card
     files = card.files | {f"{name}.{precision}.json": "" for name in fitted}
-    return card.model_copy(update={"files": files})
+    sets = {f"set{i}": share for i, share in enumerate(caught or [])}
+    report = {"foreign": {name: {} for name in sets}, precision: {"energy+top": {"0.02": sets}}}
+    return card.model_copy(update={"files": files, "auxiliary": {"gate": report}})
+
+
+SHARP, BLUNT = [0.5, 1.0], [0.49, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("defense", "fitted", "hint"),
+    ("defense", "fitted", "caught", "hint"),
     [
-        ("none", (), "label keeps the label; after scumble calibrate, codebook"),
-        ("none", ("codebook",), "codebook keeps the label and a confidence"),
-        ("none", CALIBRATED, "withhold keeps the label and a confidence"),
-        ("dcp", (), "label keeps the label; after scumble calibrate, codebook"),
-        ("dcp", CALIBRATED, "withhold keeps the label and a confidence"),
-        ("label", (), "scumble calibrate fits withhold"),
-        ("label", ("codebook",), "scumble calibrate fits withhold"),
-        ("chain", (), "scumble calibrate fits withhold"),
-        ("label", CALIBRATED, "withhold keeps the label and a confidence"),
+        ("none", (), None, "label keeps the label; after scumble calibrate, codebook"),
+        ("none", ("codebook",), None, "codebook keeps the label and a confidence"),
+        ("none", CALIBRATED, None, "codebook keeps the label and a confidence"),
+        ("none", CALIBRATED, BLUNT, "codebook keeps the label and a confidence"),
+        ("none", CALIBRATED, SHARP, "withhold keeps the label and a confidence"),
+        ("dcp", (), None, "label keeps the label; after scumble calibrate, codebook"),
+        ("dcp", CALIBRATED, SHARP, "withhold keeps the label and a confidence"),
+        ("label", (), None, "scumble calibrate fits withhold"),
+        ("label", ("codebook",), None, "scumble calibrate fits withhold"),
+        ("label", CALIBRATED, None, "scumble calibrate --foreign SET tells whether withhold"),
+        ("chain", (), None, "scumble calibrate fits withhold"),
+        ("label", CALIBRATED, SHARP, "withhold keeps the label and a confidence"),
     ],
 )
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_a_hint_names_what_is_recommended(tmp_path, defense, fitted, hint, precision):
-    card = fitted_card(tmp_path, fitted, precision)
+def test_a_hint_names_what_is_recommended(tmp_path, defense, fitted, caught, hint, precision):
+    card = fitted_card(tmp_path, fitted, precision, caught)
     params = {"dcp": STRONG, "chain": {"steps": [["label", {}], ["round", {"decimals": 1}]]}}
     policy = configure(defense, params.get(defense, {}))
     assert policy_hint(card, precision, policy).startswith(hint)
 
 
+def test_a_gate_that_lets_foreign_images_pass_is_not_hinted_at(tmp_path):
+    card = fitted_card(tmp_path, CALIBRATED, "int8", BLUNT)
+    assert policy_hint(card, "int8", configure("label", {})) is None
+
+
 def test_withhold_is_not_hinted_at_in_bfloat16_which_has_no_thresholds(tmp_path):
-    card = fitted_card(tmp_path, CALIBRATED, "float32")
+    card = fitted_card(tmp_path, CALIBRATED, "float32", SHARP)
     assert policy_hint(card, "bf16", configure("none", {})).startswith("codebook keeps")
     assert policy_hint(card, "bf16", configure("label", {})) is None
 

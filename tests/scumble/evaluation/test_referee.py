@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from app.access.keys import KeyFile, write_keys
+from app.settings import default_model_dir
 from docs.generators import results
 from scumble.attacker import attacks
 from scumble.attacker.errors import AttackError
@@ -79,6 +80,7 @@ def test_a_cell_from_servers_to_pages(cell, tmp_path):
     assert record.served.l1_max <= 2
     assert 0 < record.served.latency_ms["p50"] <= record.served.latency_ms["p99"]
     assert record.model_sha256 == record.attack.victim.sha256
+    assert record.secret == "drawn"
     bare = read(tmp_path / cells[3].key / "record.json")
     assert bare.served.l1_max == pytest.approx(0, abs=1e-5)
     assert bare.served.accuracy == bare.served.clean_accuracy
@@ -317,6 +319,24 @@ def test_the_printed_command_of_a_cell_is_that_cell(plan, profile):
         with commands.evaluate.make_context("evaluate", words[2:]) as context:
             given = context.params
         assert commands.single(**{name: given[name] for name in OF_A_CELL}) == cell
+
+
+@pytest.mark.parametrize(
+    ("victim", "test", "queries"),
+    [
+        ("mnist", None, "fashion_mnist"),
+        ("mnist-outliers", "mnist", "fashion_mnist"),
+        ("gtsrb-outliers", "gtsrb", "cifar10"),
+        (str(default_model_dir() / "gtsrb-outliers"), "gtsrb", "cifar10"),
+    ],
+)
+def test_the_card_says_what_a_victim_is_measured_and_asked_with(victim, test, queries):
+    with commands.evaluate.make_context("evaluate", ["--victim", victim]) as context:
+        given = {name: context.params[name] for name in OF_A_CELL}
+    cell = commands.single(**given)
+    assert (cell.test, cell.queries) == (test, queries)
+    cell = commands.single(**given | {"test": "digits", "queries": "svhn"})
+    assert (cell.test, cell.queries) == ("digits", "svhn")
 
 
 def test_commands_are_printed_and_nothing_is_run(tmp_path):
