@@ -41,7 +41,7 @@ from app.errors import ConfigError
 from app.precision import Precision
 from app.system.cores import available_cores
 from app.system.json_values import Parameters, parse
-from app.system.urls import HIDDEN, redacted, split
+from app.system.urls import HIDDEN, masked, redacted, split
 from app.system.validation import allowed
 
 if TYPE_CHECKING:
@@ -584,8 +584,8 @@ def _sentence(variable: str, errors: list[ErrorDetails]) -> str:
         value = redacted(value)
     elif name == "upstream":
         value = HIDDEN if any(each in str(value) for each in "@?#") else value
-    elif name in {*SECRETS, *URLS} or errors[0]["type"] == "extra_forbidden":
-        value = HIDDEN  # may be a secret under a misspelt name
+    elif name in SECRETS or (name in URLS and masked(str(value)) == HIDDEN):
+        value = HIDDEN
     if errors[0]["type"] == "extra_forbidden":
         return _unknown(variable, variables())
     return f"{variable} is {value!r}; allowed: {allowed(errors)}"

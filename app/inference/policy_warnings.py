@@ -29,7 +29,9 @@ REASONS = {
 MANY = 100  # classes from which dcp moves labels
 GATE = 0.03  # half the width of dcp's gate at its default nu
 UNCHANGED = 1e-6
-UNTRAINED = 2.0  # times 1/K; what untrained networks answer at most
+# What untrained networks answer at most: twice 1/K of many classes, 1/K and a tenth of the rest of
+# few. A network that was trained with outliers is not much surer of the self-test.
+UNTRAINED, UNTRAINED_REST = 2.0, 0.1
 
 
 def policy_warnings(
@@ -44,7 +46,7 @@ def policy_warnings(
         defense: the policy.
     """
     count = len(card.labels)
-    if clean.max() < UNTRAINED / count:
+    if clean.max() < min(UNTRAINED / count, 1 / count + UNTRAINED_REST * (1 - 1 / count)):
         yield (
             f"the model's answers hardly differ from 1/{count} on the self-test; "
             "are its weights trained?"

@@ -38,9 +38,17 @@ def split(url: str) -> SplitResult:
 
 
 def redacted(url: str) -> str:
-    """`url` without user name, password, query and fragment; `HIDDEN` if it is not a URL."""
+    """`url` without user name, password, query and fragment.
+
+    Text that is not a URL is shown as it is, and is `HIDDEN` where a password may be in it.
+    """
     try:
         parts = split(url)
     except ValueError:
-        return HIDDEN
+        return masked(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def masked(text: str) -> str:
+    """`HIDDEN` for text that may be a URL with a password or a key in it; else `text`."""
+    return HIDDEN if any(mark in text for mark in ("://", "@", "?", "#")) else text

@@ -58,7 +58,6 @@ def where(text: str) -> str | None:
         "unix://me:{}@/run/redis.sock",
         "sqlite://{}@/b.db",
         "://{}",
-        "{}",
     ],
 )
 def test_no_form_of_a_url_shows_its_password(url, password):
@@ -88,7 +87,10 @@ def _error(call, url: str) -> str:
         ("memory://", "memory://"),
         ("http://me:hunter2@host:4318/base#x", "http://host:4318/base"),
         ("redis://me:hun/ter2@host/1", HIDDEN),
-        ("nonsense", HIDDEN),
+        ("me:hunter2@host", HIDDEN),
+        ("nonsense", "nonsense"),
+        ("localhost:4318", "localhost:4318"),
+        ("redis:/host", "redis:/host"),
     ],
 )
 def test_the_rest_of_a_url_is_shown(url, shown):

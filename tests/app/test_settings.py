@@ -79,7 +79,7 @@ def test_unknown_variable_stops_the_start(monkeypatch, name, close):
         (
             "SCUMBLE_STORE",
             "foo",
-            "SCUMBLE_STORE is '***'; allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB",
+            "SCUMBLE_STORE is 'foo'; allowed: memory://, sqlite:///PATH, redis://HOST:PORT/DB",
         ),
         (
             "SCUMBLE_UPSTREAM_MODELS",
@@ -89,8 +89,8 @@ def test_unknown_variable_stops_the_start(monkeypatch, name, close):
         (
             "SCUMBLE_OTEL_ENDPOINT",
             "localhost:4318",
-            "SCUMBLE_OTEL_ENDPOINT is '***'; allowed: http://HOST:PORT and https://HOST:PORT, "
-            "without a query",
+            "SCUMBLE_OTEL_ENDPOINT is 'localhost:4318'; allowed: http://HOST:PORT and "
+            "https://HOST:PORT, without a query",
         ),
         (
             "SCUMBLE_CONFIG",

@@ -143,6 +143,32 @@ def test_withhold_is_hinted_at_only_where_the_upstream_gives_logits(tmp_path, up
     assert (found is not None) is hinted
 
 
-def test_untrained_weights_are_named(tmp_path):
-    (sentence,) = warnings(tmp_path, "none", np.full((6, 4), 0.25))
-    assert "are its weights trained?" in sentence
+def one_surer(count, most):
+    """Six rows of `count` classes, whose largest value is `most`."""
+    rows = np.full((6, count), 1 / count)
+    rows[3] = (1 - most) / (count - 1)
+    rows[3, 0] = most
+    return rows
+
+
+# classes; the largest answer of untrained networks of torchvision, and of one that learnt something
+LARGEST = [
+    (2, 0.54, 0.7),
+    (3, 0.38, 0.5),
+    (10, 0.12, 0.3),
+    (43, 0.026, 0.051),
+    (1000, 0.0011, 0.01),
+]
+
+
+@pytest.mark.parametrize(("count", "untrained", "trained"), LARGEST)
+def test_untrained_weights_are_named_and_trained_ones_are_not(tmp_path, count, untrained, trained):
+    card = Bundle(make_bundle(tmp_path)).card
+    card = card.model_copy(update={"labels": [f"c{k}" for k in range(count)]})
+    named = {
+        most: list(policy_warnings(card, "float32", one_surer(count, most), configure("none", {})))
+        for most in (untrained, trained, 0.999)
+    }
+    (sentence,) = named.pop(untrained)
+    assert f"hardly differ from 1/{count} on the self-test; are its weights trained?" in sentence
+    assert named == {trained: [], 0.999: []}
