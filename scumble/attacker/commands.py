@@ -51,7 +51,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--recipe",
     type=click.Choice(list(recipes())),
-    help="Tuned student and fit for a victim and a kind of answer; --set changes them.",
+    help="Student and fit of a strong copy for a victim and a kind of answer; --set changes them.",
 )
 @click.option(
     "--student",

@@ -1,4 +1,4 @@
-"""Recipes: tuned settings of a copy, one for each victim and kind of answer; see `recipes.toml`."""
+"""Recipes: settings of a strong copy for each victim and kind of answer; see `recipes.toml`."""
 
 from __future__ import annotations
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from scumble.attacker.errors import AttackError
+from scumble.defenses import user_file
 
 
 def is_file(name: str) -> bool:
@@ -28,34 +28,31 @@ def load(name: str) -> Any:
         AttackError: there is no such file, it cannot be loaded, or it has no such class.
     """
     file, _, attribute = name.rpartition(":")
-    path = Path(file).resolve()
-    module = f"scumble_attack_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    if module not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module, path)
-        assert spec is not None  # noqa: S101  # its name ends in .py
-        assert spec.loader is not None  # noqa: S101  # same
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[module] = loaded  # dataclasses look their module up while it is made
-        sys.path.insert(0, str(path.parent))
-        try:
-            spec.loader.exec_module(loaded)
-        except Exception as exc:
-            del sys.modules[module]
-            raise AttackError(f"{file} cannot be loaded: {type(exc).__name__}: {exc}") from exc
-        finally:
-            sys.path.remove(str(path.parent))
-    found = getattr(sys.modules[module], attribute, None)
+    try:
+        module = user_file.load(file).module
+    except Exception as exc:
+        raise AttackError(f"{file} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+    found = getattr(module, attribute, None)
     if not (isinstance(found, type) and callable(found)):
         raise AttackError(f"{file} has no class {attribute!r}")
     return found
 
 
 def hashes(name: str) -> dict[str, str]:
-    """SHA-256 of the file of `FILE.py:Class` and of its neighbours; empty for another name."""
+    """SHA-256 by file: of `FILE.py:Class`, its neighbours, and the packages that it imports.
+
+    Empty for another name. A file that cannot be loaded is hashed without its packages.
+    """
     if not is_file(name):
         return {}
-    path = Path(name.rpartition(":")[0])
-    files = sorted({path, *path.parent.glob("*.py")})
+    file = Path(name.rpartition(":")[0])
+    files = {file, *file.parent.glob("*.py")}
+    with suppress(Exception):  # whoever uses the class says what is wrong
+        folder = file.resolve().parent
+        imported = user_file.load(str(file)).sources
+        files |= {file.parent / source.relative_to(folder) for source in imported}
     return {
-        str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+        str(each): hashlib.sha256(each.read_bytes()).hexdigest()
+        for each in sorted(files)
+        if each.is_file()
     }

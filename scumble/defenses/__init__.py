@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Any
 
+from scumble.defenses import user_file
 from scumble.defenses.adaptive_misinformation import AdaptiveMisinformation
 from scumble.defenses.base import Defense, DefenseError, Inputs, Probs, canonical
 from scumble.defenses.chain import Chain
@@ -103,7 +101,7 @@ def configure(
 
 
 def from_file(name: str) -> type[Defense]:
-    """Load the class of `FILE.py:Class`, a user's own defense.
+    """Load the class of `FILE.py:Class`, a user's own defense. The file may import its neighbours.
 
     Raises:
         DefenseError: the name has another form, or there is no such file or defense.
@@ -113,20 +111,11 @@ def from_file(name: str) -> type[Defense]:
         raise DefenseError(
             f"unknown defense {name!r}; allowed: {', '.join(TABLE)}, or FILE.py:Class"
         )
-    # The module is named after the file's path, so a file is loaded once however often it is used.
-    module = f"scumble_defense_{abs(hash(str(Path(file).resolve())))}"
-    if module not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module, file)
-        assert spec is not None  # noqa: S101  # its name ends in .py
-        assert spec.loader is not None  # noqa: S101  # same
-        loaded = importlib.util.module_from_spec(spec)
-        sys.modules[module] = loaded  # dataclasses look up their module while they are created
-        try:
-            spec.loader.exec_module(loaded)
-        except Exception as exc:
-            del sys.modules[module]
-            raise DefenseError(f"{file} cannot be loaded: {type(exc).__name__}: {exc}") from exc
-    kind = getattr(sys.modules[module], attribute, None)
+    try:
+        module = user_file.load(file).module
+    except Exception as exc:
+        raise DefenseError(f"{file} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+    kind = getattr(module, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Defense)):
         raise DefenseError(f"{file} has no subclass of Defense named {attribute!r}")
     return kind

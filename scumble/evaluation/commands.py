@@ -107,7 +107,7 @@ INTERRUPTED = 130
 @click.option(
     "--recipe",
     type=click.Choice(list(recipes())),
-    help="Tuned student and fit for a victim and a kind of answer; --set overrides them.",
+    help="Student and fit of a strong copy for a victim and a kind of answer; --set changes them.",
 )
 @click.option(
     "--student",

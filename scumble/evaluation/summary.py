@@ -48,7 +48,7 @@ class Line:
         failed: why the attack counts as failed, by the first seed that did; None if none did.
         own_kind: whether the attacker had images of the victim's own kind. No defense can stop such
             an attacker, so this line is never the best of all attackers.
-        recipe: tuned settings of the copy, if any.
+        recipe: settings of the copy that stand in `recipes.toml`, if any.
         answered: share of honest users' answers that were not withheld.
         answered_transfer: the same of the attacker's.
         ranking: AUC of the confidence of honest users' answers.

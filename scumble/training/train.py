@@ -301,6 +301,7 @@ def chain(*steps: Augment) -> Augment:
 AUGMENTS: dict[str, Augment] = {
     "none": lambda x, _: x,
     "flips": chain(crop(4), flip),
+    "crops": crop(4),
     "digits": affine(degrees=12, shift=0.08, scale=0.12),
     "objects": chain(crop(4), flip, cutout(8)),
     # crop, scale, flip and cutout; the second for images that mean something else when mirrored

@@ -1,5 +1,7 @@
 """A defense of one's own: `FILE.py:Class`."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,21 @@ def test_it_is_made_and_checked_like_any_other(file):
         make(f"{file}:Quarter", shares=1)
     with pytest.raises(DefenseError, match="share must be a number from 0 to 1, got 2"):
         make(f"{file}:Quarter", share=2)
+
+
+def test_it_may_import_what_lies_beside_it_and_each_file_has_its_own_neighbours(tmp_path):
+    found = []
+    for share in (0.25, 0.5):
+        folder = tmp_path / str(share)
+        (folder / "parts").mkdir(parents=True)
+        (folder / "parts" / "__init__.py").write_text("from parts.more import SHARE")
+        (folder / "parts" / "more.py").write_text(f"SHARE = {share}")
+        (folder / "helper.py").write_text("from parts import SHARE")
+        text = QUARTER.replace("share: float = 0.25", "share: float = SHARE")
+        (folder / "quarter.py").write_text(f"from helper import SHARE\n{text}")
+        found.append(make(f"{folder}/quarter.py:Quarter").share)
+    assert found == [0.25, 0.5]
+    assert not {"helper", "parts", "parts.more"} & set(sys.modules)
 
 
 def test_what_is_no_defense_is_refused(file, tmp_path):
