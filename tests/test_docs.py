@@ -224,10 +224,20 @@ TABLES = {
 }
 
 
-def test_the_policies_of_the_readme_have_the_measured_costs():
-    text = (ROOT / "README.md").read_text()
-    assert policies.committed() in text, "run: python -m docs.generators.policies"
-    assert policies.within(text, policies.committed()) == text
+@pytest.mark.parametrize("path", [policies.README, policies.INDEX], ids=lambda path: path.name)
+def test_readme_and_index_have_the_measured_costs_of_policies(path):
+    assert policies.pages()[path] == path.read_text(), "run: python -m docs.generators.policies"
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", policies.pages()[path]):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_table_of_policies_follows_the_record_of_1000_classes():
+    record = json.loads(policies.IMAGENET.read_text())["defenses"]
+    made = policies.committed()
+    assert made.startswith("| threat | users need | classes | policy |")
+    assert f"{record['dcp']['changed']:.0%} of the labels change" in made
+    for name in ("label", "codebook", "dcp, keep_top1", "withhold"):
+        assert re.search(rf"1,000 classes: .*L1 0?{policies.short(record[name]['l1'])}", made), name
 
 
 def test_the_readme_is_short():

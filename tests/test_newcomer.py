@@ -44,13 +44,15 @@ def clone(tmp_path_factory) -> Path:
     (folder / ".venv" / "bin").mkdir(parents=True)
     for made in (".base", ".dev", "bin/uv"):
         (folder / ".venv" / made).touch()
+    (folder / ".venv" / "bin" / "activate").write_text(f'export PATH="{BIN}:$PATH"\n')
     return folder
 
 
 def environment(clone: Path, **more: str) -> dict[str, str]:
     """Our programs, with the clone's code."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1", **more}
+    mine = {"PATH": path, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **mine, **more}
 
 
 def blocks(section: str) -> list[str]:
@@ -71,7 +73,7 @@ def test_the_readme_leads_on():
 
 
 def test_every_target_that_make_lists_can_be_planned(clone):
-    make = [MAKE, f"BIN={BIN}", "PHOTOS=photos"]
+    make = [MAKE, f"BIN={BIN}"]
     listed = subprocess.run([*make, "help"], cwd=clone, capture_output=True, text=True, check=True)
     targets = re.findall(r"^make (\S+)", listed.stdout, re.MULTILINE)
     assert {"serve", "test", "demo"} <= set(targets)
@@ -85,13 +87,33 @@ def test_every_target_that_make_lists_can_be_planned(clone):
         assert installed == 0, "the environment should count as installed"
 
 
+@pytest.mark.parametrize(
+    ("given", "fitted_to", "fetched"),
+    [
+        ([], "runs/photos/photos", 1),
+        (["PHOTOS="], "runs/photos/photos", 1),
+        (["PHOTOS=own"], "own", 0),
+    ],
+)
+def test_make_serve_imagenet_takes_the_photos_of_packages_where_none_are_given(
+    clone, given, fitted_to, fetched
+):
+    make = [MAKE, f"BIN={BIN}", "--dry-run", "serve-imagenet", *given]
+    done = subprocess.run(make, cwd=clone, capture_output=True, text=True, check=True)
+    assert f"--train {fitted_to} " in done.stdout
+    assert done.stdout.count("python -m loadtest.photos runs/photos\n") == fetched
+
+
 @pytest.mark.server
 def test_make_serve_answers_what_the_readme_asks_in_one_shell(clone):
     serve, *pasted = [*blocks("Serve"), *blocks("Defend")]
     assert serve == "make serve\n"
-    assert len(pasted) == 5
+    assert pasted[0] == "source .venv/bin/activate\n"
+    assert len(pasted) == 6
     port, admin = free_ports(2)
     env = environment(clone, SCUMBLE_PORT=str(port), SCUMBLE_ADMIN_PORT=str(admin))
+    # The pasted blocks find our programs as they find them for a user: by the activation.
+    path = [part for part in os.environ["PATH"].split(os.pathsep) if part != str(BIN)]
     server = subprocess.Popen(
         [MAKE, "serve", f"BIN={BIN}"], cwd=clone, env=env, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -103,8 +125,8 @@ def test_make_serve_answers_what_the_readme_asks_in_one_shell(clone):
         commands = "".join(pasted).replace("localhost:8000", f"127.0.0.1:{port}")
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", commands.replace(":9000", f":{admin}")],  # noqa: S607
-            cwd=clone, env=environment(clone), capture_output=True, text=True, check=False,
-            timeout=READY_S,
+            cwd=clone, env=environment(clone, PATH=os.pathsep.join(path)), capture_output=True,
+            text=True, check=False, timeout=READY_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert '"label":"3"' in done.stdout

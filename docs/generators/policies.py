@@ -1,4 +1,6 @@
-"""Writes the README's table of policies from the cards, the records of cells and the demo's.
+"""Writes the table of policies into the README and `docs/index.md`.
+
+It is made from the cards, the records of cells, that of the demo, and that of 1,000 classes.
 
 python -m docs.generators.policies
 """
@@ -7,58 +9,77 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from app.inference.bundle import Card, open_bundle
-from docs.generators.results import CELLS, README
+from scumble.defenses import make
 from scumble.evaluation.summary import Line, best, load, summarise
 from scumble.evaluation.tables import markdown
 
-BUNDLES = ("mnist", "cifar10", "gtsrb")
+ROOT = Path(__file__).parents[2]
+README, INDEX = ROOT / "README.md", ROOT / "docs" / "index.md"
+CELLS = ROOT / "docs" / "results" / "records" / "cells"
 DEMO = CELLS.parent / "demo.json"
-MODELS = README.parent / "models"
+IMAGENET = ROOT / "loadtest" / "imagenet.json"
+MODELS = ROOT / "models"
+BUNDLES = ("mnist", "cifar10", "gtsrb")
 BEGIN = "<!-- policies: python -m docs.generators.policies -->\n\n"
-HEAD = ("threat", "users need", "policy", "measured cost", "it does not stop")
+END = "\n\n<!-- end of policies -->\n"
+HEAD = ("threat", "users need", "classes", "policy", "measured cost", "it does not stop")
 PAGE = "docs/reference/defenses.md"
 
 
-def table(cards: Mapping[str, Card], lines: Iterable[Line], demo: Mapping[str, Any]) -> str:
+def table(
+    cards: Mapping[str, Card],
+    lines: Iterable[Line],
+    demo: Mapping[str, Any],
+    imagenet: Mapping[str, Any],
+) -> str:
     """Policies by threat, with what each costs and what it does not stop.
 
     Args:
         cards: of `BUNDLES`.
         lines: of all cells.
         demo: the record of `make demo`.
+        imagenet: the record of `python -m loadtest.imagenet`.
     """
     confidence, label = "the label and a confidence", "the label only"
+    many = imagenet["defenses"]
     copies = {line["name"]: f"{line['stolen']['mnist']:.1%}" for line in demo["attacks"]}
     near = cards["cifar10"].auxiliary["gate"]["float32"]["vim+top"]["0.05"]["cifar100_train"]
     rows = [
         (
             "copies trained on probabilities",
             confidence,
+            "10 to 1,000",
             f"[`codebook`]({PAGE}#codebook)",
             f"labels unchanged; L1 {named(cards, 'classwise 4', 'l1')}; "
             + "; ".join(
                 f"{figure.upper()} {listed(cards, 'classwise 4', figure)} "
                 f"(clean {listed(cards, 'none', figure)})"
                 for figure in ("ece", "auc")
-            ),
+            )
+            + f"; 1,000 classes: {changed(many['codebook'])}, L1 {short(many['codebook']['l1'])}",
             "training on the labels; an answer adds at most log2(m) bits to them, m = 4 levels",
         ),
         (
             "copies trained on probabilities",
             label,
+            "10 to 1,000",
             f"[`label`]({PAGE}#label)",
-            f"labels unchanged; L1 {listed(cards, 'label', 'l1')}; no confidence",
+            f"labels unchanged; L1 {listed(cards, 'label', 'l1')}; no confidence; "
+            f"1,000 classes: {changed(many['label'])}, L1 {short(many['label']['l1'])}",
             "training on the labels",
         ),
         (
             "KnockoffNets and DFME as published, with answers used as they are; comparison with "
             "the paper",
             label,
+            "10",
             f"[`dcp`]({PAGE}#dcp) with beta 1.2",
             f"L1 {demo['servers']['defended']['l1']['mnist']:.2f} `mnist`: the confidence is "
             f"useless; the copy falls from {copies['undefended']} to {copies['defended']}",
@@ -66,16 +87,30 @@ def table(cards: Mapping[str, Card], lines: Iterable[Line], demo: Mapping[str, A
             f"{copies['defended, labels only']}, inverted {copies['defended, inverted']}",
         ),
         (
+            "the same",
+            label,
+            "100 and more",
+            f"`dcp` with [`keep_top1`]({PAGE}#keep_top1)",
+            f"1,000 classes: {changed(many['dcp, keep_top1'])}, "
+            f"L1 {short(many['dcp, keep_top1']['l1'])}; without `keep_top1` "
+            f"{changed(many['dcp'])}; copies not measured",
+            "attackers who adapt, training on the labels",
+        ),
+        (
             "copies trained on labels, by attackers without images of your own kind",
             confidence,
+            "10 to 43 (1,000: its cost only)",
             f"[`withhold`]({PAGE}#withhold)",
-            "; ".join(withheld(lines)),
+            "; ".join(withheld(lines)) + f"; 1,000 classes: {many['withhold']['withheld']:.0%} of "
+            f"images get no answer, {changed(many['withhold'])}, "
+            f"L1 {short(many['withhold']['l1'])}; copies not measured",
             f"own images as queries; sets near your own: `cifar10` catches {near:.0%} of "
             "CIFAR-100 at a loss of 5%",
         ),
         (
             "any attacker, by number of answers",
             "any of these",
+            "any",
             "[budgets](docs/reference/keys.md) per key, beside a defense",
             "answers unchanged; one count per request, in SQLite or Redis",
             "copies made within the budget; one attacker with several keys, except by the budget "
@@ -109,28 +144,67 @@ def listed(cards: Mapping[str, Card], answers: str, figure: str) -> str:
 
 
 def figures(cards: Mapping[str, Card], answers: str, figure: str) -> list[str]:
-    """Of the codebooks in float32, as `.012`; `gtsrb` has no classwise codebook."""
+    """Of the codebooks in float32; `gtsrb` has no classwise codebook."""
     made = [cards[name].auxiliary["codebook"]["float32"] for name in BUNDLES]
-    return [f"{each.get(answers, each['pooled 4'])[figure]:.3f}".removeprefix("0") for each in made]
+    return [short(each.get(answers, each["pooled 4"])[figure]) for each in made]
+
+
+def short(value: float) -> str:
+    """As `.012`."""
+    return f"{value:.3f}".removeprefix("0")
+
+
+def changed(row: Mapping[str, float]) -> str:
+    """Which share of the labels a defense changes."""
+    return f"{row['changed']:.0%} of the labels change" if row["changed"] else "labels unchanged"
+
+
+def notes(imagenet: Mapping[str, Any]) -> str:
+    """What the figures are, and of which images."""
+    crops = imagenet["crops"]
+    clean = np.array([[0.97, *[0.03 / 99] * 99]])
+    answer = make("dcp", beta=1.2)(clean, None)
+    return (
+        "L1 is the mean distance to the clean answer (0 to 2), ECE the expected calibration error, "
+        "and AUC the\nprobability that a right answer is more confident than a wrong one.\n"
+        f"1,000 classes: EfficientNet-Lite0 int8, {crops['images']} parts of {crops['pictures']} "
+        "photos ([performance](docs/explanation/performance.md#defenses-of-1000-classes)).\n"
+        f"100 classes: by its formula, `dcp` sends a confidence of 97% as {answer[0, 0]:.1%} "
+        f"(L1 {np.abs(answer - clean).sum():.2f})."
+    )
 
 
 def committed() -> str:
-    """The table of the committed cards and records."""
+    """The table of the committed cards and records with its notes, as the README has them."""
     cards = {name: open_bundle(MODELS, name).card for name in BUNDLES}
-    return table(cards, summarise(load(CELLS)), json.loads(DEMO.read_text()))
+    demo, imagenet = (json.loads(path.read_text()) for path in (DEMO, IMAGENET))
+    made = table(cards, summarise(load(CELLS)), demo, imagenet)
+    return f"{made}\n\n{notes(imagenet)}"
+
+
+def pages() -> dict[Path, str]:
+    """README and first page of the documentation, each with the table of now."""
+    made = committed()
+    parts = {README: made, INDEX: made.replace("](docs/", "](")}
+    return {path: within(path.read_text(), part) for path, part in parts.items()}
 
 
 def within(text: str, made: str) -> str:
-    """The README with another table."""
+    """A page with another table."""
     before, rest = text.split(BEGIN)
-    after = rest.partition("|\n\n")[2]
-    return f"{before}{BEGIN}{made}\n\n{after}"
+    return f"{before}{BEGIN}{made}{END}{rest.split(END)[1]}"
+
+
+def write() -> None:
+    """Write the table into both pages."""
+    for path, text in pages().items():
+        path.write_text(text)
 
 
 @click.command()
 def main() -> None:
-    """Write the table into the README."""
-    README.write_text(within(README.read_text(), committed()))
+    """Write the table into README.md and docs/index.md."""
+    write()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from app.inference.bundle import open_bundle, write_card
-from docs.generators.results import CELLS
+from docs.generators.policies import CELLS
 from scumble.evaluation.claims import advice, default_strengths
 from scumble.evaluation.summary import Line, best, load, summarise
 from scumble.evaluation.tables import ordered

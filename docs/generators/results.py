@@ -15,6 +15,8 @@ from typing import Any
 import click
 from markdown import markdown
 
+from docs.generators import policies as policy_table
+from docs.generators.policies import CELLS, README
 from scumble.evaluation.claims import CLAIMS, Bench, Claim, advice, groups
 from scumble.evaluation.plots import PLOTS, save, svg
 from scumble.evaluation.record import Record
@@ -33,8 +35,6 @@ from scumble.evaluation.tables import (
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent
-README = DOCS.parent / "README.md"
-CELLS = DOCS / "results" / "records" / "cells"
 BENCH = DOCS / "results" / "records" / "bench.json"
 
 
@@ -179,7 +179,10 @@ def read_bench() -> dict[str, Any]:
 @click.option("--cells", type=click.Path(file_okay=False, path_type=Path), default=CELLS)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=DOCS)
 def main(cells: Path, out: Path) -> None:
-    """Write results.md, report.html and the plots into OUT."""
+    """Write results.md, report.html and plots into OUT; tables of policies with the records."""
+    committed = (cells, out) == (CELLS, DOCS)
+    if committed:
+        policy_table.write()  # before the report, which has the README's table
     records, bench = load(cells), read_bench()
     for folder in ("explanation", "results"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -189,11 +192,8 @@ def main(cells: Path, out: Path) -> None:
     for victim in victims(lines):
         for name, plot in PLOTS.items():
             save(plot(lines, victim), out / "results" / f"{victim}-{name}.png")
-    if (cells, out) == (CELLS, DOCS):
-        click.echo(
-            "run python -m docs.generators.recommended and .policies too: the cards and the README "
-            "have these figures"
-        )
+    if committed:
+        click.echo("run python -m docs.generators.recommended too: the cards have these figures")
 
 
 if __name__ == "__main__":
