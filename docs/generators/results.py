@@ -18,7 +18,7 @@ from markdown import markdown
 from docs.generators import policies as policy_table
 from docs.generators.policies import CELLS, README
 from scumble.evaluation.claims import CLAIMS, Bench, Claim, advice, groups
-from scumble.evaluation.plots import PLOTS, save, svg
+from scumble.evaluation.plots import PLOTS, Plot, save, svg
 from scumble.evaluation.record import Record
 from scumble.evaluation.summary import Line, load, summarise
 from scumble.evaluation.tables import (
@@ -68,7 +68,7 @@ def results(records: list[Record], bench: Bench) -> str:
         *(
             f"![{plot.title}, {victim}](../results/{victim}-{name}.png)"
             for victim in victims(lines)
-            for name, plot in PLOTS.items()
+            for name, plot in plots(lines, victim).items()
         ),
         "## Every cell",
         everything(lines),
@@ -95,9 +95,15 @@ def heading(line: Line) -> str:
 
 
 def victims(lines: Iterable[Line]) -> list[str]:
-    """The victims that every defense was measured on, in the page's order."""
-    there = {line.victim for line in lines if line.recipe is None}
+    """All victims, in the page's order."""
+    there = {line.victim for line in lines}
     return [victim for victim in VICTIMS if victim in there]
+
+
+def plots(lines: Iterable[Line], victim: str) -> dict[str, Plot]:
+    """Of a victim; where only attackers with recipes were run, that over the answers."""
+    plain = any(line.victim == victim and line.recipe is None for line in lines)
+    return PLOTS if plain else {"answers": PLOTS["answers"]}
 
 
 def commands(records: Iterable[Record]) -> list[str]:
@@ -112,7 +118,10 @@ def report(records: list[Record], bench: Bench) -> str:
     names = victims(lines)
     figures = "".join(
         f"<section id={victim}><h2>{html.escape(victim)}</h2>"
-        + "".join(f"<figure>{svg(plot(lines, victim))}</figure>" for plot in PLOTS.values())
+        + "".join(
+            f"<figure>{svg(plot(lines, victim))}</figure>"
+            for plot in plots(lines, victim).values()
+        )
         + "</section>"
         for victim in names
     )
@@ -190,7 +199,7 @@ def main(cells: Path, out: Path) -> None:
     (out / "results" / "report.html").write_text(report(records, bench))
     lines = ordered(summarise(records))
     for victim in victims(lines):
-        for name, plot in PLOTS.items():
+        for name, plot in plots(lines, victim).items():
             save(plot(lines, victim), out / "results" / f"{victim}-{name}.png")
     if committed:
         click.echo("run python -m docs.generators.recommended too: the cards have these figures")

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from scumble.evaluation.claims import labels_only, undefended
 from scumble.evaluation.summary import Line, best, own_kind_line
+from scumble.evaluation.tables import is_policy
 
 COLOURS = {
     "dcp": "#c0392b",
@@ -25,6 +26,10 @@ COLOURS = {
     "random": "#7f7f7f",
     "mad": "#1f4e79",
     "grad2": "#8e44ad",
+    "none": "#000000",
+    "label": "#b8860b",
+    "codebook": "#2e86c1",
+    "withhold": "#c2185b",
 }
 OTHER = "#16a085"
 GREY = "#444444"
@@ -132,6 +137,26 @@ def against(value: Callable[[Line], float]) -> Callable[[Axes, list[Line], list[
     return panel
 
 
+def by_answers(axis: Axes, lines: list[Line], rows: list[str]) -> None:
+    """A point per attacker over the answers that it got, a colour per policy of the table."""
+    del rows
+    references(axis.axhline, lines)
+    counted = [o for o in lines if is_policy(o) and o.failed is None and not o.own_kind]
+    for name in dict.fromkeys(line.defense.name for line in counted):
+        own = [line for line in counted if line.defense.name == name]
+        axis.errorbar(
+            [max(line.budget * line.answered_transfer, 1) for line in own],
+            [100 * line.stolen.mean for line in own],
+            yerr=[100 * (line.stolen.half or 0) for line in own],
+            color=COLOURS.get(name, OTHER), linestyle="none", marker="o", markersize=5,
+            capsize=2, label=name,
+        )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_xlim(10, 1_000_000)
+    axis.set_ylim(0, 101)
+    axis.grid(color="#e5e5e5")
+
+
 def references(draw: Callable[..., object], lines: Iterable[Line]) -> None:
     """Undefended, labels only, and attackers with own images, each by the best copy."""
     lines = list(lines)
@@ -157,6 +182,12 @@ PLOTS = {
         "Stolen accuracy against served accuracy",
         against(lambda line: 100 * line.served.mean),
         "accuracy of the served answers, %",
+        STOLEN,
+    ),
+    "answers": Plot(
+        "Stolen accuracy against answers",
+        by_answers,
+        "answers that were not withheld",
         STOLEN,
     ),
 }

@@ -98,9 +98,14 @@ def policies(lines: Iterable[Line]) -> str:
     groups: dict[tuple[object, ...], list[Line]] = {}
     labels = {line.model: line for line in best(lines) if line.defense.name == "label"}
     for line in lines:
-        if line.defense.name in POLICIES or line.defense in STRENGTHS:
+        if is_policy(line):
             groups.setdefault((*line.model, str(line.defense)), []).append(line)
     return markdown(head, [row(group, labels.get(group[0].model)) for group in groups.values()])
+
+
+def is_policy(line: Line) -> bool:
+    """Whether the line is of a policy that the table compares."""
+    return line.defense.name in POLICIES or line.defense in STRENGTHS
 
 
 def row(group: list[Line], labels: Line | None) -> list[str]:

@@ -200,10 +200,12 @@ def test_advice_says_whom_a_strength_keeps_out():
     assert "| `mnist` | 1.2 | 2.00 float32, 0.50 int8 | 0.50 | no |" in table
 
 
-def test_plots_are_of_victims_that_not_only_tuned_attackers_were_measured_on():
+def test_a_victim_of_recipes_alone_has_the_plot_over_answers():
     tuned = line(LABEL, "knockoff", 0.5, victim="mnist-outliers", recipe="mnist-labels")
     lines = [line(LABEL, "knockoff", 0.5, victim="gtsrb"), tuned, line(LABEL, "knockoff", 0.5)]
-    assert results.victims(lines) == ["mnist", "gtsrb"]
+    assert results.victims(lines) == ["mnist", "mnist-outliers", "gtsrb"]
+    assert list(results.plots(lines, "mnist-outliers")) == ["answers"]
+    assert results.plots(lines, "mnist") == results.plots(lines, "gtsrb") == PLOTS
     assert [one.victim for one in ordered(lines)] == ["mnist", "mnist-outliers", "gtsrb"]
 
 
