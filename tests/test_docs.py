@@ -110,6 +110,23 @@ def test_links_lead_somewhere_and_the_index_lists_the_page(page):
         assert (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", ["../README.md", *PAGES])
+def test_no_block_leaves_variables_in_the_shell_it_is_pasted_into(page):
+    text = (DOCS / page).read_text()
+    for block in re.findall(r"(?ms)^```(?:sh|bash|text)\n(.*?)^```$", text):
+        outside = re.sub(r"(?ms)^\(\n.*?^\)$", "", block)  # of a shell of its own
+        assert not re.search(r"(?m)^export ", outside), block
+
+
+@pytest.mark.parametrize("name", ["tutorial/photos.md", "how-to/recipes.md", "how-to/training.md"])
+def test_the_share_of_labels_of_1000_classes_is_that_of_the_record(name):
+    record = json.loads(policies.IMAGENET.read_text())
+    assert record["crops"] == {"images": 96, "pictures": 8}
+    text = " ".join((DOCS / name).read_text().split())
+    (said,) = re.findall(r"(\d+) % of those (?:of|that EfficientNet-Lite0, .* gives) 96", text)
+    assert said == f"{100 * record['defenses']['dcp']['changed']:.0f}"
+
+
 def test_every_promise_of_the_threat_model_names_tests_that_exist():
     text = (DOCS / "explanation/threat-model.md").read_text()
     promises = text.partition("## Promises")[2].partition("## What is not promised")[0]
