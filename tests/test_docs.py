@@ -127,6 +127,13 @@ def test_the_share_of_labels_of_1000_classes_is_that_of_the_record(name):
     assert said == f"{100 * record['defenses']['dcp']['changed']:.0f}"
 
 
+def test_the_proxy_of_the_recipe_takes_bodies_that_the_service_takes():
+    pages = [*DOCS.rglob("*.md"), *(ROOT / "deploy").rglob("*"), *(ROOT / "docker").rglob("*")]
+    text = "\n".join(path.read_text() for path in pages if path.suffix in {".md", ".yaml", ".yml"})
+    limits = re.findall(r"client_max_body_size (\w+);|proxy-body-size: \W?(\w+)", text)
+    assert [a or b for a, b in limits] == [f"{Settings().limits.max_body_bytes // 2**20}m"]
+
+
 def test_every_promise_of_the_threat_model_names_tests_that_exist():
     text = (DOCS / "explanation/threat-model.md").read_text()
     promises = text.partition("## Promises")[2].partition("## What is not promised")[0]

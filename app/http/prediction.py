@@ -332,7 +332,7 @@ class Service:
         if pixels > self.limits.max_request_pixels:
             raise TooLarge(
                 f"the {len(headers)} images of the request have {pixels} pixels together; "
-                f"allowed: {self.limits.max_request_pixels}"
+                f"allowed: {self.limits.max_request_pixels} (SCUMBLE_LIMITS__MAX_REQUEST_PIXELS)"
             )
 
     def _decode(self, image: bytes, header: Header) -> Pixels:

@@ -27,7 +27,7 @@ from app.inference.bundle import InputShape, Preprocessing
 from app.inference.image_colours import convert
 from app.inference.image_fit import REDUCED_FROM, Box, fit, reduction
 from app.inference.image_formats import FORMATS
-from app.inference.image_header import Header, inspect
+from app.inference.image_header import PIXELS_SETTING, Header, inspect
 
 __all__ = [
     "Header",
@@ -134,7 +134,9 @@ def decode(
     except RequestError:
         raise
     except Image.DecompressionBombError as exc:
-        raise TooLarge(f"image has too many pixels; allowed: {max_pixels}") from exc
+        raise TooLarge(
+            f"image has too many pixels; allowed: {max_pixels} ({PIXELS_SETTING})"
+        ) from exc
     except Exception as exc:  # codecs raise whatever they like on hostile bytes
         raise Unprocessable(f"image is corrupt: {exc}") from exc
 
@@ -166,7 +168,7 @@ def check_decoded(
     if pixels > max_pixels:
         raise TooLarge(
             f"image is {header.width} x {header.height} = {header.pixels} pixels, of which this "
-            f"model needs {pixels}; allowed: {max_pixels}"
+            f"model needs {pixels}; allowed: {max_pixels} ({PIXELS_SETTING})"
         )
 
 

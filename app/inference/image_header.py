@@ -28,6 +28,8 @@ MOST_PARTS = 256
 BYTES_A_PART = 512
 MOST_SCANS = 32  # of a progressive JPEG; encoders write 10, and each visits every block
 MOST_SCANS_LARGE = 12  # of one with more pixels than are ever decoded in full
+PIXELS_SETTING = "SCUMBLE_LIMITS__MAX_PIXELS"
+JPEG_PIXELS_SETTING = "SCUMBLE_LIMITS__MAX_JPEG_PIXELS"
 MAX_SIDE = 65_500  # what libjpeg reads; PNG could say more, WebP cannot
 # The Huffman codes of a lossless WebP come in groups, each of 20 bits of the file or more, and at
 # most one for 4 x 4 pixels. A group takes 6 kB of libwebp's memory: 300 kB of file, 360 MiB.
@@ -130,12 +132,13 @@ def inspect(
     raise Unprocessable(unsupported(data))
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def _check_size(width: int, height: int, max_pixels: int, setting: str = PIXELS_SETTING) -> None:
     if not width or not height:
         raise Unprocessable(f"image is {width} x {height} pixels; allowed: sides from 1")
     if width * height > max_pixels:
         raise TooLarge(
-            f"image is {width} x {height} = {width * height} pixels; allowed: {max_pixels}"
+            f"image is {width} x {height} = {width * height} pixels; "
+            f"allowed: {max_pixels} ({setting})"
         )
     if width > MAX_SIDE or height > MAX_SIDE:
         raise TooLarge(f"image is {width} x {height} pixels; allowed: sides up to {MAX_SIDE}")
@@ -350,8 +353,11 @@ def _jpeg(data: bytes, max_pixels: int, max_jpeg_pixels: int, whole: bool) -> He
                 raise Unprocessable("JPEG has two frame headers")
             size, bits, height, width, components = JPEG_FRAME.unpack_from(data, at + 2)
             # A progressive one is held in memory whole, and visited once for each scan.
-            most = max_jpeg_pixels // 2 if marker == SOF2 else max_jpeg_pixels
-            _check_size(width, height, max(max_pixels, most))
+            if marker == SOF2:
+                reduced = max_jpeg_pixels // 2, f"half of {JPEG_PIXELS_SETTING}: progressive"
+            else:
+                reduced = max_jpeg_pixels, JPEG_PIXELS_SETTING
+            _check_size(width, height, *max(reduced, (max_pixels, PIXELS_SETTING)))
             if bits != 8 or components not in (1, 3, 4) or size != 8 + 3 * components:
                 raise Unprocessable(
                     f"JPEG has {components} components of {bits} bits; allowed: 1, 3 or 4 of 8"

@@ -119,8 +119,7 @@ def report(records: list[Record], bench: Bench) -> str:
     figures = "".join(
         f"<section id={victim}><h2>{html.escape(victim)}</h2>"
         + "".join(
-            f"<figure>{svg(plot(lines, victim))}</figure>"
-            for plot in plots(lines, victim).values()
+            f"<figure>{svg(plot(lines, victim))}</figure>" for plot in plots(lines, victim).values()
         )
         + "</section>"
         for victim in names

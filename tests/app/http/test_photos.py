@@ -50,15 +50,22 @@ def test_many_photos_count_by_what_is_decoded_of_them(make_client, photo):
     answer = client.post("/v1/predict", files=form)
     assert answer.status_code == 413
     assert answer.json()["detail"] == (
-        "the 3 images of the request have 562500 pixels together; allowed: 562499"
+        "the 3 images of the request have 562500 pixels together; "
+        "allowed: 562499 (SCUMBLE_LIMITS__MAX_REQUEST_PIXELS)"
     )
 
 
 @pytest.mark.parametrize(
     ("limits", "detail"),
     [
-        ({"max_jpeg_pixels": 11_999_999}, "= 12000000 pixels; allowed: 11999999"),
-        ({"max_pixels": 187_499}, "of which this model needs 187500; allowed: 187499"),
+        (
+            {"max_jpeg_pixels": 11_999_999},
+            "= 12000000 pixels; allowed: 11999999 (SCUMBLE_LIMITS__MAX_JPEG_PIXELS)",
+        ),
+        (
+            {"max_pixels": 187_499},
+            "of which this model needs 187500; allowed: 187499 (SCUMBLE_LIMITS__MAX_PIXELS)",
+        ),
     ],
 )
 def test_a_photo_over_a_limit_is_refused(make_client, photo, limits, detail):

@@ -168,7 +168,8 @@ def test_the_sum_of_pixels_is_said_and_a_single_image_may_have_what_one_may(star
     answer = client.post("/v1/predict", headers=FIVE, **form(LARGE, PNG))
     assert answer.status_code == 413
     assert answer.json()["detail"] == (
-        "the 2 images of the request have 360064 pixels together; allowed: 360000"
+        "the 2 images of the request have 360064 pixels together; "
+        "allowed: 360000 (SCUMBLE_LIMITS__MAX_REQUEST_PIXELS)"
     )
     assert client.post("/v1/predict", headers=FIVE, **form(LARGE)).status_code == 200
     client = start(Decoder(), limits={"max_request_pixels": 1})

@@ -477,8 +477,11 @@ def test_a_large_progressive_jpeg_has_few_scans_and_half_as_many_pixels():
     source = Image.new("RGB", (1200, 1000))
     data = encoded(source, "JPEG", progressive=True)
     assert decode(data, RGB, STRETCH, 100_000, None, MAX * 3).shape == (8, 8, 3)
-    with pytest.raises(TooLarge, match="allowed: 1000000"):
+    half = r"allowed: 1000000 \(half of SCUMBLE_LIMITS__MAX_JPEG_PIXELS: progressive\)"
+    with pytest.raises(TooLarge, match=half):
         decode(data, RGB, STRETCH, 100_000, None, MAX * 2)
+    with pytest.raises(TooLarge, match=r"allowed: 1100000 \(SCUMBLE_LIMITS__MAX_PIXELS\)"):
+        inspect(data, 1_100_000, MAX * 2)
     many = bomb_files.jpeg(progressive=True, repeat_last_scan=MOST_SCANS_LARGE + 1)
     with pytest.raises(Unprocessable, match=f"too many scans; allowed: {MOST_SCANS_LARGE}"):
         decode(many, RGB, STRETCH, 100, None, MAX * 2)
