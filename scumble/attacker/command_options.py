@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import click
 
+from scumble.attacker.recipes import recipes
+from scumble.attacker.students import STUDENTS
+
 profile_option = click.option(
     "--profile",
     type=click.Choice(["cpu", "paper"]),
@@ -17,4 +20,19 @@ set_option = click.option(
     multiple=True,
     metavar="NAME.FIELD=VALUE",
     help="Set a field of the attack, its fit or a modifier, e.g. fit.epochs=5; repeatable.",
+)
+recipe_option = click.option(
+    "--recipe",
+    type=click.Choice(list(recipes())),
+    metavar="NAME",
+    help="Student and fit of a strong copy for a victim and a kind of answer; --set changes them. "
+    f"Allowed: {', '.join(recipes())}.",
+)
+student_option = click.option(
+    "--student",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", *STUDENTS]),
+    metavar="NAME",
+    help=f"Network of the copy. Allowed: auto, {', '.join(STUDENTS)}.",
 )

@@ -14,12 +14,15 @@ from rich.table import Table
 from scumble.attacker import consent
 from scumble.attacker.adapt import MODIFIERS
 from scumble.attacker.attacks import ATTACKS
-from scumble.attacker.command_options import profile_option, set_option
+from scumble.attacker.command_options import (
+    profile_option,
+    recipe_option,
+    set_option,
+    student_option,
+)
 from scumble.attacker.errors import AttackError
-from scumble.attacker.recipes import recipes
 from scumble.attacker.result import Result
 from scumble.attacker.run import Job, run
-from scumble.attacker.students import STUDENTS
 from scumble.attacker.third_party import short
 from scumble.attacker.transports import TRANSPORTS
 from scumble.data.image_sets import DatasetError
@@ -48,18 +51,8 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help=f"Modifiers of an adaptive attacker: {', '.join(MODIFIERS)}, or FILE.py:Class.",
 )
 @set_option
-@click.option(
-    "--recipe",
-    type=click.Choice(list(recipes())),
-    help="Student and fit of a strong copy for a victim and a kind of answer; --set changes them.",
-)
-@click.option(
-    "--student",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", *STUDENTS]),
-    help="Network of the copy.",
-)
+@recipe_option
+@student_option
 @click.option("--weights", type=FILE, help="State dict with the student's initial weights.")
 @click.option(
     "--transport",

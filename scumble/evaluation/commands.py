@@ -37,10 +37,13 @@ from rich.table import Column, Table
 from app.errors import ScumbleError
 from scumble.attacker import consent
 from scumble.attacker.attacks import DATA_FREE
-from scumble.attacker.command_options import profile_option, set_option
+from scumble.attacker.command_options import (
+    profile_option,
+    recipe_option,
+    set_option,
+    student_option,
+)
 from scumble.attacker.errors import AttackError
-from scumble.attacker.recipes import recipes
-from scumble.attacker.students import STUDENTS
 from scumble.data.image_sets import DatasetError
 from scumble.evaluation.checks import check, own_set, with_hashes
 from scumble.evaluation.experiment import Cell, Defended
@@ -104,18 +107,8 @@ INTERRUPTED = 130
     "--test", help="Data set to measure on.  [default: the one that the victim was trained on]"
 )
 @profile_option
-@click.option(
-    "--recipe",
-    type=click.Choice(list(recipes())),
-    help="Student and fit of a strong copy for a victim and a kind of answer; --set changes them.",
-)
-@click.option(
-    "--student",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", *STUDENTS]),
-    help="Network of the copy.",
-)
+@recipe_option
+@student_option
 @click.option(
     "--test-images",
     type=click.IntRange(min=0),

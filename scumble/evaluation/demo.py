@@ -29,6 +29,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -400,16 +401,20 @@ def show(
     out: Path,
     seconds: float,
 ) -> None:
-    """The table."""
+    """The table, in 80 columns, and what it does not say."""
     tests = list(next(iter(served.values())).accuracy)
-    table = Table(title="A digit reader, stolen over HTTP", title_justify="left")
-    table.add_column("attack")
+    table = Table(
+        title="A digit reader, stolen over HTTP",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("attack", overflow="fold")
     for test in tests:
-        table.add_column(f"served\n{test}", justify="right")
-        table.add_column(f"stolen\n{test}", justify="right", style="bold")
-    table.add_column("agreement", justify="right")
-    table.add_column("L1", justify="right")
-    table.add_column("latency", justify="right")
+        table.add_column(f"served\n{test}", justify="right", no_wrap=True)
+        table.add_column(f"stolen\n{test}", justify="right", style="bold", no_wrap=True)
+    for column in ("agreement", "L1", "latency"):
+        table.add_column(column, justify="right", no_wrap=True)
     for line in lines:
         side = served[line.server]
         cells = []

@@ -252,7 +252,7 @@ def calibrate(
     show(_answers_table(card, f"{bundle.folder}: fitted to {len(own):,} images"))
     for precision in PRECISIONS:
         if found := card.auxiliary["gate"].get(precision):
-            show(_gate_table(found, f"{precision}: share withheld, by measure and loss"))
+            show(gate_table(found, f"{precision}: share withheld, by loss and measure"))
     pixels = as_input(test, card.input, MOST)
     for precision in PRECISIONS:
         if precision in card.auxiliary["codebook"]:
@@ -277,15 +277,24 @@ def _answers_table(card: Card, title: str) -> Table:
     return table
 
 
-def _gate_table(found: dict[str, Any], title: str) -> Table:
+def gate_table(found: dict[str, Any], title: str) -> Table:
+    """What a gate withholds, in 80 columns.
+
+    Args:
+        found: what `report` gave for it; or why there is none, as `none`.
+        title: of the table.
+    """
     table = Table(title=title)
     if "none" in found:
         table.add_column(found["none"])
         return table
-    sets = list(next(iter(next(iter(found.values())).values())))
-    for column in ("", *sets):
-        table.add_column(column, justify="right" if column else "left")
-    for measure, losses in found.items():
-        for loss, row in losses.items():
-            table.add_row(f"{measure} {float(loss):.0%}", *(f"{row[name]:.1%}" for name in sets))
+    table.add_column("loss", justify="right")
+    table.add_column("images", overflow="fold")
+    for measure in found:
+        table.add_column(measure, justify="right", no_wrap=True)
+    for loss, sets in next(iter(found.values())).items():
+        for each in sets:
+            shares = (f"{losses[loss][each]:.1%}" for losses in found.values())
+            table.add_row(f"{float(loss):.0%}", each, *shares)
+        table.add_section()
     return table

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     "--weights",
     help="State dict, read with weights_only=True, or .safetensors file; for --torchvision also "
     "the name of published weights, such as IMAGENET1K_V1, for --timm also `pretrained`. Without "
-    "it weights stay as the source has them.",
+    "it weights stay as the source has them: those of --torchvision and --timm are random.",
 )
 @click.option("--classes", type=click.IntRange(2), help="How many, where no labels are given.")
 @click.option(
@@ -261,6 +261,7 @@ def write_bundle(
         numbers,
         own_module,
         pt2_module,
+        random_weights,
         timm_model,
         torchscript_module,
         torchvision_model,
@@ -291,6 +292,8 @@ def write_bundle(
         network = torchscript_module(torchscript)
     else:
         network = pt2_module(Path(pt2 or ""))
+    if not loaded:
+        click.echo(f"note: {random_weights(torchvision)}")
     trained = {}
     if said:
         if loaded and not names and classes in (None, len(said.labels)):

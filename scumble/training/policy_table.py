@@ -81,8 +81,9 @@ def policy_table(
     policies = policies_of(settings, bundle)
     effects = policy_effects(pipeline, list(policies.values()), images)
     table = Table(title=f"{effects[0].images:,} images {of}, {settings.precision}")
-    for column in ("policy", "labels changed", "withheld", "L1"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    table.add_column("policy", overflow="fold")
+    for column in ("labels changed", "withheld", "L1"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, effect in zip(policies, effects, strict=True):
         row = f"{effect.changed:.2%}", f"{effect.withheld:.2%}", f"{effect.l1:.3f}"
         table.add_row(name, *row)

@@ -127,6 +127,20 @@ def torchvision_weights(name: str, weights: str | None) -> tuple[Published, Path
     return Published.of(chosen), path
 
 
+def random_weights(torchvision_name: str | None) -> str:
+    """A sentence about random weights, with those that there are instead.
+
+    Args:
+        torchvision_name: of a model of torchvision; None for one of timm.
+    """
+    names = ["pretrained"]
+    if torchvision_name is not None:
+        import torchvision
+
+        names = list(torchvision.models.get_model_weights(torchvision_name).__members__)
+    return f"the weights are random: give --weights, allowed: a file, or one of {', '.join(names)}"
+
+
 def torchvision_model(name: str, classes: int, weights: str | None = None) -> nn.Module:
     """A classifier of `torchvision.models`.
 

@@ -150,6 +150,26 @@ def test_h_is_help(run, words):
     assert long.output
 
 
+def every_command(command=main, words=()):
+    """The words of all commands, groups among them."""
+    yield words
+    if isinstance(command, click.Group):
+        for name, each in command.commands.items():
+            loaded = COMMANDS[name].load() if command is main else each
+            yield from every_command(loaded, (*words, name))
+
+
+@pytest.mark.torch
+def test_no_help_is_wider_than_80_columns(run):
+    wide = {
+        (*words, line): len(line)
+        for words in every_command()
+        for line in run(*words, "-h").stdout.splitlines()
+        if len(line) > 80
+    }
+    assert wide == {}
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_that_was_called_on_its_own_keeps_its_h(run, name):

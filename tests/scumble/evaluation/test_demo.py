@@ -87,6 +87,19 @@ def test_the_demo_asks_no_other_host_without_consent(tmp_path):
     assert "belong together" in done.output
 
 
+def test_the_table_of_the_demo_is_whole_in_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    report = json.loads((ROOT / "docs/results/records/demo.json").read_text())
+    served = {name: demo.ServerFigures(**side) for name, side in report["servers"].items()}
+    lines = [demo.Line(**line) for line in report["attacks"]]
+    demo.show(served, lines, {}, Path("runs"), report["seconds"])
+    shown = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(word in shown for line in lines for word in line.name.split())
+    assert all(f"{line.stolen['mnist']:.1%}" in shown for line in lines)
+
+
 @pytest.mark.server
 @pytest.mark.data
 def test_a_cell_leaves_a_checked_result(tmp_path, monkeypatch, capsys):

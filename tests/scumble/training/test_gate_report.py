@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from scumble.data.shifts import SHIFTS
+from scumble.defenses.gate import MEASURES
+from scumble.training.calibrate import gate_table
 from scumble.training.gate import caught
 from scumble.training.gate_report import LEAST, Ends, fitted_gate
 
@@ -33,3 +37,15 @@ def test_few_images_give_no_whitener():
     gate = fitted_gate(look, some(LEAST - 1))
     assert gate.whitener is None
     assert set(gate.thresholds) == {"top", "energy", "energy+top"}
+
+
+def test_the_table_of_a_gate_is_whole_in_80_columns(capsys):
+    sets = ["own", *SHIFTS, "fashion_mnist_test", "a_folder_with_a_long_name_of_other_images"]
+    kinds = [*MEASURES, "residual+top"]
+    found = {kind: {loss: dict.fromkeys(sets, 1.0) for loss in ("0.01", "0.05")} for kind in kinds}
+    Console(width=80).print(gate_table(found, "float32: share withheld"))
+    shown = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+    assert shown.count("100.0%") == len(kinds) * len(sets) * 2
+    assert all(f" {name} " in shown for name in [*kinds, "own", *SHIFTS, "1%", "5%"])
+    assert max(map(len, shown.splitlines())) <= 80

@@ -201,6 +201,26 @@ def test_photos_are_answered_as_torchvision_answers_them(published, tmp_path, by
         assert found.argmax() == expected.argmax()
 
 
+@pytest.mark.parametrize(
+    ("source", "weights", "allowed"),
+    [
+        (["--torchvision", "squeezenet1_1"], "IMAGENET1K_V1", "IMAGENET1K_V1, DEFAULT"),
+        (["--timm", "small.four"], "pretrained", "pretrained"),
+    ],
+    ids=["torchvision", "timm"],
+)
+def test_random_weights_are_named_before_the_export(
+    published, timm, tmp_path, monkeypatch, source, weights, allowed
+):
+    timm()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(published[1].parent.parent))
+    # The wrong mean ends the command after the network is made, and before it is exported.
+    words = ["net", *source, "--models", str(tmp_path), "--mean", "a"]
+    note = "note: the weights are random: give --weights, allowed: a file, or one of "
+    assert CliRunner().invoke(export, words).stdout == f"{note}{allowed}\n"
+    assert CliRunner().invoke(export, [*words, "--weights", weights]).stdout == ""
+
+
 # -- TorchScript --
 
 
