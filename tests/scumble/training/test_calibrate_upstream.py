@@ -85,7 +85,7 @@ def test_withheld_answers_of_a_server_are_counted(tmp_path, monkeypatch):
         monkeypatch.setenv("SCUMBLE_UPSTREAM", fake.url)
         made = Bundle(bundle(tmp_path, fake) / "front")
         ship(made, images(0, fake), images(1, fake), {}, "scumble calibrate front")
-        settings = settings_of(tmp_path, "front", engine="upstream")
+        settings = settings_of(tmp_path, "front", engine="upstream", defense="withhold")
         asked = images(2, fake, 40).images
         made = Bundle(made.folder)
         table = policy_table(settings, made, load_pipeline(settings, made), asked, "of --test")
