@@ -9,7 +9,7 @@ from app.inference.bundle import AUXILIARY_FILES, Bundle, golden_inputs, open_bu
 from app.inference.defense_artifacts import DefenseArtifacts
 from app.inference.engines import load, resolve
 from app.inference.pipeline import self_test
-from docs.generators.bundles import codebooks, exposures, gates, tables
+from docs.generators.bundles import codebooks, exposures, gates, missed, tables
 from docs.generators.recommended import copies, recommended
 from scumble.data.image_sets import load as load_data
 from scumble.defenses import make
@@ -189,6 +189,14 @@ def test_the_figures_in_the_docs_are_the_cards():
 def test_the_page_on_defenses_has_the_figures_of_the_codebooks():
     text = (ROOT / "docs" / "reference" / "defenses.md").read_text()
     assert codebooks(ROOT / "models") in text, "run: python -m docs.generators.bundles"
+
+
+def test_the_page_on_defenses_lists_the_goals_that_are_missed():
+    text = (ROOT / "docs" / "reference" / "defenses.md").read_text()
+    listed = text.partition("compares this table with the cards and records -->\n\n")[2]
+    assert listed.partition("\n\n")[0] == missed(ROOT / "models"), (
+        "run: python -m docs.generators.bundles"
+    )
 
 
 def test_the_page_on_defenses_has_the_figures_of_the_gates():

@@ -5,12 +5,22 @@ python -m docs.generators.bundles [MODELS]
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from app.inference.bundle import Bundle, Card
 from scumble.data.shifts import SHIFTS
 
+ROOT = Path(__file__).parents[2]
+BENCH = ROOT / "docs" / "results" / "records" / "bench.json"
+IMAGENET = ROOT / "loadtest" / "imagenet.json"
+FORMS = ("classwise 4", "pooled 4", "calibrated 4")
+# Goals of codebook, withhold and of training with outliers.
+MOST_L1, MOST_ECE, LEAST_AUC, MOST_LOST = 0.15, 0.005, 0.03, 0.002
+MOST_ADDED = {1: 0.05, 32: 0.01}  # of inference, by batch
 MEASURES_SHOWN = ("top", "energy", "residual", "vim", "energy+top", "vim+top")
 
 
@@ -82,7 +92,7 @@ def codebooks(models: Path) -> str:
     for path in sorted(models.glob("*/card.json")):
         card = Bundle(path.parent).card
         made = card.auxiliary.get("codebook", {})
-        for served in ("none", "label", "classwise 4", "pooled 4", "calibrated 4"):
+        for served in ("none", "label", *FORMS):
             rows = [made.get(precision, {}).get(served) for precision in ("float32", "int8")]
             if all(rows):
                 cells = [f"{row['l1']:.3f} | {row['ece']:.3f} | {row['auc']:.3f}" for row in rows]
@@ -131,6 +141,72 @@ def exposures(models: Path) -> str:
     return "\n".join(lines)
 
 
+def missed(models: Path) -> str:
+    """The table of docs/reference/defenses.md: where cards and records miss a goal."""
+    cards = {path.parent.name: Bundle(path.parent).card for path in models.glob("*/card.json")}
+    bench, imagenet = (json.loads(path.read_text()) for path in (BENCH, IMAGENET))
+    rows = [
+        *(row for name in sorted(cards) for row in _missed_answers(cards[name])),
+        *_missed_at_1000(imagenet["defenses"]),
+        *_missed_latency(bench["cases"]),
+        *(row for name in sorted(cards) for row in _missed_accuracy(cards[name], cards)),
+    ]
+    head = ["| goal | where | figure |", "|---|---|---|"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _missed_answers(card: Card) -> Iterator[tuple[str, str, str]]:
+    for precision in ("float32", "int8"):
+        made = card.auxiliary.get("codebook", {}).get(precision, {})
+        for form in FORMS:
+            if not (row := made.get(form)):
+                continue
+            where, clean = f"`{card.name}` {precision}, {form}", made["none"]
+            if row["l1"] > MOST_L1:
+                yield f"L1 at most {MOST_L1}", where, f"{row['l1']:.3f}"
+            more = 0.0 if form.startswith("calibrated") else MOST_ECE
+            if row["ece"] > clean["ece"] + more:
+                goal = "ECE at most the clean one" + (f" and {more}" if more else "")
+                yield goal, where, f"{row['ece']:.4f}, clean {clean['ece']:.4f}"
+            if row["auc"] < clean["auc"] - LEAST_AUC:
+                goal = f"AUC at least the clean one less {LEAST_AUC}"
+                yield goal, where, f"{row['auc']:.3f}, clean {clean['auc']:.3f}"
+
+
+def _missed_at_1000(defenses: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    row, label = defenses["codebook"], defenses["label"]
+    where = "EfficientNet-Lite0 int8, 1,000 classes, pooled 4"
+    if row["l1"] > MOST_L1:
+        figure = f"{row['l1']:.3f}, labels only {label['l1']:.3f}"
+        yield f"L1 at most {MOST_L1}", where, figure
+    if row["changed"]:
+        yield "labels unchanged", where, f"{row['changed']:.1%} changed"
+
+
+def _missed_latency(cases: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    for case in cases:
+        defense, _, _ = case["defense"].partition("_in_graph")
+        most = MOST_ADDED[case["batch"]]
+        if case["defense"] in {"codebook_in_graph", "withhold_in_graph"} and (
+            case["over_inference"] > most
+        ):
+            goal = f"at most {most:.0%} of inference at batch {case['batch']}, in the graph"
+            where = f"`{case['model']}` {case['precision']}, `{defense}`"
+            yield goal, where, f"{case['over_inference']:.1%}"
+
+
+def _missed_accuracy(card: Card, cards: Mapping[str, Card]) -> Iterator[tuple[str, str, str]]:
+    plain = cards.get(card.training.get("set", ""))
+    if plain is None or "outliers" not in card.training:
+        return
+    for precision, found in card.accuracy.items():
+        before = plain.accuracy[precision].value
+        if found.value < before - MOST_LOST:
+            goal = f"with outliers at most {100 * MOST_LOST:g} points less accurate"
+            figure = f"{found.value:.2%}, `{plain.name}` {before:.2%}"
+            yield goal, f"`{card.name}` {precision}", figure
+
+
 def _share(row: dict[str, float], images: str) -> str:
     shifted = sum(row[name] for name in SHIFTS) / len(SHIFTS)
     return f"{100 * (shifted if images == 'own, shifted' else row[images]):.1f}"
@@ -139,5 +215,14 @@ def _share(row: dict[str, float], images: str) -> str:
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "models")
     sys.stdout.write(
-        "\n\n".join([tables(folder), codebooks(folder), gates(folder), exposures(folder), ""])
+        "\n\n".join(
+            [
+                tables(folder),
+                codebooks(folder),
+                gates(folder),
+                exposures(folder),
+                missed(folder),
+                "",
+            ]
+        )
     )

@@ -58,7 +58,7 @@ def results(records: list[Record], bench: Bench) -> str:
         "Accuracy of the copy on the victim's test set; the best of these attackers is bold.",
         *(part for group in groups(plain) for part in (heading(group[0]), compared(group))),
         "## Latency",
-        (HERE / "results.latency.md").read_text().rstrip(),
+        f"{(HERE / 'results.latency.md').read_text().rstrip()}\n{of_1000_classes()}",
         f"`{bench['command']}`, [bench.json](../results/records/bench.json): "
         f"{bench['cores']} cores, {bench['processor']}."
         if bench
@@ -76,6 +76,20 @@ def results(records: list[Record], bench: Bench) -> str:
         "\n".join(["```sh", *commands(records), "```"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def of_1000_classes() -> str:
+    """What the published forms add to a network of the size of ImageNet, by its own record."""
+    defenses = json.loads(policy_table.IMAGENET.read_text())["defenses"]
+    mad, grad2 = (
+        f"{defenses[f'{name}_reference']['us'] / defenses['dcp']['us']:,.0f}"
+        for name in ("mad", "grad2")
+    )
+    return (
+        "With 1,000 classes at 224 x 224 pixels (EfficientNet-Lite0 int8) the published `mad` adds "
+        f"{mad} times what\n`dcp` adds to an image, and `grad2` {grad2} times "
+        "([performance](performance.md#defenses-of-1000-classes))."
+    )
 
 
 def claimed(lines: list[Line], bench: Bench) -> Iterable[str]:

@@ -132,6 +132,8 @@ def document():
         "crops": {"images": 240, "pictures": 8},
         "defenses": {
             "dcp": {**policy, "us": 20.0},
+            "label": {**policy, "l1": 1.25, "us": 10.0},
+            "codebook": {**policy, "us": 30.0},
             "mad_reference": {"us": 2000.0},
             "grad2_reference": {"us": 4000.0},
         },
@@ -153,6 +155,7 @@ def test_the_page_has_the_figures_and_judges_the_targets():
     assert "|  |  | plain | 7.5 | 150 / 300 | 6.00 / 0.17 | 0 |" in text
     assert "| `dcp` | 80.0% | 0.0% | 0.750 | 20 | 1.0 |" in text
     assert "| `grad2`, as published |  |  |  | 4,000 | 200.0 |" in text
+    assert "an L1 of at most 0.15. It is 0.750, and 1.250 from labels only" in text
     assert "MobileNetV2" not in text
     both = "\n".join(pages.imagenet_parts(document(), document() | {"command": "other"}))
     assert "`other`, [imagenet-mobilenet.json](" in both

@@ -191,14 +191,20 @@ def test_photos_are_answered_as_torchvision_answers_them(published, tmp_path, by
     assert card.preprocessing == Preprocessing(fit="resize_crop", shorter=256)
     assert card.training["weights"] == "IMAGENET1K_V1"
     run = load("onnxruntime", bundle.onnx("float32"), threads=1, precision="float32")
-    for pixels in load_sample_images().images:
-        data = encoded(Image.fromarray(pixels), "JPEG", quality=95)
+    photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    large = photos[0].resize((1600, 1068))
+    in_full = card.preprocessing.model_copy(update={"reduce_jpeg": False})
+    as_made = card.preprocessing
+    for photo, rule in ((photos[0], as_made), (photos[1], as_made), (large, in_full)):
+        data = encoded(photo, "JPEG", quality=95)
         with torch.inference_mode():
             seen = entry.transforms()(Image.open(io.BytesIO(data)).convert("RGB"))
             expected = model(seen[None]).softmax(1).numpy()
-        found = run(decode(data, card.input, card.preprocessing, 4_000_000)[None])
+        found = run(decode(data, card.input, rule, 4_000_000)[None])
         np.testing.assert_allclose(found, expected, atol=1e-4)
         assert found.argmax() == expected.argmax()
+    reduced, whole = (decode(data, card.input, rule, 4_000_000) for rule in (as_made, in_full))
+    assert (reduced != whole).any()  # so that its answers may differ
 
 
 @pytest.mark.parametrize(
