@@ -62,8 +62,14 @@ class LazyCommand(click.Command):
         """Import the command and make its context.
 
         Raises:
+            UsageError: an option is unknown, or options or arguments are missing.
             MissingExtra: a package of its extra is not installed.
         """
+        from scumble.command_outlines import outline
+
+        known = outline(str(self.name), args)
+        if known and not extra.get("resilient_parsing"):
+            known.refuse(parent)
         try:
             command = self.row.load()
         except ImportError as exc:
@@ -74,7 +80,8 @@ class LazyCommand(click.Command):
             if extra.get("resilient_parsing"):  # the shell completes the command
                 return super().make_context(info_name, args, parent, **extra)
             if not HELP_OPTIONS.isdisjoint(args):
-                click.echo(f"Usage: {path} ...\n\n  {self.row.help}\n\n{missing.message}")
+                text = known.help if known else f"Usage: {path} ...\n\n  {self.row.help}"
+                click.echo(f"{text}\n\n{missing.message}")
                 raise click.exceptions.Exit from None
             raise missing from exc
         return command.make_context(info_name, args, parent, **extra)

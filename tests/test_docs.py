@@ -11,7 +11,7 @@ from app.errors import RequestError
 from app.settings import Settings, variables
 from app.telemetry.metrics import STAGES
 from docs.generators import policies
-from docs.generators.cli import PAGE, page
+from docs.generators.cli import FILE, PAGE, outlines, page
 from docs.generators.sizes import dependencies, megabytes
 from scumble.attacker.adapt import MODIFIERS
 from scumble.attacker.attacks import ATTACKS
@@ -95,6 +95,11 @@ def test_every_transport_student_and_data_set_is_named():
 @pytest.mark.torch
 def test_every_command_and_option_is_in_the_reference():
     assert PAGE.read_text().split() == page().split(), "run python -m docs.generators.cli"
+    known, made = (
+        {name: [one["help"].split(), one["parameters"]] for name, one in each.items()}
+        for each in (json.loads(FILE.read_text()), outlines())
+    )
+    assert known == made, "run python -m docs.generators.cli"
 
 
 def test_every_command_is_in_the_readme():

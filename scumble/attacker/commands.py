@@ -70,7 +70,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Number of torch threads.  [default: torch's own]",
 )
 @click.option(
+    "--data",
     "--root",
+    "root",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder with data sets by name; missing ones are downloaded.",
 )

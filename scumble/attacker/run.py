@@ -287,13 +287,27 @@ def student_of(job: Job) -> str:
     return recipe(job.recipe).student if job.recipe and job.student == "auto" else job.student
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder that `--out` names, if it is not there.
+
+    Raises:
+        AttackError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        reason = (exc.strerror or str(exc)).lower()
+        raise AttackError(f"--out is {str(out)!r}, which cannot be made: {reason}") from exc
+
+
 def claim(job: Job, out: Path) -> None:
     """Make the folder this job's.
 
     Raises:
         ResumeMismatch: it is another job's, or this job is done.
+        AttackError: it cannot be made.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     wanted = json.loads(json.dumps(dataclasses.asdict(job), default=str))
     note = out / "job.json"
     if not note.exists():

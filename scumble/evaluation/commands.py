@@ -44,6 +44,7 @@ from scumble.attacker.command_options import (
     student_option,
 )
 from scumble.attacker.errors import AttackError
+from scumble.attacker.run import make_folder
 from scumble.data.image_sets import DatasetError
 from scumble.evaluation.checks import check, own_set, with_hashes
 from scumble.evaluation.experiment import Cell, Defended
@@ -126,7 +127,9 @@ INTERRUPTED = 130
     help="Run each cell with so many seeds, its own and those that follow.",
 )
 @click.option(
+    "--data",
     "--root",
+    "root",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder with data sets by name.",
 )
@@ -204,7 +207,7 @@ def evaluate(
             return
         waiting = [cell for cell in cells if not done(out / f"{cell.key}.json")]
         check(waiting, root)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     except (ScumbleError, AttackError, ValueError) as exc:
         raise click.ClickException(" ".join(str(exc).split())) from exc
     console = Console(highlight=False)

@@ -242,6 +242,55 @@ def test_help_is_shown_where_an_extra_is_missing(run, group):
     assert "needs the extra train" in result.stdout
 
 
+@pytest.fixture
+def unimportable(group):
+    """A group with the names of all commands, none of which can be imported."""
+    group("import torch_like")
+    rows = {name: Row("made_up:do", row.help, "attack") for name, row in COMMANDS.items()}
+    return Table("scumble", table=rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (("attack",), ["Usage: scumble attack [OPTIONS] URL", "--owner-token FILE"]),
+        (("keys",), ["Usage: scumble keys [OPTIONS] COMMAND", "revoke"]),
+        (("keys", "add"), ["Usage: scumble keys add [OPTIONS]", "--client"]),
+    ],
+    ids=" ".join,
+)
+def test_the_whole_help_is_shown_where_an_extra_is_missing(run, unimportable, words, shown):
+    result = run(*words, "-h", command=unimportable)
+    assert result.exit_code == 0
+    assert all(text in result.stdout for text in shown)
+    assert f"scumble {words[0]} needs the extra attack: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ("attack",),
+            "Missing argument 'URL', option '--attack', option '--budget', option '--test'.",
+        ),
+        (("attack", "http://a", "--budget", "5"), "Missing option '--attack', option '--test'."),
+        (("attack", "--set", "a", "--no-progress", "http://a"), "Missing option '--attack', op"),
+        (("predict",), "Missing argument 'URL', argument 'IMAGE...'."),
+        (("predict", "http://a"), "Missing argument 'IMAGE...'."),
+        (("keys", "add"), "Missing option '--client'."),
+        (("attack", "--budgte", "5"), "No such option '--budgte'. "),
+    ],
+)  # fmt: skip
+def test_all_that_is_missing_is_named_before_the_command_is_imported(
+    run, unimportable, words, sentence
+):
+    result = run(*words, command=unimportable)
+    assert (result.exit_code, result.stdout) == (2, "")
+    usage, _, _, error = result.stderr.splitlines()
+    assert usage.startswith(f"Usage: scumble {words[0]} ")
+    assert error.startswith(f"Error: {sentence}")
+
+
 def test_completion_survives_a_missing_extra(group, monkeypatch):
     monkeypatch.setenv("COMP_WORDS", "scumble do --")
     monkeypatch.setenv("COMP_CWORD", "2")

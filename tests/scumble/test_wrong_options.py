@@ -54,6 +54,14 @@ WRONG = {
     "attack data": ([*ATTACK, "--queries", "nope"], "no data set 'nope': give a .parquet file"),
     "attack file": ([*ATTACK, "--queries", "a.parquet"], "no file 'a.parquet'"),
     "attack server": ([*ATTACK, *DIGITS], f"no answer from {URL}"),
+    "attack out": (
+        [*ATTACK, *DIGITS, "--out", "/dev/null/x"],
+        "--out is '/dev/null/x', which cannot be made: not a directory",
+    ),
+    "evaluate out": (
+        [*EVALUATE, "--no-beside", "--out", "/dev/null/x"],
+        "--out is '/dev/null/x', which cannot be made: not a directory",
+    ),
     "evaluate attack": ([*EVALUATE, "--attack", "nope"], "attack is 'nope'; allowed: knockoff"),
     "evaluate adapt": ([*EVALUATE, "--adapt", "nope"], "unknown modifier 'nope'; allowed: argmax"),
     "evaluate victim": ([*EVALUATE, "--victim", "nope"], "no model 'nope' in "),
@@ -144,3 +152,11 @@ def test_an_unknown_option_is_a_usage_error(run, words):
     result = run(*words, "--no-such-option")
     assert result.exit_code == 2
     assert "No such option '--no-such-option'" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--data", "--root"])
+@pytest.mark.parametrize("name", ["attack", "evaluate"])
+def test_the_folder_of_data_sets_has_two_names(name, option):
+    command = COMMANDS[name].load()
+    with command.make_context(name, [option, "sets"], resilient_parsing=True) as ctx:
+        assert str(ctx.params["root"]) == "sets"

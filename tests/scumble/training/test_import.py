@@ -163,7 +163,7 @@ KINDS = {
     "batch of 4, reshaped": {"batch": 4, "reshaped": True},
     "opset 9": {"opset": 9, "ends": "softmax", "listed": True},
     "opset 13": {"opset": 13},
-    "opset 21": {"opset": 21},
+    "the newest opset": {"opset": onnx.defs.onnx_opset_version()},
     "half precision": {"half": True},
     "half precision, softmax": {"half": True, "ends": "softmax"},
     "pixels": {"pixels": True, "layout": "nhwc", "preset": "0..255", "scale": 0.01},
