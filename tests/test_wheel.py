@@ -125,18 +125,20 @@ def test_defenses_need_numpy_alone(python, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "extra"),
-    [("serve", "serve"), ("predict", "client"), ("train", "train"), ("attack", "attack"),
-     ("evaluate", "evaluate")],
+    ("command", "extra", "words"),
+    [("serve", "serve", ""), ("predict", "client", "http://a a.png"), ("train", "train", "digits"),
+     ("attack", "attack", "http://a --attack a --budget 1 --test a"), ("evaluate", "evaluate", "")],
 )  # fmt: skip
-def test_the_base_install_lists_commands_and_names_their_extras(python, tmp_path, command, extra):
+def test_the_base_install_lists_commands_and_names_their_extras(
+    python, tmp_path, command, extra, words
+):
     scumble = [python("numpy", "numpy.libs", "click"), "-m", "scumble.cli"]
     run = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     listed = subprocess.run([*scumble, "--help"], **run)
     assert f"\n  {command} " in listed.stdout
     hint = f"pip install 'scumble[{extra}]'"
     assert hint in subprocess.run([*scumble, command, "--help"], **run).stdout
-    done = subprocess.run([*scumble, command], **run)
+    done = subprocess.run([*scumble, command, *words.split()], **run)
     assert done.returncode == 2
     assert hint in done.stderr
 
