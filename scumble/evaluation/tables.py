@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from scumble.evaluation.claims import Advice
-from scumble.evaluation.plans import dcp, sigmoid
+from scumble.evaluation.plans import MANY, dcp, sigmoid
 from scumble.evaluation.scores import Spread
 from scumble.evaluation.summary import Line, best
 
@@ -14,7 +14,7 @@ VICTIMS = ("mnist", "mnist-outliers", "cifar10", "gtsrb", "gtsrb-outliers", "cif
 RECORDS = "../results/records/cells"
 # What the table of policies compares: these, and others at one strength.
 POLICIES = ("none", "label", "modelguard_w", "codebook", "withhold")
-STRENGTHS = (dcp(1.2), sigmoid(0.64))
+STRENGTHS = (dcp(1.2), MANY, sigmoid(0.64))
 
 # of the list of all cells: what the reader sees and how it is said
 COLUMNS: dict[str, Callable[[Line], str]] = {

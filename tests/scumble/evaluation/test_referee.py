@@ -331,6 +331,7 @@ def test_the_printed_command_of_a_cell_is_that_cell(plan, profile):
         ("mnist", None, "fashion_mnist"),
         ("mnist-outliers", "mnist", "fashion_mnist"),
         ("gtsrb-outliers", "gtsrb", "cifar10"),
+        ("cifar100", "cifar100-split", "cifar10"),
         (str(default_model_dir() / "gtsrb-outliers"), "gtsrb", "cifar10"),
     ],
 )
