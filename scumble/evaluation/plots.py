@@ -74,8 +74,8 @@ class Plot:
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
         figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False,
-            fontsize="small",
+            handles.values(), handles.keys(), loc="outside lower center",
+            ncols=2 * len(precisions), frameon=False, fontsize="small",
         )  # fmt: skip
         return figure
 

@@ -19,6 +19,7 @@ from app.inference.bundle import ONNX_FILE, Preprocessing, checked_card
 from app.inference.normalisation import PRESETS, Normalisation
 from scumble.help_option import HELP
 from scumble.training.command_options import (
+    elapsed,
     file,
     models_option,
     plain_errors,
@@ -164,10 +165,13 @@ def import_onnx(
             "data_licence": licence,
         }
         checked_card(card)
-        made = convert(network, decision, normalisation)
+        with elapsed(f"converting {source.name}"):
+            made = convert(network, decision, normalisation)
         for note in made.notes:
             click.echo(f"note: {note}")
-        click.echo(_write(models / name, made, card))
+        with elapsed(f"writing {name} and testing it; a large network takes minutes"):
+            written = _write(models / name, made, card)
+        click.echo(written)
         if settings and images:
             show_folder(settings, images)
 

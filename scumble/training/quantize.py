@@ -29,6 +29,7 @@ from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Bundle, Card
 from app.inference.engines import EngineName, Probs
 from app.inference.graph import parse
 from scumble.data.image_sets import Dataset
+from scumble.progress import bar
 from scumble.training.bundle_export import engines, finish
 from scumble.training.measure import (
     answers,
@@ -268,11 +269,18 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc] # onnxruntime has no
     def __init__(self, images: npt.NDArray[np.uint8]) -> None:
         size = batch_size(images.shape[1:], CALIBRATION_VALUES)
         self._batches = iter([images[i : i + size] for i in range(0, len(images), size)])
+        self._bar = bar(len(images), "activation ranges", "img", shown=len(images) > size)
+        self._given = 0
 
     def get_next(self) -> dict[str, npt.NDArray[np.uint8]] | None:
         """The next feed, or None."""
+        self._bar.update(self._given - self._bar.n)  # what was given before has been run
         batch = next(self._batches, None)
-        return None if batch is None else {"pixels": batch}
+        if batch is None:
+            self._bar.close()
+            return None
+        self._given += len(batch)
+        return {"pixels": batch}
 
 
 def _float_nodes(graph: onnx.GraphProto) -> list[str]:

@@ -11,6 +11,7 @@ from app.inference.bundle import CODEBOOK_FILE, GATE_FILE, Bundle, InputShape
 from app.inference.engines import ENGINES, load
 from app.inference.graph import parse, tensor_input
 from scumble.data.image_sets import Dataset
+from scumble.progress import reporting
 from scumble.training.bundle_export import export_bundle, to_onnx
 from scumble.training.nets import NETS, Normalize
 from scumble.training.qat import Student, Tuning, tune
@@ -52,6 +53,14 @@ def bundle(sets, tmp_path_factory) -> Bundle:
     folder = tmp_path_factory.mktemp("bundle") / "made_up"
     export_bundle(net, folder, SHAPE, {"name": "made_up", "version": "1", "labels": list(LABELS)})
     return Bundle(folder)
+
+
+def test_calibration_says_how_far_it_is(bundle, sets):
+    said = []
+    with reporting(lambda *how: said.append(how)):
+        ptq(bundle.read("float32.onnx"), calibration_sample(sets[0], 0), "server")
+    assert said[0] == ("activation ranges", 0, len(sets[0]))
+    assert said[-1] == ("activation ranges", len(sets[0]), len(sets[0]))
 
 
 @pytest.fixture(scope="module")
