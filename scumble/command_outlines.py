@@ -52,7 +52,9 @@ class Outline:
         ctx = click.Context(command, info_name=self.name, parent=parent)
         given, _, _ = command.make_parser(ctx).parse_args(list(self.words))
         typed = {
-            name for name, value in given.items() if value and isinstance(value, str | Sequence)
+            name
+            for name, value in given.items()
+            if isinstance(value, str) or (isinstance(value, Sequence) and value)
         }
         missing = [
             f"{param.param_type_name} {param.get_error_hint(ctx)}"

@@ -54,7 +54,9 @@ def _load(path: Path) -> UserFile:
         sys.path.remove(str(path.parent))
         # Another user's file may have a neighbour of the same name.
         beside = {other: sys.modules.pop(other) for other in _beside(path.parent, known)}
-    files = {Path(str(other.__file__)) for other in beside.values() if other.__file__}
+    files = {
+        Path(file) for other in beside.values() if (file := getattr(other, "__file__", None))
+    }  # fmt: skip
     return UserFile(module, tuple(sorted(files)))
 
 
@@ -65,7 +67,9 @@ def _beside(folder: Path, known: set[str]) -> list[str]:
         top = name.partition(".")[0]
         if top in known or top in OURS:
             continue
-        home = getattr(sys.modules.get(top), "__file__", None)
-        if home in (str(folder / f"{top}.py"), str(folder / top / "__init__.py")):
+        module = sys.modules.get(top)
+        # A package without __init__.py has a path alone.
+        homes = {getattr(module, "__file__", None), *getattr(module, "__path__", ())}
+        if homes & {str(folder / f"{top}.py"), str(folder / top)}:
             found.append(name)
     return found

@@ -324,8 +324,8 @@ CLAIMS = [
     ),
     Claim(
         "Codebook is worth no more to an attacker than labels.",
-        "the best attacker on its answers gets no better copy than the best from labels, which are "
-        "among them, within the spread of the seeds (not a claim of the paper)",
+        "the best attacker on its answers, each of which has the label, gets no better copy than "
+        "the best from labels, within the spread of the seeds (not a claim of the paper)",
         policy("codebook", 1, slack=True),
     ),
     Claim(

@@ -59,8 +59,11 @@ def equal(accuracy: float, copies: Iterable[tuple[str, float, int]]) -> str | No
         copies: defense, accuracy and number of classes of all copies of the victim, this one too.
     """
     same = {
-        name for name, other, classes in copies if other == accuracy <= CHANCE / classes
-    }  # fmt: skip
+        name
+        for name, other, classes in copies
+        # Far below chance a copy has learned: from answers that mislead.
+        if 1 / (CHANCE * classes) <= accuracy == other <= CHANCE / classes
+    }
     if len(same) < DEFENSES:
         return None
     return f"copies on {len(same)} defenses have the same accuracy, {accuracy:.2%}"

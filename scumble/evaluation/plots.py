@@ -152,7 +152,7 @@ def by_answers(axis: Axes, lines: list[Line], rows: list[str]) -> None:
             capsize=2, label=name,
         )  # fmt: skip
     axis.set_xscale("log")
-    axis.set_xlim(10, 1_000_000)
+    axis.set_xlim(1, 1_000_000)
     axis.set_ylim(0, 101)
     axis.grid(color="#e5e5e5")
 

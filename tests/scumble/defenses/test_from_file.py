@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scumble.attacker.oracle import HttpOracle
-from scumble.defenses import DefenseError, make
+from scumble.defenses import DefenseError, make, user_file
 
 QUARTER = """
 from dataclasses import dataclass
@@ -50,15 +50,19 @@ def test_it_may_import_what_lies_beside_it_and_each_file_has_its_own_neighbours(
     found = []
     for share in (0.25, 0.5):
         folder = tmp_path / str(share)
-        (folder / "parts").mkdir(parents=True)
+        for package in ("parts", "plain"):
+            (folder / package).mkdir(parents=True)
         (folder / "parts" / "__init__.py").write_text("from parts.more import SHARE")
-        (folder / "parts" / "more.py").write_text(f"SHARE = {share}")
+        (folder / "parts" / "more.py").write_text("from plain.more import SHARE")
+        (folder / "plain" / "more.py").write_text(f"SHARE = {share}")
         (folder / "helper.py").write_text("from parts import SHARE")
         text = QUARTER.replace("share: float = 0.25", "share: float = SHARE")
         (folder / "quarter.py").write_text(f"from helper import SHARE\n{text}")
         found.append(make(f"{folder}/quarter.py:Quarter").share)
+        names = {source.name for source in user_file.load(f"{folder}/quarter.py").sources}
+        assert names == {"helper.py", "__init__.py", "more.py"}
     assert found == [0.25, 0.5]
-    assert not {"helper", "parts", "parts.more"} & set(sys.modules)
+    assert not {"helper", "parts", "parts.more", "plain", "plain.more"} & set(sys.modules)
 
 
 def test_what_is_no_defense_is_refused(file, tmp_path):

@@ -251,6 +251,7 @@ def test_the_table_of_recipes_has_who_got_a_better_copy_without_one():
         ([0.0973] * 3, "copies on 3 defenses have the same accuracy, 9.73%"),
         ([0.0973] * 2 + [0.0974], None),
         ([0.5] * 3, None),  # labels that a defense keeps make the same copy
+        ([0.001] * 3, None),  # what misleading answers teach
     ],
 )
 def test_equal_copies_at_chance_level_are_failed_attacks(copies, reason):

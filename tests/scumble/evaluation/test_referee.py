@@ -333,6 +333,7 @@ def test_the_printed_command_of_a_cell_is_that_cell(plan, profile):
         ("gtsrb-outliers", "gtsrb", "cifar10"),
         ("cifar100", "cifar100-split", "cifar10"),
         (str(default_model_dir() / "gtsrb-outliers"), "gtsrb", "cifar10"),
+        (str(default_model_dir() / "cifar100"), "cifar100-split", "cifar10"),
     ],
 )
 def test_the_card_says_what_a_victim_is_measured_and_asked_with(victim, test, queries):
