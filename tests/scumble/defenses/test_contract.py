@@ -159,6 +159,7 @@ HELPERS = {
     "keep_top1",
     "parameters",
     "scores",
+    "user_file",
 }
 
 

@@ -49,13 +49,21 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def others(folder):
+    """The same under another name: images of another kind than those of the test."""
+    path = folder.with_name("others")
+    path.symlink_to(folder)
+    return path
+
+
 @pytest.fixture
-def cell(models, folder):
+def cell(models, folder, others):
     return Cell(
         str(models / "tiny"),
         Defended("dcp", {"beta": 1.2, "gamma": 0.2}),
         budget=50,
-        queries=str(folder),
+        queries=str(others),
         test=str(folder),
         student="small_cnn",
         changes=SMALL,
@@ -108,7 +116,7 @@ def test_a_cell_from_servers_to_pages(cell, tmp_path):
     page = (tmp_path / "docs" / "explanation" / "results.md").read_text()
     assert "dcp (beta 1.2, gamma 0.2)" in page
     assert f"| {stolen(both)} |" in page
-    assert "`test 0`" in page
+    assert "\ntest 0\ntest 1\n" in page
     report = (tmp_path / "docs" / "results" / "report.html").read_text()
     assert "src=" not in report  # nothing is loaded from elsewhere
     assert str(both.stolen) in report
