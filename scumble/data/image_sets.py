@@ -140,6 +140,11 @@ def load(
     raise _unknown(source)
 
 
+def whole(name: str) -> str:
+    """The set that a set was split off from; its own name for others."""
+    return SPLIT_OFF[name][0] if name in SPLIT_OFF else name
+
+
 def named(name: str, split: str, root: Path | None = None) -> bool:
     """Whether `name` is that of a set: of one that can be downloaded, or that `root` has."""
     if name == DIGITS or name in SPLIT_OFF or name in TORCHVISION:

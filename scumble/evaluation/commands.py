@@ -45,7 +45,7 @@ from scumble.attacker.command_options import (
 )
 from scumble.attacker.errors import AttackError
 from scumble.attacker.run import make_folder
-from scumble.data.image_sets import SPLIT_OFF, DatasetError
+from scumble.data.image_sets import DatasetError, whole
 from scumble.evaluation.checks import check, own_set, with_hashes
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.local_server import children
@@ -437,8 +437,7 @@ def single(*, defense: str, params: str, url: str | None, adapt: str, **options:
     own = own_set(cell.victim)
     if cell.test is None and own != cell.victim:
         cell = replace(cell, test=own)
-    whole = SPLIT_OFF[own][0] if own in SPLIT_OFF else own
-    queries = cell.queries or TRANSFER.get(cell.victim) or TRANSFER.get(whole)
+    queries = cell.queries or TRANSFER.get(cell.victim) or TRANSFER.get(whole(own))
     return replace(cell, queries=None if cell.attack in DATA_FREE else queries)
 
 

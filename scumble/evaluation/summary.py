@@ -11,7 +11,7 @@ from statistics import fmean
 
 from scumble.attacker.third_party import short
 from scumble.attacker.transfer import TERM
-from scumble.data.image_sets import SPLIT_OFF, named
+from scumble.data.image_sets import named, whole
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.failures import equal, flat
 from scumble.evaluation.record import Record, read
@@ -173,12 +173,7 @@ def own_kind(record: Record) -> bool:
     if not named(victim, "test"):
         own += [name for name, _ in terms_of(record.cell.get("test") or "")]
     asked = [name for name, _ in terms_of(record.cell["queries"] or "")]
-    return not set(map(_whole, own)).isdisjoint(map(_whole, asked))
-
-
-def _whole(name: str) -> str:
-    """The set that a set was split off from; itself for others."""
-    return SPLIT_OFF[name][0] if name in SPLIT_OFF else name
+    return not set(map(whole, own)).isdisjoint(map(whole, asked))
 
 
 def terms_of(source: str) -> list[tuple[str, str | None]]:

@@ -89,7 +89,7 @@ def compared(lines: Sequence[Line]) -> str:
 
 
 def policies(lines: Iterable[Line]) -> str:
-    """One row per policy: what users keep, and the copies of attackers from naive to hopeless."""
+    """One row per policy: what users keep, and the copies that attackers make."""
     head = [
         *("victim", "policy", "users' accuracy", "answered", "L1", "ECE", "AUC"),
         *("as published", "best attacker", "its answers", "oracle mask", "own images"),
