@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,15 @@ def recipe(name: str) -> Recipe:
     if name not in known:
         raise AttackError(f"recipe is {name!r}; allowed: {', '.join(known)}")
     return known[name]
+
+
+def hashes(name: str | None) -> dict[str, str]:
+    """SHA-256 of the settings of a recipe, by what it is called in a cell; empty without one.
+
+    Raises:
+        AttackError: no such recipe.
+    """
+    if name is None:
+        return {}
+    text = json.dumps(asdict(recipe(name)), sort_keys=True)
+    return {f"recipe {name}": hashlib.sha256(text.encode()).hexdigest()}

@@ -14,7 +14,7 @@ from app.inference.defense_artifacts import DefenseArtifacts
 from app.precision import Precision
 from app.settings import default_model_dir
 from scumble import defenses
-from scumble.attacker import third_party
+from scumble.attacker import recipes, third_party
 from scumble.attacker.run import configure
 from scumble.attacker.transfer import require_data
 from scumble.evaluation.experiment import Cell
@@ -97,10 +97,11 @@ def own_set(victim: str) -> str:
 def with_hashes(cell: Cell) -> Cell:
     """The cell with the hash of each file that no release fixes and that decides its result.
 
-    Those are the files of third parties, their neighbours, and what the defense reads from the
-    bundle. An edited file makes another cell, so no record of the old one is taken for it.
+    Those are the files of third parties, their neighbours, the recipe, and what the defense reads
+    from the bundle. An edited one makes another cell, so no record of the old one is taken for it.
 
     Raises:
+        AttackError: no such recipe.
         ConfigError: no such model, or its defense cannot be made.
     """
     files = {
@@ -108,6 +109,7 @@ def with_hashes(cell: Cell) -> Cell:
         for name in (cell.attack, *cell.adapt, cell.defense.name)
         for file, digest in third_party.hashes(name).items()
     }
+    files |= recipes.hashes(cell.recipe)
     return replace(cell, files=files | (check_victim(cell) if cell.defense.url is None else {}))
 
 

@@ -94,7 +94,8 @@ def against(attack: str, adapted: str = "") -> Callable[[list[Line], Bench], lis
         for group in groups(lines):
             free = undefended(group, attack)
             for line in group:
-                if free is None or (line.defense.name, line.attacker) != ("dcp", attack + adapted):
+                named = line.attacker.removesuffix(f" with {line.setting}")
+                if free is None or (line.defense.name, named) != ("dcp", attack + adapted):
                     continue
                 fell = free.stolen.mean - line.stolen.mean
                 found.append(
@@ -350,7 +351,7 @@ def model(line: Line) -> str:
 
 def reason(line: Line) -> str:
     """Why the attack of a line failed, in parentheses; empty if it did not."""
-    return f" ({line.failed})" if line.failed else ""
+    return f" ({line.failed}{line.repeated})" if line.failed else ""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -52,6 +53,7 @@ from scumble.evaluation.local_server import children
 from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, Record, read
 from scumble.evaluation.referee import PROGRESS, judge
+from scumble.evaluation.repeats import missing
 from scumble.evaluation.summary import summarise
 from scumble.evaluation.tables import ordered
 from scumble.help_option import HELP
@@ -165,6 +167,12 @@ INTERRUPTED = 130
     help="Also attack the undefended and a label-only service; not for plans.",
 )
 @click.option(
+    "--repeat/--no-repeat",
+    default=True,
+    show_default=True,
+    help="Repeat an attack that failed on its own with another rate or step.",
+)
+@click.option(
     "--i-have-the-owners-consent",
     "consented",
     is_flag=True,
@@ -188,6 +196,7 @@ def evaluate(
     out: Path,
     minutes: float | None,
     beside: bool,
+    repeat: bool,
     consented: bool,
     owner_token: Path | None,
     **options: str,
@@ -205,19 +214,27 @@ def evaluate(
         if commands:
             click.echo("\n".join(command_of(cell) for cell in cells))
             return
-        waiting = [cell for cell in cells if not done(out / f"{cell.key}.json")]
+        waiting = [cell for cell in cells if recorded(out, cell) is None]
         check(waiting, root)
         make_folder(out)
     except (ScumbleError, AttackError, ValueError) as exc:
         raise click.ClickException(" ".join(str(exc).split())) from exc
     console = Console(highlight=False)
-    failed = run_cells(
-        waiting, out, root, finished=len(cells) - len(waiting), jobs=jobs, threads=threads,
-        headers=headers, console=console, seconds=60 * minutes if minutes else math.inf,
-    )  # fmt: skip
-    show([read(out / f"{c.key}.json") for c in cells if done(out / f"{c.key}.json")], console)
+    until = time.monotonic() + (60 * minutes if minutes else math.inf)
+    failed, asked, tried = 0, cells, len(waiting)
+    while True:
+        failed += run_cells(
+            waiting, out, root, finished=len(cells) - len(waiting), jobs=jobs, threads=threads,
+            headers=headers, console=console, seconds=until - time.monotonic(),
+        )  # fmt: skip
+        waiting = missing(asked, partial(recorded, out)) if repeat else []
+        if not waiting or failed or time.monotonic() >= until:
+            break
+        cells, tried = [*cells, *waiting], tried + len(waiting)
+        console.print(f"{len(waiting)} attacks failed: once more with another rate or step")
+    show([record for cell in cells if (record := recorded(out, cell)) is not None], console)
     if failed:
-        raise click.ClickException(f"{failed} of {len(waiting)} cells failed")
+        raise click.ClickException(f"{failed} of {tried} cells failed")
 
 
 def run_cells(
@@ -300,7 +317,7 @@ def run_cells(
 
 def continued(cells: list[Cell], out: Path) -> str:
     """How many cells are recorded, and how the others are."""
-    there = sum(done(out / f"{cell.key}.json") for cell in cells)
+    there = sum(recorded(out, cell) is not None for cell in cells)
     return f"{there} of {len(cells)} cells are recorded in {out}: run the same command to continue"
 
 
@@ -482,13 +499,12 @@ def seeded(cells: list[Cell], seeds: int) -> list[Cell]:
     return [replace(cell, seed=cell.seed + seed) for cell in cells for seed in range(seeds)]
 
 
-def done(path: Path) -> bool:
-    """Whether a complete record exists."""
+def recorded(out: Path, cell: Cell) -> Record | None:
+    """The record of a cell; None where there is none, or a broken one."""
     try:
-        read(path)
+        return read(out / f"{cell.key}.json")
     except BadRecord:
-        return False
-    return True
+        return None
 
 
 def show(records: list[Record], console: Console) -> None:

@@ -21,6 +21,8 @@ ONE_CLASS = 0.95  # share of the test images from which a copy answers one class
 CHECKPOINTS = 5  # a shorter curve is not judged
 CHANCE = 1.5  # times 1/K: agreement up to which a checkpoint is at chance level
 DEFENSES = 3  # with copies of exactly the same accuracy
+REPEATED = ("fit.lr", "attack.lr_s", "attack.step")
+"""The settings with which `repeats.py` tries a failed attack again, one after another."""
 
 
 def failure(copied: Rows, labels: Labels, curve: Sequence[Point]) -> str | None:

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from scumble.attacker.third_party import short
 from scumble.attacker.transfer import TERM
 from scumble.data.image_sets import named, whole
 from scumble.evaluation.experiment import Cell, Defended
-from scumble.evaluation.failures import equal, flat
+from scumble.evaluation.failures import REPEATED, equal, flat
 from scumble.evaluation.record import Record, read
 from scumble.evaluation.scores import Spread, spread
 
@@ -49,6 +50,8 @@ class Line:
         own_kind: whether the attacker had images of the victim's own kind. No defense can stop such
             an attacker, so this line is never the best of all attackers.
         recipe: settings of the copy that stand in `recipes.toml`, if any.
+        setting: with which this attack repeats one that failed, such as `lr_s 0.01`.
+        repeated: if the attack failed, with which settings it was repeated, in words.
         answered: share of honest users' answers that were not withheld.
         answered_transfer: the same of the attacker's.
         ranking: AUC of the confidence of honest users' answers.
@@ -81,6 +84,8 @@ class Line:
     failed: str | None = None
     own_kind: bool = False
     recipe: str | None = None
+    setting: str = ""
+    repeated: str = ""
     answered: float = 1.0
     answered_transfer: float = 1.0
     ranking: float | None = None
@@ -110,10 +115,12 @@ def load(folder: Path) -> list[Record]:
 def summarise(records: Iterable[Record]) -> list[Line]:
     """One line per cell; the seeds of a cell make its spread."""
     groups: dict[str, list[Record]] = defaultdict(list)
-    for record in marked(list(records)):
+    records = marked(list(records))
+    for record in records:
         same = {key: value for key, value in record.cell.items() if key != "seed"}
         groups[json.dumps(same, sort_keys=True)].append(record)
-    return [_line(sorted(group, key=lambda r: r.cell["seed"])) for group in groups.values()]
+    cells = [record.cell for record in records]
+    return [_line(sorted(group, key=lambda r: r.cell["seed"]), cells) for group in groups.values()]
 
 
 def marked(records: list[Record]) -> list[Record]:
@@ -138,6 +145,39 @@ def marked(records: list[Record]) -> list[Record]:
     ]
 
 
+def repeats(record: Record, cells: list[dict[str, Any]]) -> str:
+    """With which other settings a failed attack was repeated.
+
+    Args:
+        record: of the attack.
+        cells: all that have records.
+    """
+    if not record.attack_failed or setting(record):
+        return ""
+    others = [cell for cell in cells if same_but_one_change(cell, record.cell)]
+    if not others:
+        return "; not yet repeated with other settings"
+    return "; repeated with " + ", ".join(sorted(said(cell["changes"][-1]) for cell in others))
+
+
+def same_but_one_change(cell: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a cell is the other one with one of the settings `REPEATED` added."""
+    *rest, last = cell["changes"] or [""]
+    return last.partition("=")[0] in REPEATED and {**cell, "changes": rest} == other
+
+
+def setting(record: Record) -> str:
+    """With which setting this attack is the repeat of one that failed: `lr_s 0.01`; else empty."""
+    last = (record.cell["changes"] or [""])[-1]
+    return said(last) if last.partition("=")[0] in REPEATED else ""
+
+
+def said(change: str) -> str:
+    """`attack.lr_s=0.01` in words."""
+    name, _, value = change.partition("=")
+    return f"{name.rpartition('.')[2]} {value}"
+
+
 def cell_of(record: Record) -> Cell:
     """The cell that a record is of."""
     return Cell(**{**record.cell, "defense": Defended(**record.cell["defense"])})
@@ -160,7 +200,8 @@ def attacker_of(record: Record) -> str:
         name += f" from {', '.join(dict.fromkeys(made))}"
     elif own_kind(record):
         name += " with images of the victim's kind"
-    return " + ".join([name, *(short(part.name) for part in record.attack.adapt)])
+    name = " + ".join([name, *(short(part.name) for part in record.attack.adapt)])
+    return f"{name} with {repeated}" if (repeated := setting(record)) else name
 
 
 def own_kind(record: Record) -> bool:
@@ -184,7 +225,7 @@ def terms_of(source: str) -> list[tuple[str, str | None]]:
     return [(match["name"], match["variant"]) for match in matches if match]
 
 
-def _line(group: list[Record]) -> Line:
+def _line(group: list[Record], cells: list[dict[str, Any]]) -> Line:
     cell = cell_of(group[0])
     return Line(
         victim=Path(cell.victim).name,
@@ -212,6 +253,8 @@ def _line(group: list[Record]) -> Line:
         failed=next((one.attack_failed for one in group if one.attack_failed), None),
         own_kind=own_kind(group[0]),
         recipe=cell.recipe,
+        setting=setting(group[0]),
+        repeated=next((repeats(one, cells) for one in group if one.attack_failed), ""),
         answered=fmean(record.served.answered for record in group),
         answered_transfer=fmean(record.transfer.answered for record in group),
         ranking=group[0].served.ranking,
