@@ -249,7 +249,7 @@ ITERATED = (
 SEARCHED = {
     "mnist": OUTLINED,
     "cifar10": "cifar100",
-    "gtsrb": "cifar10",
+    "gtsrb": "cifar10[:10000],cifar10@outlines[10000:20000]",
 }
 
 

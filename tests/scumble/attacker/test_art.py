@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from scumble.attacker import art, students
+from scumble.attacker import art, attacks, students
 from tests.scumble.attacker.stand_ins import FunctionOracle, linear_victim, noise_pool
 
 extraction = pytest.importorskip(
@@ -26,3 +26,14 @@ def test_an_attack_of_art_trains_a_copy_within_the_budget(name):
         not torch.equal(old, new) for old, new in zip(before, student.parameters(), strict=True)
     )
     assert np.isfinite(students.predict(student, noise_pool(5).images)).all()
+
+
+@pytest.mark.parametrize("name", ["ArtKnockoffNets", "ArtCopycatCNN"])
+def test_the_example_makes_attacks_of_them(name):
+    attack = attacks.make(f"docs/examples/art_attacks.py:{name}", seed=1)
+    oracle, pool = FunctionOracle(linear_victim(), 200), noise_pool(300)
+    student = students.make("small_cnn", oracle.shape, oracle.labels, seed=0)
+    seen = []
+    attack(oracle, student, pool, lambda queries, copy: seen.append((queries, copy.training)))
+    assert oracle.asked == 200
+    assert seen == [(200, False)]
