@@ -111,14 +111,18 @@ def against(attack: str, adapted: str = "") -> Callable[[list[Line], Bench], lis
 
 
 def below_labels(lines: list[Line], bench: Bench) -> list[Finding]:
-    """Whether the best of all attackers on dcp gets less than from labels alone."""
+    """Whether the best of all attackers on dcp gets less than from labels alone.
+
+    Where none of them had a recipe, nor has the one who had labels alone.
+    """
     del bench
     found: list[Finding] = []
     for group in groups(lines):
-        reference = labels_only(group)
         for line in best((line for line in group if line.defense.name == "dcp"), tried=2):
-            same = (o for o in group if o.defense == line.defense)
+            same = [o for o in group if o.defense == line.defense]
             tried = {o.attacker for o in same if not o.failed and not o.own_kind}
+            strong = any(o.recipe for o in same)
+            reference = labels_only(o for o in group if strong or not o.recipe)
             if reference is None:
                 continue
             found.append(
@@ -319,8 +323,8 @@ CLAIMS = [
     ),
     Claim(
         "It protects more than labels alone would, against attackers who adapt.",
-        "the best of all attackers gets a worse copy than from labels only, by more than the "
-        "spread of the seeds (not a claim of the paper)",
+        "the best of all attackers gets a worse copy than from labels only with the same effort, by "
+        "more than the spread of the seeds (not a claim of the paper)",
         below_labels,
     ),
     Claim(

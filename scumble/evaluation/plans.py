@@ -338,8 +338,8 @@ def tuned() -> Iterator[Cell]:
     # Few answers are learned for more epochs.
     few = "fit.epochs=200"
     signs = replace(
-        against(LABEL, "labels"), victim="gtsrb", recipe="gtsrb-labels", queries="cifar10",
-        test_images=5000,
+        against(LABEL, "labels"), victim="gtsrb", recipe="gtsrb-labels",
+        queries=SEARCHED["gtsrb"], test_images=5000,
     )  # fmt: skip
     stricter = replace(signs, defense=STRICTER)
     strict = (
@@ -351,11 +351,8 @@ def tuned() -> Iterator[Cell]:
             changes=(*stricter.changes, "fit.epochs=24"),
         ),
     )
-    # This victim's labels of photographs say little; those of their outlines may say more.
-    outlined = replace(signs, queries="cifar10[:10000],cifar10@outlines[10000:20000]")
     exposed = (
         signs,
-        outlined,
         *strict,
         *(replace(row, defense=WITHHOLD) for row in strict),
         # without a recipe, as every victim is attacked in the other plans

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from docs.generators import searches
 from scumble.attacker.recipes import recipe
 from scumble.data.image_sets import write_parquet
 from scumble.evaluation import search
@@ -72,3 +73,8 @@ def test_recipes_are_what_the_committed_search_found(victim, kind):
     assert {name: fields.get(name, defaults[name]) for name in CHOSEN} == {
         name: found["fit"][name] for name in CHOSEN
     }
+
+
+def test_the_page_has_what_the_logs_say():
+    page = searches.PAGE.read_text()
+    assert page == searches.replaced(page), "run python -m docs.generators.searches"
