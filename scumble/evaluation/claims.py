@@ -323,8 +323,8 @@ CLAIMS = [
     ),
     Claim(
         "It protects more than labels alone would, against attackers who adapt.",
-        "the best of all attackers gets a worse copy than from labels only with the same effort, by "
-        "more than the spread of the seeds (not a claim of the paper)",
+        "the best of all attackers gets a worse copy than from labels only with the same effort, "
+        "by more than the spread of the seeds (not a claim of the paper)",
         below_labels,
     ),
     Claim(
