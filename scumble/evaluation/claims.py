@@ -74,6 +74,15 @@ def labels_only(lines: Iterable[Line]) -> Line | None:
     return strongest(line for line in lines if line.defense.name == "label")
 
 
+def labels_of_same_effort(line: Line, group: list[Line]) -> Line | None:
+    """The most accurate copy made of labels alone, by an attacker who tried as hard.
+
+    Where no attacker with a recipe was run against the line's defense, only those without count.
+    """
+    strong = any(other.recipe for other in group if other.defense == line.defense)
+    return labels_only(other for other in group if strong or not other.recipe)
+
+
 def strongest(lines: Iterable[Line]) -> Line | None:
     """The line with the most accurate copy of those that count (`summary.best`)."""
     usable = (line for line in lines if line.failed is None and not line.own_kind)
@@ -93,6 +102,8 @@ def against(attack: str, adapted: str = "") -> Callable[[list[Line], Bench], lis
         found: list[Finding] = []
         for group in groups(lines):
             free = undefended(group, attack)
+            bare = [o for o in group if (o.defense.name, o.attacker) == ("label", attack)]
+            beside = f"; labels only {bare[0].stolen}" if adapted and bare else ""
             for line in group:
                 named = line.attacker.removesuffix(f" with {line.setting}")
                 if free is None or (line.defense.name, named) != ("dcp", attack + adapted):
@@ -102,7 +113,7 @@ def against(attack: str, adapted: str = "") -> Callable[[list[Line], Bench], lis
                     (
                         None if line.failed else fell >= REDUCED,
                         f"{model(line)}, {line.defense}, {line.attacker}: "
-                        f"{free.stolen} undefended, {line.stolen} defended{reason(line)}",
+                        f"{free.stolen} undefended, {line.stolen} defended{reason(line)}{beside}",
                     )
                 )
         return found
@@ -121,8 +132,7 @@ def below_labels(lines: list[Line], bench: Bench) -> list[Finding]:
         for line in best((line for line in group if line.defense.name == "dcp"), tried=2):
             same = [o for o in group if o.defense == line.defense]
             tried = {o.attacker for o in same if not o.failed and not o.own_kind}
-            strong = any(o.recipe for o in same)
-            reference = labels_only(o for o in group if strong or not o.recipe)
+            reference = labels_of_same_effort(line, group)
             if reference is None:
                 continue
             found.append(
@@ -149,7 +159,7 @@ def tie(one: Line, other: Line) -> str:
 def policy(name: str, share: float, *, slack: bool) -> Callable[[list[Line], Bench], list[Finding]]:
     """Whether the best attacker on answers of a policy gets at most `share` of what labels give.
 
-    Judged are policies that an attacker with a recipe was run against.
+    Where no attacker with a recipe was run against it, nor had the one who had labels alone.
 
     Args:
         name: of the defense.
@@ -161,10 +171,9 @@ def policy(name: str, share: float, *, slack: bool) -> Callable[[list[Line], Ben
         del bench
         found: list[Finding] = []
         for group in groups(lines):
-            reference = labels_only(group)
-            strong = {str(line.defense) for line in group if line.recipe}
             for line in best(line for line in group if line.defense.name == name):
-                if reference is None or str(line.defense) not in strong:
+                reference = labels_of_same_effort(line, group)
+                if reference is None:
                     continue
                 spread = noise(line, reference)
                 bound = share * reference.stolen.mean + (spread if slack else -spread)
@@ -330,13 +339,15 @@ CLAIMS = [
     Claim(
         "Codebook is worth no more to an attacker than labels.",
         "the best attacker on its answers, each of which has the label, gets no better copy than "
-        "the best from labels, within the spread of the seeds (not a claim of the paper)",
+        "the best from labels with the same effort, within the spread of the seeds (not a claim of "
+        "the paper)",
         policy("codebook", 1, slack=True),
     ),
     Claim(
         "Withhold halves what labels give away.",
         "the best attacker with foreign images gets a copy at most half as accurate as the best "
-        "from labels, by more than the spread of the seeds (not a claim of the paper)",
+        "from labels with the same effort, by more than the spread of the seeds (not a claim of "
+        "the paper)",
         policy("withhold", 0.5, slack=False),
     ),
     Claim(
