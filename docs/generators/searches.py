@@ -61,7 +61,10 @@ def made() -> str:
 def replaced(page: str) -> str:
     """The page with the table between its marks."""
     head, _, rest = page.partition(BEGIN)
-    return f"{head}{BEGIN}{made()}{END}{rest.partition(END)[2]}"
+    _, mark, tail = rest.partition(END)
+    if not mark:
+        raise ValueError(f"the marks are not there: {BEGIN.strip()} ... {END.strip()}")
+    return f"{head}{BEGIN}{made()}{END}{tail}"
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ INTERRUPTED = 130
     "plans",
     multiple=True,
     type=click.Choice(list(PLANS)),
-    help="Run the cells of a plan instead of the one that the other options describe.",
+    metavar="NAME",
+    help="Run the cells of a plan instead of the one that the other options describe. "
+    f"Allowed: {', '.join(PLANS)}.",
 )
 @click.option(
     "--victim", default="mnist", show_default=True, help="Name of a bundle, or its folder."
