@@ -75,12 +75,11 @@ def labels_only(lines: Iterable[Line]) -> Line | None:
 
 
 def labels_of_same_effort(line: Line, group: list[Line]) -> Line | None:
-    """The most accurate copy made of labels alone, by an attacker who tried as hard.
+    """The most accurate copy made of labels alone, by an attacker who tried no harder.
 
-    Where no attacker with a recipe was run against the line's defense, only those without count.
+    Copies with a recipe count only beside a line that has one.
     """
-    strong = any(other.recipe for other in group if other.defense == line.defense)
-    return labels_only(other for other in group if strong or not other.recipe)
+    return labels_only(other for other in group if line.recipe or not other.recipe)
 
 
 def strongest(lines: Iterable[Line]) -> Line | None:
@@ -122,10 +121,7 @@ def against(attack: str, adapted: str = "") -> Callable[[list[Line], Bench], lis
 
 
 def below_labels(lines: list[Line], bench: Bench) -> list[Finding]:
-    """Whether the best of all attackers on dcp gets less than from labels alone.
-
-    Where none of them had a recipe, nor has the one who had labels alone.
-    """
+    """Whether the best of all attackers on dcp gets less than from labels alone."""
     del bench
     found: list[Finding] = []
     for group in groups(lines):
@@ -158,8 +154,6 @@ def tie(one: Line, other: Line) -> str:
 
 def policy(name: str, share: float, *, slack: bool) -> Callable[[list[Line], Bench], list[Finding]]:
     """Whether the best attacker on answers of a policy gets at most `share` of what labels give.
-
-    Where no attacker with a recipe was run against it, nor had the one who had labels alone.
 
     Args:
         name: of the defense.
