@@ -349,8 +349,11 @@ def test_tables_mark_a_failed_attack(table):
 
 def test_a_line_is_marked_by_its_record_or_by_the_curve_of_an_old_one():
     records = [record for record in load(results.CELLS) if record.attack.attack.name == "dfme"]
-    flat = [one for one in records if "dcp" in one.cell["defense"]["name"]]
+    defended = [one for one in records if one.cell["defense"]["name"] == "dcp"]
+    flat = [one for one in defended if not one.cell["adapt"]]
     assert all(one.failed == FAILED for one in summarise(flat))
+    inverting = [one for one in defended if one.cell["adapt"]]
+    assert [one.failed for one in summarise(inverting)] == [None]
     free = [one for one in records if one.cell["defense"]["name"] == "none"]
     assert [one.failed for one in summarise(free)] == [None, None]
     marked = free[0].model_copy(update={"attack_failed": "one class"})
