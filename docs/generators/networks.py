@@ -39,6 +39,7 @@ from app.inference.bundle import Bundle
 from app.main import create_app
 from app.precision import Precision
 from app.settings import load_settings
+from docs.generators.marks import between
 from scumble.cli import main
 
 RESULTS = Path(__file__).parents[1] / "results" / "networks.json"
@@ -550,9 +551,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 def written(page: str, found: Mapping[str, Any]) -> str:
     """The page with the table between its marks."""
-    head, _, rest = page.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}{table(found)}{END}{tail}"
+    return between(page, BEGIN, table(found), END)
 
 
 def measure_all(names: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ import click
 import numpy as np
 
 from app.inference.bundle import Card, open_bundle
+from docs.generators.marks import between
 from scumble.defenses import make
 from scumble.evaluation.summary import Line, best, load, summarise
 from scumble.evaluation.tables import markdown
@@ -204,8 +205,7 @@ def pages() -> dict[Path, str]:
 
 def within(text: str, made: str) -> str:
     """A page with another table."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}{made}{END}{rest.split(END)[1]}"
+    return between(text, BEGIN, made, END)
 
 
 def write() -> None:

@@ -30,6 +30,7 @@ from app.access.stores import Bucket
 from app.inference.decode import Header
 from app.main import create_app
 from app.settings import BatchSettings, Settings
+from docs.generators.marks import between
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -204,11 +205,7 @@ def text(found: Mapping[str, Trace]) -> str:
 
 def replaced(page: str, made: str) -> str:
     """The page with what is made between its marks."""
-    head, _, rest = page.partition(BEGIN)
-    _, mark, tail = rest.partition(END)
-    if not mark:
-        raise ValueError(f"the marks are not there: {BEGIN.strip()} ... {END}")
-    return f"{head}{BEGIN}{made}\n{END}{tail}"
+    return between(page, BEGIN, f"{made}\n", END)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from docs.generators.marks import between
 from scumble.evaluation.tables import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -60,11 +61,7 @@ def made() -> str:
 
 def replaced(page: str) -> str:
     """The page with the table between its marks."""
-    head, _, rest = page.partition(BEGIN)
-    _, mark, tail = rest.partition(END)
-    if not mark:
-        raise ValueError(f"the marks are not there: {BEGIN.strip()} ... {END.strip()}")
-    return f"{head}{BEGIN}{made()}{END}{tail}"
+    return between(page, BEGIN, made(), END)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,10 @@ def against(attack: str, adapted: str = "") -> Callable[[list[Line], Bench], lis
                 if free is None or (line.defense.name, named) != ("dcp", attack + adapted):
                     continue
                 fell = free.stolen.mean - line.stolen.mean
+                spread = noise(line, free) if adapted else 0
                 found.append(
                     (
-                        None if line.failed else fell >= REDUCED,
+                        None if line.failed else fell >= REDUCED + spread,
                         f"{model(line)}, {line.defense}, {line.attacker}: "
                         f"{free.stolen} undefended, {line.stolen} defended{reason(line)}{beside}",
                     )
@@ -288,8 +289,8 @@ CLAIMS = [
     ),
     Claim(
         "It defends against DFME that inverts the answers.",
-        "the copy falls by at least 10 points below that of the published attack undefended (not a "
-        "claim of the paper)",
+        "the copy falls by at least 10 points below that of the published attack undefended, by "
+        "more than the spread of the seeds (not a claim of the paper)",
         against("dfme", " + invert"),
     ),
     Claim(

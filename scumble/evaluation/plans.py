@@ -251,6 +251,7 @@ SEARCHED = {
     "cifar10": "cifar100",
     "gtsrb": "cifar10[:10000],cifar10@outlines[10000:20000]",
 }
+HEADLINE_RIVALS = (NONE, LABEL, dcp(1.2), CODEBOOK, sigmoid(0.64), within("mad", 0.9), dcp(1.0))
 
 
 def strongest() -> Iterator[Cell]:
@@ -266,18 +267,15 @@ def strongest() -> Iterator[Cell]:
         yield from rivals(Cell(victim, precision="int8"), (NONE, LABEL, dcp(1.2), CODEBOOK))
 
 
-HEADLINE_RIVALS = (NONE, LABEL, dcp(1.2), CODEBOOK, sigmoid(0.64), within("mad", 0.9), dcp(1.0))
-
-
 def rivals(cell: Cell, defenses: Iterable[Defended]) -> Iterator[Cell]:
     """The best attackers on each of `defenses`: labels, and what can be read beside them."""
 
-    def by(defense: Defended, kind: str, *changes: str) -> Cell:
+    def by(defense: Defended, kind: str) -> Cell:
         return replace(
             cell,
             defense=defense,
             queries=SEARCHED[cell.victim],
-            changes=("attack.curve=[]", *changes),
+            changes=("attack.curve=[]",),
             recipe=f"{cell.victim}-{kind}",
             test_images=0 if cell.victim == "mnist" else 5000,
         )

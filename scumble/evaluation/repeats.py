@@ -52,10 +52,8 @@ def missing(cells: Iterable[Cell], found: Callable[[Cell], Record | None]) -> li
     """
     needed: list[Cell] = []
     for cell in cells:
-        record = found(cell)
-        for other in others(cell):
-            if record is None or record.attack_failed is None:
-                break
+        record, left = found(cell), others(cell)
+        while record is not None and record.attack_failed and (other := next(left, None)):
             record = found(other)
             if record is None:
                 needed.append(other)
