@@ -4,10 +4,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
+from docs.generators.results import CELLS
+from scumble.cli import main
+from scumble.evaluation import commands
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.failures import REPEATED
 from scumble.evaluation.plans import PLANS
+from scumble.evaluation.record import read
 from scumble.evaluation.repeats import missing, others
 from scumble.evaluation.summary import same_but_one_change
 
@@ -59,3 +64,36 @@ def test_the_next_repeat_is_run_until_one_learns(records, next_ones):
 def test_no_cell_of_a_plan_looks_like_a_repeat(plan):
     changes = [change for cell in PLANS[plan]() for change in cell.changes]
     assert not [change for change in changes if change.partition("=")[0] in REPEATED]
+
+
+@pytest.mark.parametrize(
+    ("learned", "words", "tried"),
+    [
+        ("", [], ["", "attack.lr_s=0.01", "attack.step=0.01"]),
+        ("attack.lr_s=0.01", [], ["", "attack.lr_s=0.01"]),
+        ("", ["--no-repeat"], [""]),
+    ],
+)
+def test_evaluate_goes_on_until_an_attack_learns(learned, words, tried, tmp_path, monkeypatch):
+    one = next(CELLS.glob("mnist-float32-dcp-b1.2-g0.2-dfme-s0-*.json"))
+    asked = []
+
+    def run(cells, out, *args, **options):
+        for cell in cells:
+            change = (*cell.changes, "")[0]
+            asked.append(change)
+            reason = None if change and change == learned else "one class"
+            new = read(one).model_copy(update={"cell": cell.described(), "attack_failed": reason})
+            (out / f"{cell.key}.json").write_text(new.model_dump_json())
+        return 0
+
+    monkeypatch.setattr(commands, "run_cells", run)
+    command = ["evaluate", "--defense", "dcp", "--attack", "dfme", "--transport", "tensor"]
+    command += ["--test", "digits:test", "--no-beside", "--out", str(tmp_path), *words]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert asked == tried
+    asked.clear()
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 0, again.output
+    assert asked == []  # all of them have records
