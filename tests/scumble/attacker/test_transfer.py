@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
         ("{0}, digits:test[:7]", 19),
         ("{0}[:2],fractal[:3],noise[:4]", 9),
         ("{0}[:2],texture[20000:20003]", 5),
+        ("{0}[:1],strokes[:2],shapes[:3]", 6),
     ],
 )
 def test_terms_are_put_together(terms, images, folder):
@@ -82,6 +83,30 @@ def test_parts_of_a_drawn_set_are_those_of_the_whole():
         part = transfer.drawn("noise", last, first)
         np.testing.assert_array_equal(part.images, whole[first:last])
         assert part.groups[0] == f"noise/{first}"
+
+
+def test_strokes_are_thin_and_half_of_them_white_on_black():
+    images = transfer.drawn("strokes", 200).images
+    corner = images[:, 0, 0]
+    plain = (corner == 0).all(1)
+    assert 0.4 < plain.mean() < 0.6
+    inked = images[plain].mean((1, 2, 3)) / 255
+    assert (inked > 0.005).all()
+    assert np.median(inked) < 0.3
+    # nothing is drawn over the edge of the picture
+    edges = np.concatenate(
+        [images[plain][:, [0, -1]].reshape(-1), images[plain][:, :, [0, -1]].reshape(-1)]
+    )
+    assert (edges > 0).mean() < 0.02
+
+
+def test_shapes_have_one_colour_in_the_middle_and_several_around_it():
+    images = transfer.drawn("shapes", 200).images.astype(int)
+    colours = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
+    assert min(colours) > 50  # a ground out of focus
+    along = np.abs(np.diff(images[:, 16], axis=1)).sum(2)
+    assert ((along == 0).mean(1) > 0.2).mean() > 0.7  # plain areas
+    assert (along.max(1) > 60).mean() > 0.7  # and edges
 
 
 def test_outlines_are_light_edges_on_black():

@@ -18,14 +18,25 @@ CHOSEN = ("optimizer", "lr", "loss", "augment", "smoothing", "mixup")
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    """What a search leaves, with a few small images and little patience."""
+def root(tmp_path_factory):
+    """A few small images in place of the data sets."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for name, shape in (("mnist", (28, 28)), ("fashion_mnist", (28, 28)), ("cifar100", (8, 8, 3))):
         for part in ("train", "test"):
             images = rng.integers(0, 256, (60, *shape), np.uint8)
             write_parquet(root / f"{name}_{part}.parquet", images, np.arange(60) % 10)
+    return root
+
+
+@pytest.fixture(scope="module")
+def log(root):
+    """What a search with little patience leaves."""
+    return searched(root)
+
+
+def searched(root):
+    """The log of a search in `root`, after it ran."""
     words = ["mnist", "--data", str(root), "--victim-epochs", "1", "--queries", "20"]
     done = CliRunner().invoke(main, [*words, "--epochs", "1", "--out", str(root / "out")])
     assert done.exit_code == 0, done.output
@@ -36,24 +47,36 @@ def test_every_candidate_gets_the_same_effort_and_is_in_the_log(log):
     rows = log["candidates"]
     assert {row["image_passes"] for row in rows} == {20}
     labels = [row for row in rows if row["kind"] == "labels"]
-    first = [row["candidate"] for row in labels if row["transfer set"] == "published"]
-    assert first == list(fits("mnist"))
-    assert [row["transfer set"] for row in labels[len(first) :]] == list(sources("mnist", 20))[1:]
+    sets, (first, *others) = sources("mnist", 20), fits("mnist")
+    assert [row["transfer set"] for row in labels[: len(sets)]] == list(sets)
+    assert {row["candidate"] for row in labels[: len(sets)]} == {first}
+    assert [row["candidate"] for row in labels[len(sets) :]] == others
     assert [row["candidate"] for row in rows[len(labels) :]] == ["soft", "centred"]
     assert all(0 <= row["agreement"] <= 1 and row["seconds"] > 0 for row in rows)
     assert log["victim"]["seed"] == search.SEED
 
 
-def test_sets_and_losses_are_tried_with_the_fit_that_was_best_before(log):
+def test_fits_are_tried_on_the_best_set_and_losses_with_the_best_fit(log):
     labels = [row for row in log["candidates"] if row["kind"] == "labels"]
-    count = len(fits("mnist"))
-    best = max(labels[:count], key=lambda row: row["agreement"])
-    assert all(row["fit"] == best["fit"] for row in labels[count:])
-    pooled = max(labels, key=lambda row: row["agreement"])["transfer set"]
+    sets = len(sources("mnist", 20))
+    best = max(labels[:sets], key=lambda row: row["agreement"])["transfer set"]
+    assert {row["transfer set"] for row in log["candidates"][sets:]} == {best}
+    found = max(labels, key=lambda row: row["agreement"])["fit"]
     for row in log["candidates"][len(labels) :]:
-        changed = {"loss": row["candidate"], "smoothing": 0.0}
-        assert row["fit"] == best["fit"] | changed
-        assert row["transfer set"] == pooled
+        assert row["fit"] == found | {"loss": row["candidate"], "smoothing": 0.0}
+
+
+def test_an_interrupted_search_goes_on(log, root):
+    file = root / "out" / "mnist.json"
+    half = log | {"candidates": log["candidates"][:9]}
+    file.write_text(json.dumps(half))
+    again = searched(root)["candidates"]
+    assert again[:9] == log["candidates"][:9]  # also their seconds: they did not run
+    agreements = [row["agreement"] for row in log["candidates"]]
+    assert [row["agreement"] for row in again] == agreements
+    assert again[9:] != log["candidates"][9:]
+    file.write_text(json.dumps(half | {"victim": {"accuracy": 0.0}}))  # of another victim
+    assert searched(root)["candidates"][:9] != log["candidates"][:9]
 
 
 @pytest.mark.parametrize("victim", SHAPES)
