@@ -1,9 +1,13 @@
-"""The machine that a measurement was made on."""
+"""The machine that a measurement is made on."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from pathlib import Path
+
+# Parameters of mallopt, by malloc.h of glibc, and what they are set to, in bytes.
+KEPT = {-3: 32 << 20, -1: 2**31 - 1, -2: 256 << 20}  # mmap and trim threshold, padding of the top
 
 
 def processor() -> str:
@@ -16,3 +20,16 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(": ")[2]
     return platform.processor() or platform.machine()
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees.
+
+    Each step of a training takes and frees the same large pieces. glibc gives them back to the
+    system, and the next step gets them page by page; a process that had fitted several ResNet-9
+    spent two fifths of its time on that. Where the C library is another one, nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, size in KEPT.items():
+            mallopt(parameter, size)

@@ -54,7 +54,7 @@ from scumble.attacker.result import (
 from scumble.attacker.third_party import short
 from scumble.attacker.transports import TRANSPORTS, Probs
 from scumble.data.image_sets import Dataset, numbered_as
-from scumble.machine import processor
+from scumble.machine import keep_freed_memory, processor
 from scumble.progress import showing
 
 
@@ -138,6 +138,7 @@ def run(
     described = template_transport.load(job.template) if job.template else None
     attack.check(job.budget, images=job.queries is not None)
     require_data(job)
+    keep_freed_memory()
     if job.threads:
         torch.set_num_threads(job.threads)
     claim(job, out)

@@ -13,6 +13,7 @@ import torch
 from app.inference.bundle import Bundle, InputShape, checked_card, open_bundle
 from scumble.data.image_sets import load
 from scumble.help_option import HELP
+from scumble.machine import keep_freed_memory
 from scumble.training.bundle_export import export_bundle, finish
 from scumble.training.checkpoint import Checkpoint
 from scumble.training.command_options import (
@@ -122,6 +123,7 @@ def train(
         epochs=recipe.epochs if epochs is None else epochs,
         seed=recipe.seed if seed is None else seed,
     )
+    keep_freed_memory()
     with plain_errors():
         require_writable(place)
         images = load(source, "train", root=data)
