@@ -107,8 +107,8 @@ def table(
             "; ".join(withheld(lines)) + f"; 1,000 classes: {many['withhold']['withheld']:.0%} of "
             f"images get no answer, {changed(many['withhold'])}, "
             f"L1 {short(many['withhold']['l1'])}; copies not measured",
-            f"own images as queries; sets near your own: `cifar10` catches {near:.0%} of "
-            "CIFAR-100 at a loss of 5%",
+            "own images as queries, or drawings like them, such as strokes for digits; sets near "
+            f"your own: `cifar10` catches {near:.0%} of CIFAR-100 at a loss of 5%",
         ),
         (
             "any attacker, by number of answers",

@@ -30,7 +30,7 @@ from scumble.attacker.pool import Pool, pool
 from scumble.attacker.students import Fitting, fit, predict
 from scumble.attacker.transports import Probs
 from scumble.data.image_sets import Dataset, load
-from scumble.machine import processor
+from scumble.machine import keep_freed_memory, processor
 from scumble.training import train
 from scumble.training.auxiliary import TRANSFER
 
@@ -195,6 +195,7 @@ def main(
 
     A search that was interrupted goes on where it was.
     """
+    keep_freed_memory()
     torch.set_num_threads(threads)
     net = validation_victim(victim, load(victim, "train", root=root), victim_epochs)
     file = out / f"{victim}.json"

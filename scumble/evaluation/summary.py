@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from scumble.attacker.drawings import POOLS
 from scumble.attacker.third_party import short
 from scumble.attacker.transfer import TERM
 from scumble.data.image_sets import named, whole
@@ -186,7 +187,7 @@ def cell_of(record: Record) -> Cell:
 def attacker_of(record: Record) -> str:
     """Attack, loss or recipe, transfer set and modifiers in a few words.
 
-    The papers' loss is not said, nor the papers' transfer sets.
+    The papers' loss is not said, nor a transfer set that is a data set as it is.
     """
     name = short(record.attack.attack.name)
     loss = record.attack.attack.settings.get("fitting", {}).get("loss", "soft")
@@ -196,7 +197,7 @@ def attacker_of(record: Record) -> str:
         name += f" {loss}"
     terms = terms_of(record.cell["queries"] or "")
     made = [f"{term}@{variant}" if variant else term for term, variant in terms]
-    if len(made) > 1 or any(variant for _, variant in terms):
+    if len(made) > 1 or any(variant or term in POOLS for term, variant in terms):
         name += f" from {', '.join(dict.fromkeys(made))}"
     elif own_kind(record):
         name += " with images of the victim's kind"

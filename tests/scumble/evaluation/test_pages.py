@@ -422,6 +422,7 @@ def test_the_line_of_own_images_stands_in_every_plot(name):
             "knockoff from fashion_mnist, fashion_mnist@outlines",
             False,
         ),
+        ({"queries": "strokes[:99]"}, "knockoff from strokes", False),
         ({"queries": "mnist:test[:99]"}, "knockoff with images of the victim's kind", True),
         (
             {"victim": "mnist-outliers", "test": "mnist", "queries": "mnist[:99]"},
