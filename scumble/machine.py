@@ -26,8 +26,8 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees.
 
     Each step of a training takes and frees the same large pieces. glibc gives them back to the
-    system, and the next step gets them page by page; a process that had fitted several ResNet-9
-    spent two fifths of its time on that. Where the C library is another one, nothing happens.
+    system, and the next step gets them page by page. Where the C library is another one,
+    nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

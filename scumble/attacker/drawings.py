@@ -2,7 +2,7 @@
 
 Each function draws `n` of them, (n, SIDE, SIDE, 3) uint8. Sources: Kataoka et al., "Pre-training
 without Natural Images" (IJCV 2022), for fractals; Baradad et al., "Learning to See by Looking at
-Noise" (NeurIPS 2021), for noise and textures.
+Noise" (NeurIPS 2021), for noise.
 """
 
 from __future__ import annotations

@@ -29,5 +29,5 @@ def test_freed_memory_is_kept_for_the_next_step():
         int(subprocess.check_output([sys.executable, "-c", STEPS.format(kept=each)]))
         for each in (False, True)
     )
-    assert given > 40_000
+    assert given > 1000  # fewer where pages are huge
     assert kept < given / 20
