@@ -104,7 +104,7 @@ def table(
             confidence,
             "10 to 43 (1,000: its cost only)",
             f"[`withhold`]({PAGE}#withhold)",
-            "; ".join(withheld(lines)) + f"; 1,000 classes: {many['withhold']['withheld']:.0%} of "
+            f"{withheld(lines)}; 1,000 classes: {many['withhold']['withheld']:.0%} of "
             f"images get no answer, {changed(many['withhold'])}, "
             f"L1 {short(many['withhold']['l1'])}; copies not measured",
             "own images as queries, or drawings like them, such as strokes for digits; sets near "
@@ -132,18 +132,20 @@ def hundred(lines: Iterable[Line]) -> str:
     )
 
 
-def withheld(lines: Iterable[Line]) -> list[str]:
+def withheld(lines: Iterable[Line]) -> str:
     """What users lose, and what the best attackers get, from each model that was attacked."""
     strongest = sorted(best(lines), key=lambda line: line.stolen.mean, reverse=True)
-    labels = {line.model: line for line in strongest if line.defense.name == "label"}
+    served = [line for line in strongest if line.precision == "float32"]
+    labels = {line.victim: line for line in served if line.defense.name == "label"}
     # of several losses the one that leaves the worst copy, which the card recommends
-    gated = {line.model: line for line in strongest if line.defense.name == "withhold"}
-    return [
-        f"`{line.victim}` {line.precision}: {1 - line.answered:.1%} of own images get no answer; "
-        f"the copy falls from {labels[line.model].stolen} (labels only) to {line.stolen}"
-        for _, line in sorted(gated.items())
-        if line.model in labels
-    ]
+    gated = {line.victim: line for line in served if line.defense.name == "withhold"}
+    gated = {name: gated[name] for name in sorted(gated.keys() & labels)}
+    lost = sorted(1 - line.answered for line in gated.values())
+    fall = (f"`{name}` {labels[name].stolen} to {line.stolen}" for name, line in gated.items())
+    return (
+        f"{lost[0]:.1%} to {lost[-1]:.1%} of own images get no answer; the copy falls from that of "
+        f"labels only: {', '.join(fall)}"
+    )
 
 
 def named(cards: Mapping[str, Card], answers: str, figure: str) -> str:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from scumble.attacker.drawings import POOLS, Pixels, pixels
+from scumble.attacker.drawings import POOLS
+from scumble.attacker.textures import Pixels, pixels
 from scumble.data.image_sets import Dataset, DatasetError, load, require
 from scumble.png import to_image
 
