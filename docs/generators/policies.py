@@ -85,7 +85,7 @@ def table(
             f"[`dcp`]({PAGE}#dcp) with beta 1.2",
             f"L1 {demo['servers']['defended']['l1']['mnist']:.2f} `mnist`: the confidence is "
             f"useless; the copy falls from {copies['undefended']} to {copies['defended']}",
-            "[attackers who adapt](docs/explanation/results.md): labels only "
+            "[attackers who adapt](docs/explanation/demo.md): labels only "
             f"{copies['defended, labels only']}, inverted {copies['defended, inverted']}",
         ),
         (

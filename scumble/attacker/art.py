@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from scumble.attacker.errors import AttackError
 from scumble.attacker.oracle import Oracle
+from scumble.attacker.transports import Images, Probs
 
 
 def black_box(oracle: Oracle) -> Any:
@@ -25,8 +27,18 @@ def black_box(oracle: Oracle) -> Any:
         ImportError: ART is not installed.
     """
     art = import_module("art.estimators.classification")
+
+    def answer(images: Images) -> Probs:
+        found = oracle(np.asarray(images, np.float32))
+        # ART learns every row; a discarded one would be class 0.
+        if lost := int(np.isnan(found).any(axis=1).sum()):
+            raise AttackError(
+                f"{lost} of {len(found)} answers were discarded; ART's attacks need all of them"
+            )
+        return found
+
     return art.BlackBoxClassifier(
-        lambda images: oracle(np.asarray(images, np.float32)),
+        answer,
         input_shape=oracle.shape,
         nb_classes=oracle.labels,
         clip_values=(0.0, 1.0),

@@ -7,6 +7,7 @@ import click
 from scumble.attacker.recipes import recipes
 from scumble.attacker.students import STUDENTS
 
+SEED = click.IntRange(0, 2**31 - 1)
 profile_option = click.option(
     "--profile",
     type=click.Choice(["cpu", "paper"]),

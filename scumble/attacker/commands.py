@@ -15,6 +15,7 @@ from scumble.attacker import consent
 from scumble.attacker.adapt import MODIFIERS
 from scumble.attacker.attacks import ATTACKS
 from scumble.attacker.command_options import (
+    SEED,
     profile_option,
     recipe_option,
     set_option,
@@ -62,7 +63,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="How images are sent.",
 )
 @click.option("--template", type=FILE, help="TOML file that describes another API.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all randomness.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all randomness.")
 @click.option(
     "--threads",
     type=click.IntRange(min=0),

@@ -132,6 +132,7 @@ class Result(Part):
     transport: str
     step: float
     seeds: dict[str, int]
+    files: dict[str, Sha256] = {}
     queries: Data | None
     test: Data
     student: Student

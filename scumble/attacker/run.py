@@ -31,6 +31,7 @@ from scumble.attacker import (
     settings,
     students,
     template_transport,
+    third_party,
     transfer,
 )
 from scumble.attacker.attacks import Attack
@@ -137,13 +138,13 @@ def run(
     attack, modifiers = configure(job)
     described = template_transport.load(job.template) if job.template else None
     attack.check(job.budget, images=job.queries is not None)
-    require_data(job)
+    require_data(job, modifiers)
     keep_freed_memory()
     if job.threads:
         torch.set_num_threads(job.threads)
     claim(job, out)
 
-    keys = job.keys.read_text().split() if job.keys else []
+    keys = keys_of(job.keys)
 
     def open_oracle(
         budget: int, journal: Path, progress: bool, keys: Sequence[str], partial: bool
@@ -166,7 +167,7 @@ def run(
         whole = data(job.test, "test", job.root, job.test_images)
         test_data = numbered_as(whole, oracle.model["labels"])
         test = pool(test_data, oracle.shape)
-        own_data = data(job.queries, "train", job.root) if job.queries else None
+        own_data = None if job.queries is None else data(job.queries, "train", job.root)
         own = pool(own_data, oracle.shape) if own_data else None
         student = students.make(
             student_of(job), oracle.shape, oracle.labels, seed=job.seed, weights=job.weights
@@ -199,6 +200,11 @@ def run(
             transport=oracle.transport.name,
             step=oracle.step,
             seeds={"attack": job.seed, "student": job.seed},
+            files={
+                file: digest
+                for name in (job.attack, *job.adapt)
+                for file, digest in third_party.hashes(name).items()
+            },
             queries=described_data(own_data) if own_data else None,
             test=described_data(test_data),
             student=described_student(job, student, out / "copy.pt"),
@@ -261,26 +267,55 @@ def configure(job: Job) -> tuple[Attack, list[adapt.Modifier]]:
         fitting = settings.replace(attack.fitting, "fit", fit)
         attack = dataclasses.replace(attack, fitting=fitting)  # type: ignore[type-var] # same
     attack = settings.replace(attack, "attack", changes.pop("attack", {}))
-    if twice := [name for name, times in Counter(job.adapt).items() if times > 1]:
-        raise AttackError(f"modifier {twice[0]!r} is given twice; allowed: once")
+    if twice := repeated(job.adapt):
+        raise AttackError(f"modifier {twice!r} is given twice; allowed: once")
+    names = ["attack", "fit", *map(short, job.adapt)]
+    if twice := repeated(names):
+        raise AttackError(f"{twice!r} would be two things to --set; rename a class of yours")
+    if "diluted" in job.adapt and job.root:
+        changes["diluted"] = {"root": str(job.root)} | changes.get("diluted", {})
     modifiers = [adapt.make(name, **changes.pop(short(name), {})) for name in job.adapt]
     if changes:
-        allowed = ", ".join(["attack", "fit", *map(short, job.adapt)])
-        raise AttackError(f"unknown name {next(iter(changes))!r} in --set; allowed: {allowed}")
+        raise AttackError(
+            f"unknown name {next(iter(changes))!r} in --set; allowed: {', '.join(names)}"
+        )
+    if getattr(attack, "rounds", 0):
+        adapt.check_again(job.adapt)
     if job.template is None and job.transport not in TRANSPORTS:
         raise AttackError(f"transport is {job.transport!r}; allowed: {', '.join(TRANSPORTS)}")
     return attack, modifiers
 
 
-def require_data(job: Job) -> None:
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that is there twice."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)
+
+
+def require_data(job: Job, modifiers: Sequence[adapt.Modifier]) -> None:
     """Check that the job's data sets are there, before anything is asked.
 
     Raises:
+        AttackError: a modifier names none where it needs one.
         DatasetError: one is not there.
     """
-    transfer.require_data(job.test, "test", job.root)
-    if job.queries:
+    transfer.require_labelled(job.test, "test", job.root)
+    if job.queries is not None:
         transfer.require_data(job.queries, "train", job.root)
+    for modifier in modifiers:
+        if isinstance(modifier, adapt.Diluted):
+            modifier.require_data()
+
+
+def keys_of(file: Path | None) -> list[str]:
+    """API keys of a file, one a line.
+
+    Raises:
+        AttackError: it is not text.
+    """
+    try:
+        return file.read_text("ascii").split() if file else []
+    except ValueError as exc:
+        raise AttackError(f"--keys is {str(file)!r}; allowed: a file of ASCII text") from exc
 
 
 def student_of(job: Job) -> str:
@@ -326,9 +361,17 @@ def claim(job: Job, out: Path) -> None:
 
 
 def data(source: str, split: str, root: Path | None, limit: int = 0) -> Dataset:
-    """A data set, as `scumble.attacker.transfer` reads it; at most `limit` images of it."""
+    """A data set, as `scumble.attacker.transfer` reads it.
+
+    At most `limit` images of it where that is above 0: the first, and of a set that is sorted by
+    class, such as a folder, ones at equal distances.
+    """
     found = transfer.data(source, split, root)
-    return found.subset(np.arange(limit)) if 0 < limit < len(found) else found
+    if not 0 < limit < len(found):
+        return found
+    in_order = (np.diff(found.labels) >= 0).all()
+    rows = np.linspace(0, len(found) - 1, limit).astype(np.int64) if in_order else np.arange(limit)
+    return found.subset(rows)
 
 
 def count(admin: str | None) -> int:

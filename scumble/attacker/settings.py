@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from scumble.attacker.errors import AttackError
 
 T = TypeVar("T")
+SEEDED = ("attack", "fit")  # their seeds are those of the run, which its record states
 
 
 def parse(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -42,17 +44,30 @@ def replace(value: T, name: str, changes: Mapping[str, Any]) -> T:
     Raises:
         AttackError: no such field, or a value that it does not take.
     """
-    hints = get_type_hints(type(value))
-    allowed = [field.name for field in dataclasses.fields(value)]  # type: ignore[arg-type] # T is a dataclass
-    checked: dict[str, Any] = {}
+    # All at once, as a field may be allowed with another one only.
+    return dataclasses.replace(value, **checked(type(value), name, changes))  # type: ignore[type-var] # T is a dataclass
+
+
+def checked(kind: type, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that fields of the dataclass `kind` take for `changes`.
+
+    Raises:
+        AttackError: no such field, or a value that it does not take.
+    """
+    hints: dict[str, Any] = {}
+    with suppress(NameError):  # of a third party, whose module imports types for checkers only
+        hints = get_type_hints(kind)
+    allowed = [field.name for field in dataclasses.fields(kind)]
+    found: dict[str, Any] = {}
     for field, new in changes.items():
+        if field == "seed" and name in SEEDED:
+            raise AttackError(f"{name}.seed is set by --seed alone")
         if field not in allowed:
             raise AttackError(f"{name} has no {field!r}; allowed: {', '.join(allowed)}")
         try:
-            checked[field] = TypeAdapter(hints[field]).validate_python(new)
+            found[field] = TypeAdapter(hints.get(field, Any)).validate_python(new)
         except ValidationError as exc:
             reason = exc.errors()[0]["msg"].partition(", unable")[0]
             needed = reason.removeprefix("Input should be ")
             raise AttackError(f"{name}.{field} is {new!r}; allowed: {needed}") from exc
-    # All at once, as a field may be allowed with another one only.
-    return dataclasses.replace(value, **checked)  # type: ignore[type-var] # T is a dataclass
+    return found

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scumble.attacker import device
+from scumble.attacker import device, ranges
 from scumble.attacker.errors import AttackError
 from scumble.attacker.losses import LABELS_ALONE, LOSSES
 from scumble.attacker.pretrained import efficientnet
@@ -25,6 +25,7 @@ from scumble.training.train import AUGMENTS, batches, follow
 
 TINY = 1e-12
 """Smallest probability that says anything (rounding, underflow); answers are clamped to it."""
+WHY = 200  # characters of an error of torch's
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,7 @@ class Fitting:
         for name, table in tables.items():
             if (value := getattr(self, name)) not in table:
                 raise AttackError(f"{name} is {value!r}; allowed: {', '.join(table)}")
-        for name in ("epochs", "lr", "batch"):
-            if (value := getattr(self, name)) <= 0:
-                raise AttackError(f"{name} is {value}; allowed: more than 0")
-        for name in ("smoothing", "noise", "holdout"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise AttackError(f"{name} is {value}; allowed: 0 to less than 1")
-        for name in ("mixup", "patience"):
-            if (value := getattr(self, name)) < 0:
-                raise AttackError(f"{name} is {value}; allowed: 0 and more")
+        ranges.check(self)
         if self.patience and not self.holdout:
             raise AttackError(f"patience is {self.patience}; allowed with a holdout: more than 0")
         if self.smoothing and self.loss == "centred":
@@ -171,7 +164,8 @@ def make(
         try:
             net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         except Exception as exc:  # torch raises a dozen kinds for a wrong file
-            raise AttackError(f"weights {str(weights)!r} do not fit {name}: {exc}") from exc
+            why = " ".join(f"{type(exc).__name__}: {exc}".split())[:WHY]
+            raise AttackError(f"weights {str(weights)!r} do not fit {name}: {why}") from exc
     return net.to(device.best()).to(memory_format=torch.channels_last)
 
 
@@ -230,6 +224,11 @@ def fit(
     (x, held_x), (y, held_y) = held_out(x, fitting), held_out(y, fitting)
     # Batch norm needs two images; a last batch of one is left to the next epoch.
     per_epoch = len(x) // fitting.batch + (len(x) % fitting.batch > 1)
+    if not per_epoch:
+        raise AttackError(
+            f"holdout is {fitting.holdout}, which leaves {len(x)} of {len(x) + len(held_x)} "
+            "answers to learn; at least 2 needed"
+        )
     steps = fitting.epochs * per_epoch
     optimizer = OPTIMIZERS[fitting.optimizer](net, fitting)
     schedule = falling(optimizer, steps, fitting.warmup)

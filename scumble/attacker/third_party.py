@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from contextlib import suppress
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,32 @@ def load(name: str) -> Any:
     file, _, attribute = name.rpartition(":")
     try:
         module = user_file.load(file).module
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise AttackError(f"{file} cannot be loaded: {type(exc).__name__}: {exc}") from exc
     found = getattr(module, attribute, None)
-    if not (isinstance(found, type) and callable(found)):
+    if not isinstance(found, type):
         raise AttackError(f"{file} has no class {attribute!r}")
     return found
+
+
+def has(kind: type, *methods: str) -> bool:
+    """Whether a dataclass has methods, of its own or inherited."""
+    own = {name for each in kind.__mro__ for name in vars(each)}
+    return is_dataclass(kind) and own.issuperset(methods)
+
+
+def make(kind: Any, name: str, /, **fields: Any) -> Any:
+    """An instance of a class of a third party.
+
+    Raises:
+        AttackError: whatever its constructor raises, or asks for in vain.
+    """
+    try:
+        return kind(**fields)
+    except AttackError:
+        raise
+    except Exception as exc:
+        raise AttackError(f"{name} cannot be made: {type(exc).__name__}: {exc}") from exc
 
 
 def hashes(name: str) -> dict[str, str]:
@@ -47,10 +69,11 @@ def hashes(name: str) -> dict[str, str]:
         return {}
     file = Path(name.rpartition(":")[0])
     files = {file, *file.parent.glob("*.py")}
-    with suppress(Exception):  # whoever uses the class says what is wrong
+    with suppress(Exception, SystemExit):  # whoever uses the class says what is wrong
         folder = file.resolve().parent
         imported = user_file.load(str(file)).sources
-        files |= {file.parent / source.relative_to(folder) for source in imported}
+        beside = (os.path.relpath(source, folder) for source in imported)
+        files |= {Path(os.path.normpath(file.parent / each)) for each in beside}
     return {
         str(each): hashlib.sha256(each.read_bytes()).hexdigest()
         for each in sorted(files)

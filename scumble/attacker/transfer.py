@@ -9,6 +9,7 @@ put together. A term is what `scumble.data.image_sets.load` opens, or the name o
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ def data(source: str, split: str, root: Path | None) -> Dataset:
     Raises:
         DatasetError: a term cannot be read; the message says what is allowed.
     """
-    if Path(source).exists():
+    if _is_there(source):
         return load(source, split, root=root)
     return joined([_term(term.strip(), split, root) for term in source.split(",")], source)
 
@@ -54,13 +55,29 @@ def require_data(source: str, split: str, root: Path | None) -> None:
     Raises:
         DatasetError: a term is malformed, or its data set is not there.
     """
-    if Path(source).exists():
+    if _is_there(source):
         return require(source, split, root=root)
     for term in source.split(","):
         match = parsed(term.strip())
         if match["name"] not in POOLS:
             require(match["name"], match["part"] or split, root=root)
     return None
+
+
+def require_labelled(source: str, split: str, root: Path | None) -> None:
+    """As `require_data`, for images that a copy is measured on.
+
+    Raises:
+        DatasetError: a term is malformed, its data set is not there, or a program draws it.
+    """
+    require_data(source, split, root)
+    names = [] if _is_there(source) else [parsed(t.strip())["name"] for t in source.split(",")]
+    if drawn := [name for name in names if name in POOLS]:
+        raise DatasetError(f"{drawn[0]} has no labels; allowed to measure on: labelled images")
+
+
+def _is_there(source: str) -> bool:
+    return source != "" and Path(source).exists()
 
 
 def parsed(term: str) -> re.Match[str]:
@@ -72,11 +89,21 @@ def parsed(term: str) -> re.Match[str]:
     match = TERM.match(term)
     if match is None:
         raise DatasetError(f"data set is {term!r}; allowed: NAME[:PART][@VARIANT][[FROM:TO]]")
+    drawing = match["name"] in POOLS
+    first, last = _bounds(match, *((DRAWN, MOST_DRAWN) if drawing else (sys.maxsize,) * 2))
+    if first >= last:
+        most = f": {match['name']} has {MOST_DRAWN}, {DRAWN} where TO is left out"
+        raise DatasetError(f"{term!r} has no images{most if drawing else ''}")
     if match["variant"] not in (None, *VARIANTS):
         raise DatasetError(
             f"variant of {term!r} is {match['variant']!r}; allowed: {', '.join(VARIANTS)}"
         )
     return match
+
+
+def _bounds(match: re.Match[str], usual: int, most: int) -> tuple[int, int]:
+    """The range of a term: the first row, and the one after the last."""
+    return int(match["first"] or 0), min(int(match["last"] or usual), most)
 
 
 def joined(sets: list[Dataset], name: str) -> Dataset:
@@ -114,15 +141,13 @@ def fitted(images: Pixels, height: int, width: int, channels: int) -> Pixels:
 def _term(term: str, split: str, root: Path | None) -> Dataset:
     match = parsed(term)
     name, part, variant = match["name"], match["part"], match["variant"]
-    first = int(match["first"] or 0)
     if name in POOLS:
-        last = min(MOST_DRAWN, int(match["last"] or DRAWN))
-        if first >= last:
-            raise DatasetError(f"{term!r} has no images: {name} has {MOST_DRAWN}")
+        first, last = _bounds(match, DRAWN, MOST_DRAWN)
         found = drawn(name, last, first)
     else:
         found = load(name, part or split, root=root)
-        rows = np.arange(len(found))[first : int(match["last"] or len(found))]
+        first, last = _bounds(match, len(found), len(found))
+        rows = np.arange(first, last)
         if not len(rows):
             raise DatasetError(f"{term!r} has no images: {name} has {len(found)}")
         if len(rows) < len(found):

@@ -113,7 +113,7 @@ def from_file(name: str) -> type[Defense]:
         )
     try:
         module = user_file.load(file).module
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise DefenseError(f"{file} cannot be loaded: {type(exc).__name__}: {exc}") from exc
     kind = getattr(module, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Defense)):

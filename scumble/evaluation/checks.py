@@ -15,25 +15,19 @@ from app.precision import Precision
 from app.settings import default_model_dir
 from scumble import defenses
 from scumble.attacker import recipes, third_party
-from scumble.attacker.run import configure
-from scumble.attacker.transfer import require_data
+from scumble.attacker.run import configure, require_data
 from scumble.evaluation.experiment import Cell
 from scumble.evaluation.referee import job
 
 SECRET = b"only to try it, none of a server"
 
 
-def check(cells: Iterable[Cell], root: Path | None) -> None:
-    """Check that the cells can be run.
-
-    Args:
-        cells: what is to be run.
-        root: folder with data sets by name.
+def check_settings(cells: Iterable[Cell]) -> None:
+    """Check that the cells' attacks and defenses can be made.
 
     Raises:
         AttackError: an attack, a modifier, a setting or a transport is not allowed.
         ConfigError: there is no such model, or its defense cannot be made.
-        DatasetError: a data set is not there.
     """
     cells = list(cells)
     for cell in cells:
@@ -41,10 +35,25 @@ def check(cells: Iterable[Cell], root: Path | None) -> None:
         attack.check(cell.budget, images=cell.queries is not None)
     for victim in {(c.victim, c.precision, str(c.defense)): c for c in cells}.values():
         check_victim(victim)
-    parts = {(cell.test or cell.victim, "test") for cell in cells}
-    parts |= {(cell.queries, "train") for cell in cells if cell.queries}
-    for source, split in sorted(parts):
-        require_data(source, split, root)
+
+
+def check_data(cells: Iterable[Cell], root: Path | None) -> None:
+    """Check that the cells' data sets are there.
+
+    Args:
+        cells: what is to be run.
+        root: folder with data sets by name.
+
+    Raises:
+        AttackError: a modifier needs a data set, and names none.
+        DatasetError: a data set is not there.
+    """
+    wanted = {}
+    for cell in cells:
+        diluted = tuple(change for change in cell.changes if change.startswith("diluted."))
+        wanted[cell.test, cell.victim, cell.queries, diluted] = job(cell, "", None, root, 1)
+    for each in wanted.values():
+        require_data(each, configure(each)[1])
 
 
 def check_victim(cell: Cell) -> dict[str, str]:
@@ -70,6 +79,16 @@ def check_victim(cell: Cell) -> dict[str, str]:
         except defenses.DefenseError as exc:
             raise ConfigError(f"--defense: {exc}") from exc
     return bundle.hashes
+
+
+def model_sha256(cell: Cell) -> str:
+    """Of the file that is served for the cell, as its bundle has it now.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    card = Bundle(folder_of(cell.victim)).card
+    return card.files[card.served_file(cast("Precision", cell.precision))]
 
 
 def folder_of(victim: str) -> Path:

@@ -39,6 +39,7 @@ from app.errors import ScumbleError
 from scumble.attacker import consent
 from scumble.attacker.attacks import DATA_FREE
 from scumble.attacker.command_options import (
+    SEED,
     profile_option,
     recipe_option,
     set_option,
@@ -47,7 +48,7 @@ from scumble.attacker.command_options import (
 from scumble.attacker.errors import AttackError
 from scumble.attacker.run import make_folder
 from scumble.data.image_sets import DatasetError, whole
-from scumble.evaluation.checks import check, own_set, with_hashes
+from scumble.evaluation.checks import check_data, check_settings, model_sha256, own_set, with_hashes
 from scumble.evaluation.experiment import Cell, Defended
 from scumble.evaluation.local_server import children
 from scumble.evaluation.plans import PLANS, published
@@ -65,6 +66,7 @@ RUNS = Path("runs/evaluate")
 POLL_S = 0.5
 ENDED_S = 1.0
 INTERRUPTED = 130
+ENOUGH = 0.9  # of the budget; data-free attacks leave what is less than an iteration
 
 
 @click.command(context_settings=HELP)
@@ -121,7 +123,7 @@ INTERRUPTED = 130
     help="Number of test images to use.  [default: all]",
 )
 @click.option("--transport", default="pixels", show_default=True, help="How images are sent.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all randomness.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of all randomness.")
 @click.option("--commands", is_flag=True, help="Print the command of each cell and run nothing.")
 @click.option(
     "--seeds",
@@ -213,11 +215,12 @@ def evaluate(
             cells = [*compared(cells[0]), *cells]
         cells = [with_hashes(cell) for cell in seeded(cells, seeds)]
         cells = list({cell.key: cell for cell in cells}.values())
+        check_settings(cells)
         if commands:
             click.echo("\n".join(command_of(cell) for cell in cells))
             return
         waiting = [cell for cell in cells if recorded(out, cell) is None]
-        check(waiting, root)
+        check_data(waiting, root)
         make_folder(out)
     except (ScumbleError, AttackError, ValueError) as exc:
         raise click.ClickException(" ".join(str(exc).split())) from exc
@@ -340,10 +343,14 @@ def terminated_as_interrupted() -> Iterator[None]:
 def kept(future: Future[Record], cell: Cell, out: Path, console: Console) -> bool:
     """Keep the record of a cell that has ended; false if the cell failed."""
     try:
-        future.result()
-    except (AttackError, DatasetError, RuntimeError) as exc:
-        console.print(f"{cell.key}: {exc}", style="red", markup=False)
+        record = future.result()
+    except Exception as exc:  # noqa: BLE001  # a file of a third party may raise anything
+        known = isinstance(exc, AttackError | DatasetError | RuntimeError)
+        what = str(exc) if known else f"{type(exc).__name__}: {exc}"
+        console.print(f"{cell.key}: {what}", style="red", markup=False)
         return False
+    if (spent := record.attack.ledger.spent) < ENOUGH * cell.budget:
+        console.print(f"{cell.key}: {spent:,} of {cell.budget:,} queries were used", markup=False)
     shutil.copyfile(RUNS / cell.key / "record.json", out / f"{cell.key}.json")
     return True
 
@@ -443,8 +450,13 @@ def single(*, defense: str, params: str, url: str | None, adapt: str, **options:
 
     Raises:
         ConfigError: no such model.
-        ValueError: `params` is not a JSON object, or has a key twice.
+        ValueError: `params` is not a JSON object, or has a key twice; or a defense is given beside
+            the URL of a service.
     """
+    if url and (defense, params) != ("none", "{}"):
+        raise ValueError(
+            f"--url is {url!r}, a service with a defense of its own; remove --defense and --params"
+        )
     try:
         given = json.loads(params, object_pairs_hook=distinct)
     except (json.JSONDecodeError, RecursionError) as exc:
@@ -479,7 +491,7 @@ def command_of(cell: Cell) -> str:
         words += ["--adapt", ",".join(cell.adapt)]
     for change in cell.changes:
         words += ["--set", change]
-    return shlex.join(words)
+    return shlex.join([*words, "--no-beside"])
 
 
 def compared(cell: Cell) -> list[Cell]:
@@ -502,11 +514,12 @@ def seeded(cells: list[Cell], seeds: int) -> list[Cell]:
 
 
 def recorded(out: Path, cell: Cell) -> Record | None:
-    """The record of a cell; None where there is none, or a broken one."""
+    """The record of a cell; None where there is none, a broken one, or one of another model."""
     try:
-        return read(out / f"{cell.key}.json")
+        record = read(out / f"{cell.key}.json")
     except BadRecord:
         return None
+    return record if record.model_sha256 == model_sha256(cell) else None
 
 
 def show(records: list[Record], console: Console) -> None:
@@ -520,7 +533,7 @@ def show(records: list[Record], console: Console) -> None:
         table.add_row(
             " ".join(line.model),
             line.defense.url or str(line.defense),
-            f"{line.attacker} (attack failed)" if line.failed else line.attacker,
+            f"{line.attacker} (attack failed: {line.failed})" if line.failed else line.attacker,
             f"{line.served.mean:.1%}",
             str(line.stolen),
             f"{line.l1_test.mean:.2f}",

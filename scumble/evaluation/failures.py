@@ -4,8 +4,8 @@ A copy that answers one class for nearly all images, that stays at chance level 
 checkpoint to the last, or that is at chance level with the same accuracy whatever the defense, has
 not learned: the attack needs other settings. Its accuracy says nothing about the defense.
 
-A single copy at chance level is not a failure: an attacker who takes misleading answers as they are
-gets one, and with the same settings a good one from true answers.
+A single copy at chance level is a failure only of an undefended service: an attacker who takes
+misleading answers as they are gets one, and with the same settings a good one from true answers.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ REPEATED = ("fit.lr", "attack.lr_s", "attack.step")
 """The settings with which `repeats.py` tries a failed attack again, one after another."""
 
 
-def failure(copied: Rows, labels: Labels, curve: Sequence[Point]) -> str | None:
+def failure(
+    copied: Rows, labels: Labels, curve: Sequence[Point], *, undefended: bool = False
+) -> str | None:
     """Why an attack counts as failed, None if it does not.
 
     Args:
         copied: answers (N, K) of the copy on the test set.
         labels: (N,) of the test set.
         curve: checkpoints of the copy.
+        undefended: whether the answers were those of the network.
     """
-    return one_class(copied, labels) or flat(curve, copied.shape[1])
+    return one_class(copied, labels) or flat(curve, copied.shape[1], undefended=undefended)
 
 
 def one_class(copied: Rows, labels: Labels) -> str | None:
@@ -45,11 +48,13 @@ def one_class(copied: Rows, labels: Labels) -> str | None:
     return f"the copy answers class {counts.argmax()} for {share:.1%} of the test images"
 
 
-def flat(curve: Sequence[Point], classes: int) -> str | None:
+def flat(curve: Sequence[Point], classes: int, *, undefended: bool = False) -> str | None:
     """The reason if no checkpoint of the copy is above chance level."""
     best = max((point.agreement for point in curve), default=0.0)
-    if len(curve) < CHECKPOINTS or best > CHANCE / classes:
+    if best > CHANCE / classes or len(curve) < (1 if undefended else CHECKPOINTS):
         return None
+    if len(curve) == 1:
+        return "the copy is at chance level, of an undefended service"
     return f"the copy stays at chance level at all {len(curve)} checkpoints"
 
 

@@ -252,6 +252,12 @@ SEARCHED = {
     "cifar10": "cifar100",
     "gtsrb": "shapes",
 }
+# Three times as many images, or all there are, for attackers who choose which they ask about.
+POOLED = {
+    "mnist": "strokes[:60000]",
+    "cifar10": "cifar100",
+    "gtsrb": "shapes[:60000]",
+}
 HEADLINE_RIVALS = (
     *(NONE, LABEL, dcp(1.2), CODEBOOK),
     *(sigmoid(0.64), within("mad", 0.9), dcp(1.0)),
@@ -310,6 +316,7 @@ def rivals(cell: Cell, defenses: Iterable[Defended]) -> Iterator[Cell]:
                 few = ("fit.epochs=60",) if data == "gtsrb" else ()
                 row = by(defense, "mixed")
                 yield replace(row, adapt=("answered",), changes=(*row.changes, *few))
+                yield replace(row, attack="mask_seeking", queries=POOLED[data])
             case "dcp":
                 yield from adapted(by(defense, "soft"), "invert")
                 if defense.strength > 1:  # up to 1 next to no label changes

@@ -132,7 +132,9 @@ def judge(
             bits=scores.bits(answers),
         ),
         attack=result,
-        attack_failed=failure(copied, test.labels, result.curve),
+        attack_failed=failure(
+            copied, test.labels, result.curve, undefended=cell.defense == Defended()
+        ),
         secret="unknown" if cell.defense.url else "drawn",
     )
     part = folder / "record.part"

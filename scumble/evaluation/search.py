@@ -33,6 +33,7 @@ from scumble.data.image_sets import Dataset, load
 from scumble.machine import keep_freed_memory, processor
 from scumble.training import train
 from scumble.training.auxiliary import TRANSFER
+from scumble.training.command_options import plain_errors
 
 TEST = 2_000
 SEED = 1000  # of the validation victim
@@ -195,26 +196,27 @@ def main(
 
     A search that was interrupted goes on where it was.
     """
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-    net = validation_victim(victim, load(victim, "train", root=root), victim_epochs)
-    file = out / f"{victim}.json"
-    past = json.loads(file.read_text()) if file.exists() else {"candidates": []}
-    search = Search(victim, net, root, queries, epochs)
-    head = {
-        "command": shlex.join(["python", "-m", "scumble.evaluation.search", *sys.argv[1:]]),
-        "processor": processor(),
-        "victim": {"accuracy": search.accuracy, "epochs": victim_epochs, "seed": SEED},
-    }
-    if all(past.get(key) == value for key, value in head.items()):
-        search.known = past["candidates"]
-    out.mkdir(parents=True, exist_ok=True)
-    for row in search():
-        click.echo(
-            f"{row['kind']}, {row['transfer set']}, {row['candidate']}: "
-            f"{row['agreement']:.1%}, {row['seconds']:.0f} s"
-        )
-        file.write_text(json.dumps(head | {"candidates": search.log}, indent=1) + "\n")
+    with plain_errors():
+        keep_freed_memory()
+        torch.set_num_threads(threads)
+        net = validation_victim(victim, load(victim, "train", root=root), victim_epochs)
+        file = out / f"{victim}.json"
+        past = json.loads(file.read_text()) if file.exists() else {"candidates": []}
+        search = Search(victim, net, root, queries, epochs)
+        head = {
+            "command": shlex.join(["python", "-m", "scumble.evaluation.search", *sys.argv[1:]]),
+            "processor": processor(),
+            "victim": {"accuracy": search.accuracy, "epochs": victim_epochs, "seed": SEED},
+        }
+        if all(past.get(key) == value for key, value in head.items()):
+            search.known = past["candidates"]
+        out.mkdir(parents=True, exist_ok=True)
+        for row in search():
+            click.echo(
+                f"{row['kind']}, {row['transfer set']}, {row['candidate']}: "
+                f"{row['agreement']:.1%}, {row['seconds']:.0f} s"
+            )
+            file.write_text(json.dumps(head | {"candidates": search.log}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

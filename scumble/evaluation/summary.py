@@ -266,7 +266,8 @@ def _line(group: list[Record], cells: list[dict[str, Any]]) -> Line:
 
 def failed(record: Record) -> str | None:
     """Why the attack of a record counts as failed, None if it does not."""
-    return record.attack_failed or flat(record.attack.curve, record.attack.victim.labels)
+    attack, undefended = record.attack, cell_of(record).defense == Defended()
+    return record.attack_failed or flat(attack.curve, attack.victim.labels, undefended=undefended)
 
 
 def own_kind_line(lines: Iterable[Line]) -> Line | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
 from torch import nn
 
-from scumble.attacker import third_party
+from scumble.attacker import settings, third_party
 from scumble.attacker.adapt.abstention_filter import AbstentionFilter
 from scumble.attacker.adapt.argmax import Argmax
 from scumble.attacker.adapt.average import Average
-from scumble.attacker.adapt.base import Mapped, Modifier
+from scumble.attacker.adapt.base import REVISED, Mapped, Modifier
 from scumble.attacker.adapt.confidence_filter import ConfidenceFilter
 from scumble.attacker.adapt.consistency_filter import ConsistencyFilter
 from scumble.attacker.adapt.diluted import Diluted
@@ -42,7 +42,11 @@ MODIFIERS: dict[str, Callable[..., Modifier]] = {
     "paced": Paced,
 }
 
-__all__ = ["MODIFIERS", "Mapped", "Modifier", "apply", "make"]
+KEEP = ("invert", "modelguard")
+ASK = ("average", "consistency_filter", "diluted")
+"""Modifiers that can give their answers again, and those that would have to ask again."""
+
+__all__ = ["MODIFIERS", "Diluted", "Mapped", "Modifier", "apply", "check_again", "make"]
 
 
 def make(name: str, /, **params: Any) -> Modifier:
@@ -54,14 +58,45 @@ def make(name: str, /, **params: Any) -> Modifier:
     if name not in MODIFIERS and not third_party.is_file(name):
         allowed = f"{', '.join(MODIFIERS)}, or FILE.py:Class"
         raise AttackError(f"unknown modifier {name!r}; allowed: {allowed}")
-    kind = third_party.load(name) if third_party.is_file(name) else MODIFIERS[name]
+    kind: Any = third_party.load(name) if third_party.is_file(name) else MODIFIERS[name]
     own = tuple(signature(kind).parameters)
     for given in params:
         if given not in own:
             allowed = ", ".join(own) or "none"
             raise AttackError(f"{name} has no parameter {given!r}; allowed: {allowed}")
+    if third_party.is_file(name):
+        return _from_file(kind, name, params)
     modifier: Modifier = kind(**params)
     return modifier
+
+
+def _from_file(kind: Any, name: str, params: Mapping[str, Any]) -> Modifier:
+    if not third_party.has(kind, "__call__"):
+        raise AttackError(
+            f"{name} is not a modifier; needed: a dataclass with the method __call__, as "
+            "scumble.attacker.adapt.Modifier has it"
+        )
+    checked = settings.checked(kind, third_party.short(name), params)
+    modifier: Modifier = third_party.make(kind, name, **checked)
+    return modifier
+
+
+def check_again(names: Sequence[str]) -> None:
+    """Check that an attack with `rounds` can have its answers mapped again.
+
+    Args:
+        names: of the modifiers, the first nearest to the service. Those of files are not judged.
+
+    Raises:
+        AttackError: none of them keeps its answers, or one after that asks again.
+    """
+    if any(map(third_party.is_file, names)):
+        return
+    kept = [at for at, name in enumerate(names) if name in KEEP]
+    if not kept:
+        raise AttackError(f"{REVISED}; allowed without them: 0")
+    if after := [name for name in names[kept[-1] :] if name in ASK]:
+        raise AttackError(f"{REVISED}; {after[0]} comes after them; allowed: before them")
 
 
 def apply(modifiers: Sequence[Modifier | str], oracle: Oracle, student: nn.Module) -> Oracle:

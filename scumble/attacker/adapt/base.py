@@ -126,16 +126,6 @@ class Mapped:
         return mapped
 
 
-def check_rounds(rounds: int) -> None:
-    """Check how often an attack is to map its answers again.
-
-    Raises:
-        AttackError: less than 0.
-    """
-    if rounds < 0:
-        raise AttackError(f"rounds is {rounds}; allowed: 0 and more")
-
-
 def again(oracle: Oracle, images: Images) -> Probs:
     """Answers (N, K) that have been paid for, as the modifiers see them with the copy of now.
 

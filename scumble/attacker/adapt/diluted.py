@@ -29,7 +29,7 @@ class Diluted(ModifierParameters):
     Attributes:
         benign: data set of what honest clients send; drawn with replacement.
         share: above 0 to 1.
-        root: folder with data sets by name.
+        root: folder with data sets by name; `--data` by default.
         seed: of the draw and the order.
 
     Raises:
@@ -42,6 +42,9 @@ class Diluted(ModifierParameters):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("benign", "root"):
+            if not isinstance(getattr(self, name), str | None):
+                raise self._refusal(name, "must be text")
         self._check_number("share", 0.001, 1)
         self._check_integer("seed", 0, 2**63 - 1)
 
@@ -53,11 +56,24 @@ class Diluted(ModifierParameters):
             DatasetError: they cannot be read.
         """
         del student
+        self.require_data()
+        benign = pool(transfer.data(self.benign, "test", self._folder), oracle.shape).images
+        return DilutedOracle(oracle, benign, self.share, self.seed)
+
+    def require_data(self) -> None:
+        """Check that the benign images are there.
+
+        Raises:
+            AttackError: none are named.
+            DatasetError: they are not there.
+        """
         if not self.benign:
             raise AttackError("diluted needs what honest clients send: --set diluted.benign=SET")
-        root = Path(self.root) if self.root else None
-        benign = pool(transfer.data(self.benign, "test", root), oracle.shape).images
-        return DilutedOracle(oracle, benign, self.share, self.seed)
+        transfer.require_data(self.benign, "test", self._folder)
+
+    @property
+    def _folder(self) -> Path | None:
+        return Path(self.root) if self.root else None
 
 
 class DilutedOracle:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from scumble.attacker import consent
 from scumble.attacker.adapt.abstention_filter import withheld
 from scumble.attacker.adapt.base import Mapped, ModifierParameters
 from scumble.attacker.errors import AttackError
@@ -27,7 +28,7 @@ class OracleMask(ModifierParameters):
         clean: URL of the same service without a defense; asked outside of the budget.
 
     Raises:
-        AttackError: `clean` is missing.
+        AttackError: `clean` is no URL, or another machine's.
     """
 
     clean: str = ""
@@ -35,6 +36,9 @@ class OracleMask(ModifierParameters):
     def __post_init__(self) -> None:
         if not isinstance(self.clean, str):
             raise self._refusal("clean", "must be a URL")
+        # Whoever's consent there is, it was given for another address.
+        if self.clean and not consent.loopback(self.clean):
+            raise self._refusal("clean", "must be a service on this machine")
 
     def __call__(self, oracle: Oracle, student: nn.Module) -> Oracle:
         """The oracle with only true answers.

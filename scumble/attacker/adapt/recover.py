@@ -22,6 +22,7 @@ from scumble.attacker.adapt.perturbation_formulas import Array, gate, perturb
 from scumble.attacker.adapt.posteriors import draw
 from scumble.attacker.oracle import Oracle
 from scumble.attacker.transports import Images, Probs
+from scumble.progress import bar
 
 BATCH = 256
 SMALLEST = 1e-6  # probabilities below look alike to the network
@@ -93,6 +94,7 @@ class Recover(ModifierParameters):
         optimizer = torch.optim.Adam(network.parameters(), lr=self.learning_rate)
         steps = self.epochs * -(-self.pairs // BATCH)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        shown = bar(steps, "recover", "step", shown=False)
         for _ in range(self.epochs):
             for batch in torch.randperm(self.pairs, generator=generator).split(BATCH):
                 loss = (network(y[batch]).softmax(dim=1) - p[batch]).abs().sum(dim=1).mean()
@@ -100,6 +102,8 @@ class Recover(ModifierParameters):
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                shown.update()
+        shown.close()
         return network
 
 

@@ -85,13 +85,15 @@ def make(name: str, profile: str = "cpu", *, seed: int = 0) -> Attack:
 
     Args:
         name: key of `ATTACKS`, or `FILE.py:Class`: a frozen dataclass with a field `seed`.
-        profile: one of those of the attack; that of a file has none.
+        profile: one of those of the attack; that of a file has "cpu" alone.
         seed: of everything random.
 
     Raises:
         AttackError: no such attack or profile.
     """
     if third_party.is_file(name):
+        if profile != "cpu":
+            raise AttackError(f"profile is {profile!r}; allowed with an attack of a file: cpu")
         return from_file(name, seed)
     if name not in ATTACKS:
         allowed = f"{', '.join(ATTACKS)}, or FILE.py:Class"
@@ -109,10 +111,10 @@ def from_file(name: str, seed: int) -> Attack:
     """
     kind = third_party.load(name)
     fields = {field.name for field in dataclasses.fields(kind)} if is_dataclass(kind) else set()
-    if "seed" not in fields or not callable(getattr(kind, "check", None)):
+    if "seed" not in fields or not third_party.has(kind, "check", "__call__"):
         raise AttackError(
             f"{name} is not an attack; needed: a dataclass with the field seed and the methods "
             "check and __call__, as scumble.attacker.attacks.Attack has them"
         )
-    attack: Attack = kind(seed=seed)
+    attack: Attack = third_party.make(kind, name, seed=seed)
     return attack

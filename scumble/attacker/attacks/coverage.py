@@ -27,6 +27,7 @@ from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
 from scumble.attacker.students import fit, forward
 from scumble.attacker.transports import Images, Probs
+from scumble.progress import bar
 
 Floats = npt.NDArray[np.float32]
 BATCH = 500
@@ -43,13 +44,6 @@ class Coverage(MaskSeeking):
 
     epochs: int = 4
     candidates: int = 20_000
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.epochs < 1 or self.candidates < 1:
-            raise AttackError(
-                f"epochs is {self.epochs} and candidates {self.candidates}; allowed: 1 and more"
-            )
 
     def _plan(self, oracle: Oracle, pool: Pool, student: nn.Module) -> Coverer:
         return Coverer(self, oracle, pool, student)
@@ -135,10 +129,13 @@ def furthest(points: Floats, centres: Floats, count: int) -> npt.NDArray[np.int6
     # For vectors of length 1 the nearest has the largest product.
     nearest = np.concatenate([(part @ centres.T).max(axis=1) for part in _split(points)])
     chosen = np.empty(count, np.int64)
+    shown = bar(count, "choice", "image", shown=False)
     for i in range(count):
         chosen[i] = best = int(nearest.argmin())
         np.maximum(nearest, points @ points[best], out=nearest)
         nearest[best] = np.inf
+        shown.update()
+    shown.close()
     return chosen
 
 

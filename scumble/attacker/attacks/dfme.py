@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from scumble.attacker import ranges
 from scumble.attacker.attacks.data_free import check_budget, make_generator, repeat
 from scumble.attacker.attacks.zeroth import ask, default_step, estimate
 from scumble.attacker.generators import Generator, images, noise
@@ -61,6 +62,9 @@ class Dfme:
     nz: int = 256
     views: int = 20
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
 
     @property
     def cost(self) -> int:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scumble.attacker.adapt.base import again, check_rounds
+from scumble.attacker import ranges
+from scumble.attacker.adapt.base import again
 from scumble.attacker.attacks.knockoff import Rows, Shuffled
 from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.losses import LOSSES
@@ -26,6 +27,7 @@ from scumble.attacker.oracle import Oracle
 from scumble.attacker.pool import Pool
 from scumble.attacker.students import OPTIMIZERS, Fitting, falling, forward, targets
 from scumble.attacker.transports import Probs
+from scumble.progress import bar
 from scumble.training.train import AUGMENTS, chain, cutout, follow, light
 
 
@@ -35,7 +37,7 @@ class FixMatch:
 
     Attributes:
         fitting: `augment` is the slight change; `epochs` count the answers. `mixup`,
-            `holdout` and `patience` are not used.
+            `holdout` and `patience` are 0.
         mu: unlabelled images for each answer of a batch.
         threshold: probability from which a label of the copy counts.
         weight: of the unlabelled part.
@@ -54,12 +56,10 @@ class FixMatch:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.mu < 1 or not 0 < self.threshold < 1 or self.weight < 0:
-            raise AttackError(
-                f"mu is {self.mu}, threshold {self.threshold}, weight {self.weight}; allowed: "
-                "1 and more, between 0 and 1, 0 and more"
-            )
-        check_rounds(self.rounds)
+        ranges.check(self)
+        for name in ("mixup", "holdout", "patience"):
+            if value := getattr(self.fitting, name):
+                raise AttackError(f"{name} is {value}; allowed in fixmatch: 0")
 
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""
@@ -120,6 +120,7 @@ class FixMatch:
         loss_of = LOSSES[how.loss](len(x), y.shape[1], how.noise)
         strong = chain(slight, light(0.5), cutout(x.shape[-1] // 2))
         average = copy.deepcopy(net).requires_grad_(False)
+        shown = bar(steps, "fit", "step", shown=False)
         net.train()
         for step in range(steps):
             rows = torch.randint(len(x), (batch,), generator=rng)
@@ -135,6 +136,8 @@ class FixMatch:
             optimizer.step()
             schedule.step()
             follow(average, net, min(how.ema, (1 + step) / (10 + step)))
+            shown.update()
+        shown.close()
         net.load_state_dict(average.state_dict())
         net.eval()
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scumble.attacker.adapt.base import check_rounds
+from scumble.attacker import ranges
 from scumble.attacker.attacks.data_free import check_budget, make_generator, moments, repeat
 from scumble.attacker.attacks.maze import Memory
 from scumble.attacker.attacks.zeroth import ask
@@ -67,11 +67,13 @@ class Ideal:
     views: int = 20
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        ranges.check(self)
+
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""
         del images
         check_budget(type(self).__name__.lower(), budget, self.batch)
-        check_rounds(self.rounds)
         if self.loss not in LABELS_ALONE:
             raise AttackError(f"loss is {self.loss!r}; allowed: {', '.join(LABELS_ALONE)}")
 

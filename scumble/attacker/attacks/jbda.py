@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from scumble.attacker import device
-from scumble.attacker.adapt.base import again, check_rounds
+from scumble.attacker import device, ranges
+from scumble.attacker.adapt.base import again
 from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
@@ -46,9 +46,7 @@ class Jbda:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise AttackError(f"seeds is {self.seeds}; allowed: 2 and more")
-        check_rounds(self.rounds)
+        ranges.check(self)
 
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scumble.attacker.adapt.base import again, check_rounds
+from scumble.attacker import ranges
+from scumble.attacker.adapt.base import again
 from scumble.attacker.errors import AttackError, BudgetExhausted
 from scumble.attacker.observer import Watch
 from scumble.attacker.oracle import Oracle
@@ -60,9 +61,7 @@ class Knockoff:
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise AttackError(f"strategy is {self.strategy!r}; allowed: {', '.join(STRATEGIES)}")
-        check_rounds(self.rounds)
-        if not 0 < self.early <= 1:
-            raise AttackError(f"early is {self.early}; allowed: above 0 to 1")
+        ranges.check(self)
 
     def check(self, budget: int, *, images: bool) -> None:
         """See `Attack`."""

@@ -41,10 +41,8 @@ class MaskSeeking(Knockoff):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.first <= 1 or self.steps < 1:
-            raise AttackError(
-                f"first is {self.first} and steps {self.steps}; allowed: above 0 to 1, 1 and more"
-            )
+        if self.strategy != "random":
+            raise AttackError(f"strategy is {self.strategy!r}; allowed with this attack: 'random'")
 
     def _plan(self, oracle: Oracle, pool: Pool, student: nn.Module) -> Seeker:
         del student

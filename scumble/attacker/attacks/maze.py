@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scumble.attacker import device
-from scumble.attacker.adapt.base import again, check_rounds
+from scumble.attacker import device, ranges
+from scumble.attacker.adapt.base import again
 from scumble.attacker.attacks.data_free import check_budget, make_generator, moments, repeat
 from scumble.attacker.attacks.zeroth import ask, default_step, estimate
 from scumble.attacker.generators import Generator, images, noise
@@ -68,6 +68,9 @@ class Maze:
     views: int = 20
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        ranges.check(self)
+
     @property
     def cost(self) -> int:
         """Queries of one iteration."""
@@ -77,7 +80,6 @@ class Maze:
         """See `Attack`."""
         del images
         check_budget("maze", budget, self.cost)
-        check_rounds(self.rounds)
 
     def __call__(self, oracle: Oracle, student: nn.Module, pool: Pool | None, watch: Watch) -> None:
         """See `Attack`; `pool` is not used."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from scumble import defenses
-from scumble.attacker.adapt import MODIFIERS, apply, make
+from scumble.attacker.adapt import KEEP, MODIFIERS, apply, check_again, make
 from scumble.attacker.adapt.base import again
 from scumble.attacker.adapt.diluted import DilutedOracle
 from scumble.attacker.adapt.paced import PacedOracle
@@ -548,6 +548,48 @@ def test_what_is_withheld_is_discarded():
 def test_a_mask_needs_the_undefended_service():
     with pytest.raises(AttackError, match="oracle_mask needs the undefended service"):
         make("oracle_mask")(Service(), network(10))
+
+
+@pytest.mark.parametrize("clean", ["http://192.0.2.1:8000", "https://example.com", "ftp://x", "?"])
+def test_the_truth_is_asked_of_this_machine_alone(clean):
+    """The consent that `scumble attack` checks was given for another address."""
+    with pytest.raises(AttackError, match=r"must be a service on this machine|the URL"):
+        make("oracle_mask", clean=clean)
+    assert make("oracle_mask", clean="http://localhost:8000").clean == "http://localhost:8000"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "allowed without them: 0"),
+        (["argmax", "average"], "allowed without them: 0"),
+        (["invert", "average"], "average comes after them; allowed: before them"),
+        (["invert", "margin_filter", "diluted"], "diluted comes after them"),
+        (["invert"], None),
+        (["diluted", "average", "modelguard", "argmax"], None),
+        (["FILE.py:Mine", "average"], None),
+    ],
+)
+def test_whether_answers_can_be_mapped_again_is_known_before_they_are_paid_for(names, message):
+    if message is None:
+        check_again(names)
+    else:
+        with pytest.raises(AttackError, match=message):
+            check_again(names)
+
+
+def test_what_is_known_before_is_what_happens():
+    for kept in KEEP:
+        for other in set(MODIFIERS) - {*KEEP, "recover", "oracle_mask", "diluted"}:
+            chain = apply([kept, other], Service(budget=1000), network(10))
+            chain(images(3))
+            try:
+                check_again([kept, other])
+            except AttackError:
+                with pytest.raises(AttackError, match="rounds needs answers"):
+                    again(chain, images(3))
+            else:
+                again(chain, images(3))
 
 
 def test_diluted_queries_are_a_share_of_all_and_only_they_are_answered():

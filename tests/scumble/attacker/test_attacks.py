@@ -519,11 +519,41 @@ def test_generators_fill_the_whole_image(shape):
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("knockoff", {"ask": 0}, "ask is 0; allowed: 1 and more"),
+        ("knockoff", {"curve": (0.1, 2)}, "curve is 2; allowed: above 0 to 1"),
+        ("knockoff", {"early": 0}, "early is 0; allowed: above 0 to 1"),
+        ("knockoff", {"rounds": -1}, "rounds is -1; allowed: 0 and more"),
+        ("dfme", {"batch": -16}, "batch is -16; allowed: 2 and more"),
+        ("dfme", {"directions": 0}, "directions is 0; allowed: 1 and more"),
+        ("dfme", {"lr_s": np.nan}, "lr_s is nan; allowed: more than 0"),
+        ("dfme", {"step": -1}, "step is -1; allowed: 0 and more"),
+        ("dfme", {"width": 0}, "width is 0; allowed: 1 and more"),
+        ("maze", {"memory": 0}, "memory is 0; allowed: 1 and more"),
+        ("maze", {"views": -1}, "views is -1; allowed: 1 and more"),
+        ("jbda", {"lam": np.nan}, "lam is nan; allowed: 0 to 1"),
+        ("jbda", {"seeds": 1}, "seeds is 1; allowed: 2 and more"),
+        ("mask_seeking", {"first": 0}, "first is 0; allowed: above 0 to 1"),
+        ("mask_seeking", {"strategy": "adaptive"}, "strategy is 'adaptive'; allowed with this"),
+        ("coverage", {"candidates": 0}, "candidates is 0; allowed: 1 and more"),
+        ("fixmatch", {"threshold": 1}, "threshold is 1; allowed: above 0 to less than 1"),
+        ("fixmatch", {"fitting": Fitting(mixup=0.2)}, "mixup is 0.2; allowed in fixmatch: 0"),
+        ("ideal", {"s_steps": 0}, "s_steps is 0; allowed: 1 and more"),
+        ("disguide", {"spread": np.nan}, "spread is nan; allowed: 0 and more"),
+    ],
+)
+def test_an_attack_says_what_it_takes(name, change, message):
+    with pytest.raises(AttackError, match=message):
+        replace(make(name), **change)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"loss": "hinge"}, "loss is 'hinge'; allowed: soft, centred"),
         ({"augment": "x"}, "augment is 'x'; allowed: none"),
-        ({"epochs": 0}, "epochs is 0; allowed: more than 0"),
+        ({"epochs": 0}, "epochs is 0; allowed: 1 and more"),
     ],
 )
 def test_a_fitting_says_what_it_takes(change, message):

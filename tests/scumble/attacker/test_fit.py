@@ -1,5 +1,6 @@
 """The fit of a copy: its losses, and what makes it stronger."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -132,12 +133,26 @@ def test_mixed_images_keep_more_of_themselves_than_of_the_other():
         ({"holdout": 1}, "holdout is 1; allowed: 0 to less than 1"),
         ({"mixup": -1}, "mixup is -1; allowed: 0 and more"),
         ({"patience": 2}, "patience is 2; allowed with a holdout"),
+        ({"batch": 1}, "batch is 1; allowed: 2 and more"),
+        ({"epochs": 0}, "epochs is 0; allowed: 1 and more"),
+        ({"lr": 0}, "lr is 0; allowed: more than 0"),
+        ({"lr": math.inf}, "lr is inf; allowed: more than 0"),
+        ({"lr": math.nan}, "lr is nan; allowed: more than 0"),
+        ({"weight_decay": -5}, "weight_decay is -5; allowed: 0 and more"),
+        ({"mixup": math.nan}, "mixup is nan; allowed: 0 and more"),
+        ({"ema": 1}, "ema is 1; allowed: 0 to less than 1"),
+        ({"warmup": 2}, "warmup is 2; allowed: 0 to 1"),
         ({"smoothing": 0.1, "loss": "centred"}, "allowed with the loss centred: 0"),
     ],
 )
 def test_a_fit_that_makes_no_sense_is_refused(change, message):
     with pytest.raises(AttackError, match=message):
         replace(FIT, **change)
+
+
+def test_a_holdout_leaves_something_to_learn():
+    with pytest.raises(AttackError, match="leaves 1 of 20 answers to learn; at least 2 needed"):
+        fitted(replace(FIT, holdout=0.95), n=20)
 
 
 def test_layers_work_in_bfloat16_only_where_that_is_fast():

@@ -197,6 +197,22 @@ def test_a_finished_or_other_run_is_not_overwritten(serve, folder, tmp_path):
         (["--set", "invert.beta=1"], "unknown name 'invert' in --set; allowed: attack, fit"),
         (["--adapt", "top_k", "--set", "top_k.n=1"], "top_k has no parameter 'n'; allowed: k"),
         (["--test", "nowhere"], "no data set 'nowhere'"),
+        (["--test", "strokes"], "strokes has no labels; allowed to measure on: labelled images"),
+        (["--queries", "strokes[5:3]"], "'strokes[5:3]' has no images: strokes has 100000"),
+        (["--queries", "digits[5:5]"], "'digits[5:5]' has no images"),
+        (["--queries", ""], "data set is ''; allowed: NAME[:PART]"),
+        (["--set", "attack.seed=5"], "attack.seed is set by --seed alone"),
+        (["--set", "fit.seed=5"], "fit.seed is set by --seed alone"),
+        (["--set", "fit.lr=NaN"], "lr is nan; allowed: more than 0"),
+        (["--set", "attack.rounds=2"], "attack.rounds needs answers that can be given again"),
+        (["--set", "attack.rounds=2", "--adapt", "invert,average"], "average comes after them"),
+        (["--adapt", "diluted"], "diluted needs what honest clients send"),
+        (["--adapt", "diluted", "--set", "diluted.benign=5"], "benign must be text, got 5"),
+        (["--adapt", "diluted", "--set", "diluted.benign=nowhere"], "no data set 'nowhere'"),
+        (
+            ["--adapt", "oracle_mask", "--set", "oracle_mask.clean=http://192.0.2.1"],
+            "clean must be a service on this machine, got 'http://192.0.2.1'",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_is_asked(
@@ -225,6 +241,20 @@ def test_a_data_free_attack_needs_no_images_and_others_say_so(serve, folder, tmp
     done = CliRunner().invoke(main, [*words, "--out", str(tmp_path), "--no-progress"])
     assert done.exit_code == 1
     assert "give a data set with --queries" in done.output
+
+
+def test_the_data_folder_of_the_run_is_that_of_its_modifiers(tmp_path):
+    job = Job("http://localhost", "knockoff", 10, test="x", adapt=("diluted",), root=tmp_path)
+    assert configure(job)[1][0].root == str(tmp_path)
+    job = replace(job, changes=("diluted.root=other", "diluted.benign=mnist"))
+    assert configure(job)[1][0].root == "other"
+
+
+@pytest.mark.parametrize("option", [["--seed", "-1"], ["--seed", "99999999999999999999"]])
+def test_a_seed_has_a_range(option, tmp_path):
+    done = attack("http://127.0.0.1:9", tmp_path, tmp_path / "out", "knockoff", *option)
+    assert done.exit_code == 2
+    assert "is not in the range" in done.output
 
 
 def test_changes_reach_attack_fit_and_modifiers():
@@ -320,7 +350,10 @@ def test_a_pool_has_the_victims_shape(shape, channels):
 
 def test_names_choose_the_part_of_a_data_set(folder, tmp_path):
     assert len(data(str(folder), "test", None)) == 120
-    assert len(data(str(folder), "test", None, limit=7)) == 7
+    some = data(str(folder), "test", None, limit=7)  # sorted by class, so not the first ones
+    assert (len(some), len(set(some.labels))) == (7, 4)
+    first = data("digits:test", "test", None, limit=7)
+    np.testing.assert_array_equal(first.images, data("digits:test", "test", None).images[:7])
 
 
 TEMPLATE = """

@@ -65,6 +65,30 @@ def test_it_may_import_what_lies_beside_it_and_each_file_has_its_own_neighbours(
     assert not {"helper", "parts", "parts.more", "plain", "plain.more"} & set(sys.modules)
 
 
+def test_it_may_be_part_of_a_package(tmp_path):
+    """Relative and absolute imports; another package of the same name is another one."""
+    found = []
+    for share in (0.25, 0.5):
+        package = tmp_path / str(share) / "shaken"
+        (package / "core").mkdir(parents=True)
+        (package / "__init__.py").write_text("LOADED = []")
+        (package / "core" / "__init__.py").write_text(f"SHARE = {share}")
+        (package / "more.py").write_text("from . import LOADED\nfrom shaken.core import SHARE")
+        text = QUARTER.replace("share: float = 0.25", "share: float = SHARE")
+        imports = "from ..more import SHARE\nfrom .. import LOADED\nLOADED.append(__name__)\n"
+        (package / "core" / "quarter.py").write_text(f"{imports}{text}")
+        file = f"{package}/core/quarter.py"
+        found.append(make(f"{file}:Quarter").share)
+        loaded = user_file.load(file)
+        assert len(loaded.module.LOADED) == 1
+        names = {source.relative_to(package).as_posix() for source in loaded.sources}
+        assert names == {"__init__.py", "more.py", "core/__init__.py"}
+    assert found == [0.25, 0.5]
+    assert not [name for name in sys.modules if name.partition(".")[0] == "shaken"]
+    with pytest.raises(DefenseError, match="cannot be loaded: FileNotFoundError"):
+        make(f"{package}/core/none.py:X")
+
+
 def test_what_is_no_defense_is_refused(file, tmp_path):
     with pytest.raises(DefenseError, match="has no subclass of Defense named 'Half'"):
         make(f"{file}:Half")
@@ -75,6 +99,9 @@ def test_what_is_no_defense_is_refused(file, tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(DefenseError, match="cannot be loaded: ZeroDivisionError"):
         make(f"{tmp_path}/broken.py:X")
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)")
+    with pytest.raises(DefenseError, match="cannot be loaded: SystemExit: 3"):
+        make(f"{tmp_path}/ends.py:X")
     with pytest.raises(DefenseError, match=r"unknown defense .*or FILE\.py:Class"):
         make("dcb")
 

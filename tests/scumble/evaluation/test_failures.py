@@ -42,6 +42,19 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("agreements", "reason"),
+    [
+        ((0.1,), "the copy is at chance level, of an undefended service"),
+        ((0.1, 0.15), "the copy stays at chance level at all 2 checkpoints"),
+        ((0.1, 0.16), None),
+        ((), None),
+    ],
+)
+def test_a_copy_of_true_answers_has_no_excuse(agreements, reason):
+    assert failure(answers(200), LABELS, curve(*agreements), undefended=True) == reason
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_counts_as_a_failed_attack(case):
     copied, labels, points, reason = CASES[case]

@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing import active_children
 
@@ -200,6 +201,9 @@ def test_so_is_one_that_asks_for_a_key(cell, serve, tmp_path):
         (["--params", '{"beta": 1, "beta": 2}'], "params has 'beta' twice; allowed: once"),
         (["--set", "fit.epochs=1", "--set", "fit.epochs=2"], "fit.epochs is set twice"),
         (["--adapt", "argmax,argmax"], "modifier 'argmax' is given twice"),
+        (["--url", "http://localhost:1", "--defense", "dcp"], "remove --defense and --params"),
+        (["--url", "http://localhost:1", "--params", '{"a": 1}'], "remove --defense and --params"),
+        (["--attack", "guess", "--commands"], "attack is 'guess'; allowed: knockoff"),
         (["--attack", "guess"], "attack is 'guess'; allowed: knockoff, dfme, maze, jbda"),
         (["--url", "http://example.com"], "example.com is not this machine"),
     ],
@@ -361,6 +365,37 @@ def test_commands_are_printed_and_nothing_is_run(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_printed_command_runs_one_cell():
+    words = ["evaluate", "--defense", "dcp", "--params", '{"beta": 1.2}', "--commands"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        again = CliRunner().invoke(main, [*shlex.split(line)[1:], "--commands"])
+        assert again.output.splitlines() == [line]
+
+
+def test_a_record_of_another_model_is_not_taken(tmp_path):
+    one = next(results.CELLS.glob("mnist-float32-dcp-b1.2-g0.2-dfme-s0-*.json"))
+    cell = cell_of(read(one))
+    (tmp_path / one.name).write_bytes(one.read_bytes())
+    assert commands.recorded(tmp_path, cell) == read(one)
+    other = read(one).model_copy(update={"model_sha256": "0" * 64})
+    (tmp_path / one.name).write_text(other.model_dump_json())
+    assert commands.recorded(tmp_path, cell) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(AttackError("why"), ": why"), (KeyError("x"), ": KeyError: 'x'")]
+)
+def test_whatever_a_cell_raises_the_others_go_on(error, said, cell, tmp_path):
+    future, output = Future(), io.StringIO()
+    future.set_exception(error)
+    assert not commands.kept(future, cell, tmp_path, Console(file=output, width=200))
+    assert output.getvalue().endswith(f"{said}\n")
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_plans_have_no_cell_twice(plan):
     keys = [cell.key for cell in PLANS[plan]()]
@@ -463,8 +498,69 @@ def test_cells_without_such_files_keep_the_keys_of_their_records():
         ("nowhere.py:Attack", "nowhere.py cannot be loaded"),
         ("{0}:Nothing", "has no class 'Nothing'"),
         ("{0}:Sharpen", "is not an attack; needed: a dataclass with the field seed"),
+        ("{0}:Silent", "is not an attack; needed: .* the methods check and __call__"),
+        ("{0}:Needy", "cannot be made: TypeError: .* missing 1 required"),
+        ("{0}:Angry", "cannot be made: KeyError: 'no'"),
     ],
 )
 def test_a_file_without_an_attack_is_refused(name, message, theirs):
+    theirs.write_text(f"{THEIRS}{WRONG}")
     with pytest.raises(AttackError, match=message):
         attacks.make(name.format(theirs))
+    with pytest.raises(AttackError, match="profile is 'paper'; allowed with an attack of a file"):
+        attacks.make(f"{theirs}:Half", "paper")
+
+
+WRONG = """
+@dataclass(frozen=True)
+class Silent:
+    seed: int = 0
+
+    def check(self, budget, *, images):
+        pass
+
+
+@dataclass(frozen=True)
+class Needy(Half):
+    power: float = None
+    def __init__(self, power, seed=0):
+        pass
+
+
+@dataclass(frozen=True)
+class Angry(Half):
+    def __post_init__(self):
+        raise KeyError("no")
+
+
+class Plain:
+    def __call__(self, oracle, student):
+        return oracle
+
+
+@dataclass(frozen=True)
+class Cross(Sharpen):
+    def __post_init__(self):
+        raise KeyError("no")
+
+
+class fit(Sharpen):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("adapt", "changes", "message"),
+    [
+        ("{0}:Plain", (), "is not a modifier; needed: a dataclass with the method __call__"),
+        ("{0}:Cross", (), "cannot be made: KeyError: 'no'"),
+        ("{0}:Sharpen", ("Sharpen.power=abc",), "Sharpen.power is 'abc'; allowed: a valid number"),
+        ("{0}:Sharpen,./{0}:Sharpen", (), "'Sharpen' would be two things to --set"),
+        ("{0}:fit", (), "'fit' would be two things to --set"),
+    ],
+)
+def test_a_file_without_a_modifier_is_refused(adapt, changes, message, cell, theirs):
+    theirs.write_text(f"{THEIRS}{WRONG}")
+    names = tuple(adapt.format(theirs).split(","))
+    with pytest.raises(AttackError, match=message):
+        checks.check_settings([replace(cell, adapt=names, changes=(*SMALL, *changes))])
