@@ -136,6 +136,11 @@ def run(
     """
     clock, started = time.perf_counter(), datetime.now(UTC)
     attack, modifiers = configure(job)
+    files = {
+        file: digest
+        for name in (job.attack, *job.adapt)
+        for file, digest in third_party.hashes(name).items()
+    }
     described = template_transport.load(job.template) if job.template else None
     attack.check(job.budget, images=job.queries is not None)
     require_data(job, modifiers)
@@ -200,11 +205,7 @@ def run(
             transport=oracle.transport.name,
             step=oracle.step,
             seeds={"attack": job.seed, "student": job.seed},
-            files={
-                file: digest
-                for name in (job.attack, *job.adapt)
-                for file, digest in third_party.hashes(name).items()
-            },
+            files=files,
             queries=described_data(own_data) if own_data else None,
             test=described_data(test_data),
             student=described_student(job, student, out / "copy.pt"),

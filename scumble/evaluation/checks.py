@@ -51,7 +51,8 @@ def check_data(cells: Iterable[Cell], root: Path | None) -> None:
     wanted = {}
     for cell in cells:
         diluted = tuple(change for change in cell.changes if change.startswith("diluted."))
-        wanted[cell.test, cell.victim, cell.queries, diluted] = job(cell, "", None, root, 1)
+        sets = cell.test, cell.victim, cell.queries, cell.adapt, diluted
+        wanted[sets] = job(cell, "", None, root, 1)
     for each in wanted.values():
         require_data(each, configure(each)[1])
 

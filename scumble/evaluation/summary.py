@@ -192,7 +192,8 @@ def attacker_of(record: Record) -> str:
     name = short(record.attack.attack.name)
     loss = record.attack.attack.settings.get("fitting", {}).get("loss", "soft")
     if recipe := record.cell.get("recipe"):
-        name += f" ({recipe})"
+        chosen = any(change.startswith("fit.loss=") for change in record.cell["changes"])
+        name += f" ({recipe}, {loss})" if chosen else f" ({recipe})"
     elif loss != "soft":
         name += f" {loss}"
     terms = terms_of(record.cell["queries"] or "")
@@ -202,6 +203,8 @@ def attacker_of(record: Record) -> str:
     elif own_kind(record):
         name += " with images of the victim's kind"
     name = " + ".join([name, *(short(part.name) for part in record.attack.adapt)])
+    if rounds := record.attack.attack.settings.get("rounds"):
+        name += f" in {rounds} rounds"
     return f"{name} with {repeated}" if (repeated := setting(record)) else name
 
 

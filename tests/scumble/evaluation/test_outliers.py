@@ -49,12 +49,13 @@ def test_drawn_outliers_are_behind_those_that_attackers_get_by_name(name):
 
 
 def test_the_pools_of_the_plans_are_known():
-    assert {OUTLINED, LARGER, "strokes"} <= outliers.pools("mnist")
+    assert {OUTLINED, LARGER, "strokes", "strokes[:60000]"} <= outliers.pools("mnist")
     assert outliers.pools("gtsrb") == {
         "cifar10",
         "cifar10,cifar10@outlines",
         "cifar10[:10000],cifar10@outlines[10000:20000]",
         "shapes",
+        "shapes[:60000]",
     }
     assert not outliers.pools("cifar10")
 

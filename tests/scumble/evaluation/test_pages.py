@@ -350,8 +350,11 @@ def test_tables_mark_a_failed_attack(table):
 def test_a_line_is_marked_by_its_record_or_by_the_curve_of_an_old_one():
     records = [record for record in load(results.CELLS) if record.attack.attack.name == "dfme"]
     defended = [one for one in records if one.cell["defense"]["name"] == "dcp"]
-    flat = [one for one in defended if not one.cell["adapt"]]
+    plain = [one for one in defended if not one.cell["adapt"]]
+    flat = [one for one in plain if one.attack_failed is None]
+    assert flat
     assert all(one.failed == FAILED for one in summarise(flat))
+    assert all(one.failed for one in summarise(plain))
     inverting = [one for one in defended if one.cell["adapt"]]
     assert [one.failed for one in summarise(inverting)] == [None]
     free = [one for one in records if one.cell["defense"]["name"] == "none"]
@@ -416,7 +419,12 @@ def test_the_line_of_own_images_stands_in_every_plot(name):
     ("cell", "name", "own"),
     [
         ({}, "knockoff", False),
-        ({"recipe": "mnist-labels"}, "knockoff (mnist-labels)", False),
+        ({"recipe": "mnist-labels", "changes": []}, "knockoff (mnist-labels)", False),
+        (
+            {"recipe": "gtsrb-mixed", "changes": ["attack.curve=[]", "fit.loss=soft"]},
+            "knockoff (gtsrb-mixed, soft)",
+            False,
+        ),
         (
             {"queries": "fashion_mnist[:9],fashion_mnist@outlines[9:]"},
             "knockoff from fashion_mnist, fashion_mnist@outlines",
@@ -444,3 +452,8 @@ def test_attackers_are_named_by_what_makes_them_different(cell, name, own):
     )
     record = plain.model_copy(update={"cell": {**plain.cell, **cell}})
     assert (attacker_of(record), own_kind(record)) == (name, own)
+
+
+def test_rounds_of_inversion_are_part_of_the_name():
+    (iterated,) = (one for one in load(results.CELLS) if one.attack.attack.settings.get("rounds"))
+    assert attacker_of(iterated) == "knockoff (mnist-soft) from strokes + invert in 2 rounds"

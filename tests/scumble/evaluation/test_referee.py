@@ -462,6 +462,7 @@ def test_attacks_and_modifiers_of_others_run_and_their_files_are_in_the_record(
     assert record.attack.adapt[0].settings == {"power": 3.0}
     names = ("mine.py", "helper.py", "parts/__init__.py", "parts/powers.py")
     assert set(record.cell["files"]) == {str(theirs.parent / name) for name in names}
+    assert record.attack.files == record.cell["files"]
     assert "-Half-" in hashed.key
 
 
