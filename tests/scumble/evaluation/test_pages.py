@@ -372,6 +372,14 @@ def test_an_attacker_with_images_of_the_victims_kind_is_a_line_of_its_own():
     assert claim(lines, {}) == claim(LINES, {})
 
 
+def test_no_row_of_a_plot_is_empty():
+    axis = Figure().subplots()
+    lines = [line(WITHHOLD, "knockoff (mnist-mixed)", 0.98), line(NONE, "knockoff", 0.6)]
+    PLOTS["defenses"].panel(axis, lines, [str(one.defense) for one in lines])
+    shown = {(float(x), y) for each in axis.lines for x, y in zip(*each.get_data(), strict=True)}
+    assert {(98.0, 0), (60.0, 1)} <= shown
+
+
 def test_rows_of_policies_are_the_same_for_each_precision():
     """The panels share an axis; a policy that was measured in float32 alone must not shift it."""
     lines = [
