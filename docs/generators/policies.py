@@ -18,6 +18,7 @@ import numpy as np
 from app.inference.bundle import Card, open_bundle
 from docs.generators.marks import between
 from scumble.defenses import make
+from scumble.evaluation.claims import tie
 from scumble.evaluation.summary import Line, best, load, summarise
 from scumble.evaluation.tables import markdown
 
@@ -141,10 +142,13 @@ def withheld(lines: Iterable[Line]) -> str:
     gated = {line.victim: line for line in served if line.defense.name == "withhold"}
     gated = {name: gated[name] for name in sorted(gated.keys() & labels)}
     lost = sorted(1 - line.answered for line in gated.values())
-    fall = (f"`{name}` {labels[name].stolen} to {line.stolen}" for name, line in gated.items())
+    copies = (
+        f"`{name}` {labels[name].stolen} and {line.stolen}{tie(line, labels[name])}"
+        for name, line in gated.items()
+    )
     return (
-        f"{lost[0]:.1%} to {lost[-1]:.1%} of own images get no answer; the copy falls from that of "
-        f"labels only: {', '.join(fall)}"
+        f"{lost[0]:.1%} to {lost[-1]:.1%} of own images get no answer; copies from labels only and "
+        f"from these answers: {'; '.join(copies)}"
     )
 
 

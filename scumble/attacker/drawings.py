@@ -1,7 +1,7 @@
 """Pictures that a program draws: transfer sets for attackers who have no others.
 
-Each function draws `n` of them, (n, SIDE, SIDE, 3) uint8. `strokes` look like digits, `shapes` like
-signs; what is in `textures` looks like nothing.
+Each function draws `n` of them, (n, SIDE, SIDE, 3) uint8. `strokes` are what digits are made of,
+`shapes` what signs are; those of `textures` show nothing.
 """
 
 from __future__ import annotations

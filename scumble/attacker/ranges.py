@@ -40,17 +40,19 @@ class Range:
         return f"{first} to {'less than ' if self.below else ''}{self.high:g}"
 
 
-COUNT, PAIR, NONE_TOO = Range(1), Range(2), Range(0)
-POSITIVE, ANY = Range(0, above=True), Range(0)
+COUNT, PAIR = Range(1), Range(2)
+NOT_NEGATIVE, POSITIVE = Range(0), Range(0, above=True)
 SHARE, PART, REST = Range(0, 1), Range(0, 1, above=True), Range(0, 1, below=True)
 RANGES: dict[str, Range] = {
     # Batch norm needs two images.
     **dict.fromkeys(("batch", "seeds"), PAIR),
     **dict.fromkeys(("epochs", "ask", "steps", "candidates", "mu", "views"), COUNT),
     **dict.fromkeys(("g_steps", "s_steps", "directions", "width", "nz", "memory"), COUNT),
-    **dict.fromkeys(("rounds", "replays", "patience"), NONE_TOO),
+    **dict.fromkeys(("rounds", "replays", "patience"), NOT_NEGATIVE),
     **dict.fromkeys(("lr", "lr_s", "lr_g"), POSITIVE),
-    **dict.fromkeys(("step", "weight_decay", "weight", "spread", "difference", "mixup"), ANY),
+    **dict.fromkeys(
+        ("step", "weight_decay", "weight", "spread", "difference", "mixup"), NOT_NEGATIVE
+    ),
     **dict.fromkeys(("warmup", "lam", "milestones"), SHARE),
     **dict.fromkeys(("first", "early", "curve", "decay"), PART),
     **dict.fromkeys(("ema", "smoothing", "noise", "holdout"), REST),

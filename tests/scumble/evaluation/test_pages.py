@@ -463,5 +463,5 @@ def test_attackers_are_named_by_what_makes_them_different(cell, name, own):
 
 
 def test_rounds_of_inversion_are_part_of_the_name():
-    (iterated,) = (one for one in load(results.CELLS) if one.attack.attack.settings.get("rounds"))
-    assert attacker_of(iterated) == "knockoff (mnist-soft) from strokes + invert in 2 rounds"
+    one = next(one for one in load(results.CELLS) if one.attack.attack.settings.get("rounds") == 2)
+    assert attacker_of(one).endswith(" + invert in 2 rounds")
