@@ -14,6 +14,7 @@ from app.precision import Precision
 
 LOSS = "0.02"  # of own images: the column of the card's report that decides on `withhold`
 CAUGHT = 0.5  # of each foreign set; a gate that lets more pass hinders attackers little
+WORTH = 0.02  # of accuracy by which a copy must fall; two copies of one seed differ by less
 # Parameters where the card recommends none.
 DEFAULTS: dict[str, dict[str, Any]] = {"dcp": {"beta": 1.2}, "withhold": {"loss": 0.01}}
 
@@ -46,7 +47,7 @@ def policy_presets(card: Card, precision: Precision) -> list[Preset]:
     recommended = names[-1]
     if GATE_FILE.get(precision) in card.files:
         names.append("withhold")
-        if gate_catches(card, precision):
+        if gate_catches(card, precision) and hinders(card):
             recommended = "withhold"
     return [
         Preset(name, card.recommended.get(name, DEFAULTS.get(name, {})), name == recommended)
@@ -64,6 +65,20 @@ def gate_catches(card: Card, precision: Precision) -> bool:
     both = next((each for name, each in measures.items() if name.endswith("+top")), {})
     shares = [both.get(LOSS, {}).get(name, 0.0) for name in report.get("foreign", {})]
     return bool(shares) and min(shares) >= CAUGHT
+
+
+def hinders(card: Card) -> bool:
+    """Whether the best copy measured under `withhold` is worse by `WORTH` than that from labels.
+
+    True where the card has not both. Copies of either precision count: an attacker may get past the
+    gate with images that are unlike the foreign sets.
+    """
+    best: dict[str, float] = {}
+    recommended = card.recommended.get("withhold")
+    for copy in card.copies:
+        if copy.defense == "label" or (copy.defense, copy.params) == ("withhold", recommended):
+            best[copy.defense] = max(copy.copied, best.get(copy.defense, 0.0))
+    return len(best) < 2 or best["label"] - best["withhold"] > WORTH
 
 
 def recommended_policy(card: Card, precision: Precision) -> Preset:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -55,7 +54,7 @@ from scumble.evaluation.plans import PLANS, published
 from scumble.evaluation.record import BadRecord, Record, read
 from scumble.evaluation.referee import PROGRESS, judge
 from scumble.evaluation.repeats import missing
-from scumble.evaluation.summary import summarise
+from scumble.evaluation.summary import marked, summarise
 from scumble.evaluation.tables import ordered
 from scumble.help_option import HELP
 from scumble.progress import from_file
@@ -232,7 +231,7 @@ def evaluate(
             waiting, out, root, finished=len(cells) - len(waiting), jobs=jobs, threads=threads,
             headers=headers, console=console, seconds=until - time.monotonic(),
         )  # fmt: skip
-        waiting = missing(asked, partial(recorded, out)) if repeat else []
+        waiting = missing(asked, compared_record(out, cells)) if repeat else []
         if not waiting or failed or time.monotonic() >= until:
             break
         cells, tried = [*cells, *waiting], tried + len(waiting)
@@ -520,6 +519,16 @@ def recorded(out: Path, cell: Cell) -> Record | None:
     except BadRecord:
         return None
     return record if record.model_sha256 == model_sha256(cell) else None
+
+
+def compared_record(out: Path, cells: Iterable[Cell]) -> Callable[[Cell], Record | None]:
+    """Finds the record of a cell, as `recorded`.
+
+    It counts as failed as well if copies of `cells` at chance level are equal whatever the defense.
+    """
+    records = {cell.key: found for cell in cells if (found := recorded(out, cell)) is not None}
+    known = dict(zip(records, marked(list(records.values())), strict=True))
+    return lambda cell: known.get(cell.key) or recorded(out, cell)
 
 
 def show(records: list[Record], console: Console) -> None:

@@ -6,7 +6,7 @@ The test set is other digits, and MNIST's test images if they are available. The
 `dcp`. It is attacked with answers as they are, under both losses; with labels only, which a defense
 that keeps the label cannot prevent; and by an attacker who knows the defense and inverts it. The
 third server has the policy that is recommended for the model, and is attacked with answers as they
-are, without those that were withheld, and with the labels of the others. Clients have keys: the
+are, under both losses, and with the labels only. Clients have keys: the
 budget of the attacker's key is large enough, that of the visitor's is not.
 
     python -m scumble.evaluation.demo --out runs/demo
@@ -74,9 +74,9 @@ ATTACKS: list[tuple[str, str, tuple[str, ...], tuple[str, ...]]] = [
     ),
     ("recommended", "recommended", (), ("fit.loss=centred",)),
     (
-        "recommended, answered only",
+        "recommended, soft loss",
         "recommended",
-        ("answered",),
+        ("answered",),  # a recommended policy may withhold
         ("fit.loss=soft", "fit.augment=digits"),
     ),
     (
@@ -171,7 +171,7 @@ class ServerFigures:
 @click.option("--undefended", metavar="URL", help="Of a server that runs, with the next two.")
 @click.option("--defended", metavar="URL", help="Of the one with dcp.")
 @click.option(
-    "--recommended", metavar="URL", help="Of the one with withhold.  [default: own servers]"
+    "--recommended", metavar="URL", help="Of the one with codebook.  [default: own servers]"
 )
 @click.option(
     "--i-have-the-owners-consent",
@@ -441,9 +441,7 @@ def show(
     added = {name: f"{side.latency_ms / free - 1:+.1%}" for name, side in served.items()}
     console.print(
         f"{lines[0].queries[0]:,} queries each, counted by the servers as "
-        f"{', '.join('not asked' if n is None else f'{n:,}' for n in counted)}. "
-        f"The recommended policy withholds {served['recommended'].withheld[tests[-1]]:.1%} of the "
-        f"answers to {tests[-1]}.\n"
+        f"{', '.join('not asked' if n is None else f'{n:,}' for n in counted)}.\n"
         f"A request's median latency changes by {added['defended']} (defended) and "
         f"{added['recommended']} (recommended).\n"
         f"{seconds:.0f} s; written: {out / 'demo.json'}, {out / 'demo.png'}"

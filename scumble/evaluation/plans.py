@@ -258,31 +258,33 @@ POOLED = {
     "cifar10": "cifar100",
     "gtsrb": "shapes[:60000]",
 }
-HEADLINE_RIVALS = (
-    *(NONE, LABEL, dcp(1.2), CODEBOOK),
-    *(sigmoid(0.64), within("mad", 0.9), dcp(1.0)),
-)
+# The policies that claims are about, and rivals beside them.
+JUDGED = (NONE, LABEL, dcp(1.2), CODEBOOK, dcp(1.0))
+RIVALS = (sigmoid(0.64), within("mad", 0.9))
 # Models whose gate is attacked; those with outliers were trained for it.
 GATED = {
     "mnist": (WITHHOLD,),
     "cifar10": (WITHHOLD,),
     "gtsrb": (STRICTER,),
     "mnist-outliers": (LABEL, WITHHOLD),
-    "gtsrb-outliers": (LABEL, STRICTER, WITHHOLD),
+    "gtsrb-outliers": (LABEL, WITHHOLD),
 }
 
 
 def strongest() -> Iterator[Cell]:
     """Each headline policy against the best attackers, with a student as large as the victim.
 
-    A seed comes after the other, so that every row is there once before any is there twice; in
-    int8 there is one.
+    A seed comes after the other, so that every row is there once before any is there twice. What
+    claims are about has three; rivals, a second gate of `gtsrb-outliers` and int8 have one.
     """
     for seed in (0, 1, 2):
+        once = RIVALS if seed == 0 else ()
         for victim in SEARCHED:
-            yield from rivals(Cell(victim, seed=seed), HEADLINE_RIVALS)
+            yield from rivals(Cell(victim, seed=seed), (*JUDGED, *once))
         for victim, policies in GATED.items():
             yield from rivals(Cell(victim, test=SETS.get(victim), seed=seed), policies)
+    signs = Cell("gtsrb-outliers", test=SETS["gtsrb-outliers"])
+    yield from rivals(signs, (STRICTER,))
     for victim in SEARCHED:
         yield from rivals(Cell(victim, precision="int8"), (NONE, LABEL, dcp(1.2), CODEBOOK))
     trained = Cell("mnist-outliers", test=SETS["mnist-outliers"], precision="int8")

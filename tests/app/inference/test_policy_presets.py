@@ -4,11 +4,12 @@ import pytest
 
 from app.admin.console.facts import about
 from app.inference.assembly import configure_defense
-from app.inference.bundle import open_bundle
-from app.inference.policy_presets import policy_presets, recommended_policy
+from app.inference.bundle import MeasuredCopy, open_bundle
+from app.inference.policy_presets import WORTH, hinders, policy_presets, recommended_policy
 from app.inference.policy_warnings import REASONS, policy_hint
 from app.settings import default_model_dir, load_settings
 from scumble.defenses import configure
+from scumble.evaluation.claims import TIE
 from scumble.training.policy_table import policies_of
 
 MODELS = default_model_dir()
@@ -34,8 +35,8 @@ def test_console_hint_and_table_recommend_the_same_policy(name, precision):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("mnist", "withhold"),
-        ("mnist-outliers", "withhold"),
+        ("mnist", "codebook"),  # drawn images get past its gate
+        ("mnist-outliers", "codebook"),
         ("gtsrb", "withhold"),
         ("gtsrb-outliers", "withhold"),
         ("cifar10", "codebook"),  # catches 17 % of CIFAR-100 at a loss of 2 %
@@ -43,8 +44,42 @@ def test_console_hint_and_table_recommend_the_same_policy(name, precision):
     ],
 )
 @pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_withhold_is_recommended_where_the_gate_catches_foreign_images(name, expected, precision):
+def test_withhold_is_recommended_where_its_gate_hinders_attackers(name, expected, precision):
     assert recommended_policy(open_bundle(MODELS, name).card, precision).defense == expected
+
+
+@pytest.mark.parametrize(
+    ("withhold", "label", "expected"),
+    [
+        ([], [], True),
+        ([0.3], [], True),
+        ([], [0.6], True),
+        ([0.3], [0.6], True),
+        ([0.57], [0.6], True),
+        ([0.59], [0.6], False),  # a tie
+        ([0.7], [0.6], False),
+        ([0.3, 0.59], [0.6, 0.5], False),  # the best of both precisions counts
+    ],
+)
+def test_a_gate_hinders_if_its_best_copy_is_worse_than_that_from_labels(withhold, label, expected):
+    card = open_bundle(MODELS, "mnist").card
+    params = card.recommended["withhold"]
+    common = {"attacker": "knockoff", "queries": 100, "served": 1.0, "seeds": 1}
+    copies = [
+        MeasuredCopy(precision=precision, defense=name, params=used, copied=copied, **common)
+        for name, used, shares in (
+            ("withhold", params, withhold),
+            ("withhold", {"loss": 0.5}, [0.99]),  # not the recommended one
+            ("label", {}, label),
+            ("none", {}, [0.1]),
+        )
+        for precision, copied in zip(("float32", "int8"), shares, strict=False)
+    ]
+    assert hinders(card.model_copy(update={"copies": copies})) is expected
+
+
+def test_a_worthwhile_difference_is_what_the_results_call_one():
+    assert WORTH == TIE
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -35,8 +35,8 @@ def test_the_demo_steals_from_all_servers(tmp_path):
     assert servers["undefended"]["l1"]["digits"] == 0
     assert servers["defended"]["l1"]["digits"] > 0.5
     withheld = {name: side["withheld"]["digits"] for name, side in servers.items()}
-    assert withheld["undefended"] == withheld["defended"] == 0
-    assert 0 < withheld["recommended"] <= 1 - servers["recommended"]["accuracy"]["digits"]
+    assert set(withheld.values()) == {0}
+    assert 0 < servers["recommended"]["l1"]["digits"] < servers["defended"]["l1"]["digits"]
     assert min(side["latency_ms"] for side in servers.values()) > 0
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.size[0] > 600

@@ -60,6 +60,31 @@ def test_the_next_repeat_is_run_until_one_learns(records, next_ones):
     assert missing([DATA_FREE], lambda cell: records.get(cell.key)) == next_ones
 
 
+CHANCE = {"label": 0.098, "dcp": 0.098, "codebook": 0.098, "mad": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("defenses", "repeated"),
+    [
+        (["label", "dcp", "codebook", "mad"], ["label", "dcp", "codebook"]),
+        (["label", "dcp", "mad"], []),
+    ],
+)
+def test_copies_at_chance_level_that_are_equal_over_defenses_are_repeated(
+    defenses, repeated, tmp_path
+):
+    one = read(next(CELLS.glob("mnist-float32-dcp-b1.2-g0.2-knockoff-s0-*.json")))
+    cells = [replace(CELL, defense=Defended(name)) for name in defenses]
+    for cell in cells:
+        scores = one.attack.scores.model_copy(update={"accuracy": CHANCE[cell.defense.name]})
+        attack = one.attack.model_copy(update={"scores": scores})
+        new = one.model_copy(update={"cell": cell.described(), "attack": attack})
+        (tmp_path / f"{cell.key}.json").write_text(new.model_dump_json())
+    found = missing(cells, commands.compared_record(tmp_path, cells))
+    assert [cell.defense.name for cell in found] == repeated
+    assert {cell.changes for cell in found} <= {("fit.lr=0.0003",)}
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_no_cell_of_a_plan_looks_like_a_repeat(plan):
     changes = [change for cell in PLANS[plan]() for change in cell.changes]
@@ -83,7 +108,13 @@ def test_evaluate_goes_on_until_an_attack_learns(learned, words, tried, tmp_path
             change = (*cell.changes, "")[0]
             asked.append(change)
             reason = None if change and change == learned else "one class"
-            new = read(one).model_copy(update={"cell": cell.described(), "attack_failed": reason})
+            record = read(one)
+            # The curve of one that failed stays at chance level.
+            curve = record.attack.curve if reason else ()
+            attack = record.attack.model_copy(update={"curve": curve})
+            new = record.model_copy(
+                update={"cell": cell.described(), "attack": attack, "attack_failed": reason}
+            )
             (out / f"{cell.key}.json").write_text(new.model_dump_json())
         return 0
 

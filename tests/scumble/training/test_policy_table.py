@@ -72,7 +72,8 @@ def test_the_policies_are_the_served_one_the_recommended_one_and_dcp(models):
 
 def test_a_calibrated_bundle_has_its_withheld_answers_counted(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(encoded(picture(28, 28, "L")))  # noise is not a digit
-    show_folder(settings_of(default_model_dir(), "mnist", precision="int8"), tmp_path)
+    settings = settings_of(default_model_dir(), "mnist", precision="int8", defense="withhold")
+    show_folder(settings, tmp_path)
     found = rows(capsys.readouterr().out)
     assert found["Withhold(on='both', loss=0.01,"][:2] == ("0.00%", "100.00%")
 
