@@ -5,7 +5,8 @@
 The validation victim has the architecture of the included one, another seed, and half of the
 training images. Every candidate gets the same number of image passes and a student as large as the
 victim. From labels, transfer sets are compared with one fit, then the other fits on the best set;
-at last the best fit with the losses that read probabilities, from the clean answers.
+at last the best fit with the losses that read probabilities, from the clean answers and from those
+of a codebook, whose levels are not those of the network: the kind `mixed`.
 `OUT/<victim>.json` has all of them, in the order in which they were tried. `recipes.toml` takes the
 best of each kind.
 """
@@ -30,12 +31,14 @@ from scumble.attacker.pool import Pool, pool
 from scumble.attacker.students import Fitting, fit, predict
 from scumble.attacker.transports import Probs
 from scumble.data.image_sets import Dataset, load
+from scumble.defenses.codebook import Codebook
 from scumble.machine import keep_freed_memory, processor
-from scumble.training import train
+from scumble.training import codebook, train
 from scumble.training.auxiliary import TRANSFER
 from scumble.training.command_options import plain_errors
 
 TEST = 2_000
+CELLS = 4  # of the codebook
 SEED = 1000  # of the validation victim
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "gtsrb": (3, 32, 32)}
 ADAMW = Fitting(loss="ce")
@@ -128,7 +131,8 @@ class Search:
         yield from self._tried([("labels", best, each, ways[each]) for each in others])
         how = Fitting(**self._best("labels")["fit"])
         losses = {name: replace(how, loss=name, smoothing=0.0) for name in ("soft", "centred")}
-        yield from self._tried([("soft", best, each, losses[each]) for each in losses])
+        for kind in ("soft", "mixed"):
+            yield from self._tried([(kind, best, each, losses[each]) for each in losses])
 
     def _best(self, kind: str) -> dict[str, Any]:
         return max(
@@ -144,9 +148,17 @@ class Search:
             known = (each for each in self.known if row.items() <= each.items())
             if (found := next(known, None)) is None:
                 asked = pool(transfer.data(terms, "train", self._root), SHAPES[self._victim])
-                found = row | self._copied(asked, predict(self._net, asked.images), how)
+                answers = predict(self._net, asked.images)
+                answers = self._coarse(answers) if kind == "mixed" else answers
+                found = row | self._copied(asked, answers, how)
             self.log.append(found)
             yield found
+
+    def _coarse(self, answers: Probs) -> Probs:
+        """Answers (N, K) as a codebook gives them that is fitted to those on the test images."""
+        truth = self._truth.astype(np.float64)
+        cells = codebook.classwise(truth, CELLS) or codebook.pooled(truth, CELLS)
+        return Codebook(cells=CELLS, stored=cells)(answers, None)
 
     def _copied(self, asked: Pool, answers: Probs, how: Fitting) -> dict[str, Any]:
         """What one candidate cost, and the agreement of its copy."""

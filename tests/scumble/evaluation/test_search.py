@@ -51,7 +51,8 @@ def test_every_candidate_gets_the_same_effort_and_is_in_the_log(log):
     assert [row["transfer set"] for row in labels[: len(sets)]] == list(sets)
     assert {row["candidate"] for row in labels[: len(sets)]} == {first}
     assert [row["candidate"] for row in labels[len(sets) :]] == others
-    assert [row["candidate"] for row in rows[len(labels) :]] == ["soft", "centred"]
+    assert [row["candidate"] for row in rows[len(labels) :]] == 2 * ["soft", "centred"]
+    assert [row["kind"] for row in rows[len(labels) :]] == 2 * ["soft"] + 2 * ["mixed"]
     assert all(0 <= row["agreement"] <= 1 and row["seconds"] > 0 for row in rows)
     assert log["victim"]["seed"] == search.SEED
 
@@ -86,7 +87,7 @@ def test_a_transfer_set_has_as_many_images_as_queries(victim):
         assert sum(int(last) - int(first or 0) for first, last in parts) == 20, name
 
 
-@pytest.mark.parametrize("kind", ["soft", "labels"])
+@pytest.mark.parametrize("kind", ["soft", "labels", "mixed"])
 @pytest.mark.parametrize("victim", SHAPES)
 def test_recipes_are_what_the_committed_search_found(victim, kind):
     rows = json.loads((LOGS / f"{victim}.json").read_text())["candidates"]
