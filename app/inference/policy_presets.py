@@ -14,7 +14,7 @@ from app.precision import Precision
 
 LOSS = "0.02"  # of own images: the column of the card's report that decides on `withhold`
 CAUGHT = 0.5  # of each foreign set; a gate that lets more pass hinders attackers little
-WORTH = 0.02  # of accuracy by which a copy must fall; two copies of one seed differ by less
+WORTH = 0.02  # of accuracy by which a copy must fall; less is a tie
 # Parameters where the card recommends none.
 DEFAULTS: dict[str, dict[str, Any]] = {"dcp": {"beta": 1.2}, "withhold": {"loss": 0.01}}
 
@@ -26,7 +26,7 @@ class Preset:
     Attributes:
         defense: name of the defense.
         params: of the defense.
-        recommended: whether `docs/explanation/results.md` recommends it for what the bundle has.
+        recommended: whether it is the one of `recommended_policy`.
     """
 
     defense: str
@@ -35,7 +35,7 @@ class Preset:
 
 
 def policy_presets(card: Card, precision: Precision) -> list[Preset]:
-    """The policies that the bundle can serve, from the least protection to the most.
+    """The policies that the bundle can serve.
 
     Args:
         card: of the model.

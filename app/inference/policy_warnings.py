@@ -19,8 +19,8 @@ from scumble.defenses.none import NoDefense
 from scumble.defenses.withhold import Withhold
 
 REASONS = {
-    "withhold": "withhold keeps the label and a confidence, and gives no answer to images unlike "
-    "your own, which copies need",
+    "withhold": "withhold keeps the label and a confidence, and gives no answer to most images "
+    "unlike your own; drawn ones may pass",
     "codebook": "codebook keeps the label and a confidence, and nothing can be recovered from it",
     "label": "label keeps the label; after scumble calibrate, codebook keeps a confidence as well",
 }
@@ -82,8 +82,8 @@ def policy_hint(card: Card, precision: Precision, defense: defenses.Defense) -> 
         return "scumble calibrate fits withhold, which gives no answer to images unlike your own"
     if not card.auxiliary.get("gate", {}).get("foreign"):
         return (
-            "scumble calibrate --foreign SET tells whether withhold, which gives no answer to "
-            "images unlike your own, is worth it"
+            "scumble calibrate --foreign SET tells how many foreign images get no answer from "
+            "withhold"
         )
     return None
 

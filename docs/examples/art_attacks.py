@@ -63,6 +63,7 @@ class ArtKnockoffNets:
             batch_size_query=1024,
             nb_epochs=self.epochs,
             nb_stolen=budget,
+            use_probability=True,  # as the paper has it; ART's default is labels
             verbose=False,
         )
         attack.extract(pool.images, thieved_classifier=art.copy(student, oracle, self.lr))

@@ -79,13 +79,14 @@ def table(
             "training on the labels",
         ),
         (
-            "KnockoffNets and DFME as published, with answers used as they are; comparison with "
-            "the paper",
+            "KnockoffNets with answers used as they are; comparison with the paper (DFME: not "
+            "measured)",
             label,
             "10 to 43",
             f"[`dcp`]({PAGE}#dcp) with beta 1.2",
             f"L1 {demo['servers']['defended']['l1']['mnist']:.2f} `mnist`: the confidence is "
-            f"useless; the copy falls from {copies['undefended']} to {copies['defended']}",
+            f"useless; the copy falls from {copies['undefended, soft loss']} to "
+            f"{copies['defended, soft loss']} with the paper's loss",
             "[attackers who adapt](docs/explanation/demo.md): labels only "
             f"{copies['defended, labels only']}, inverted {copies['defended, inverted']}",
         ),

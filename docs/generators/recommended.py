@@ -35,7 +35,7 @@ def recommended() -> dict[str, dict[str, dict[str, Any]]]:
 def withhold_params(lines: Iterable[Line]) -> dict[str, dict[str, Any]]:
     """By bundle: of the measured losses of at most `LOSS`, the one with the least accurate copy."""
     found: dict[str, Line] = {}
-    for line in best(line for line in lines if line.recipe):
+    for line in best(line for line in lines if line.tuned):
         if line.defense.name == "withhold" and line.defense.params["loss"] <= LOSS:
             known = found.setdefault(line.victim, line)
             found[line.victim] = min(known, line, key=lambda each: each.stolen.mean)

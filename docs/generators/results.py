@@ -41,7 +41,7 @@ BENCH = DOCS / "results" / "records" / "bench.json"
 def results(records: list[Record], bench: Bench) -> str:
     """The whole page."""
     lines = ordered(summarise(records))
-    plain = [line for line in lines if line.recipe is None]
+    plain = [line for line in lines if not line.tuned]
     parts = [
         (HERE / "results.head.md").read_text().rstrip(),
         "## What held, what did not",
@@ -54,7 +54,7 @@ def results(records: list[Record], bench: Bench) -> str:
         policies(lines),
         (HERE / "results.strong.md").read_text().rstrip(),
         strong(lines),
-        "## Every defense against every attacker",
+        "## Defenses against attackers",
         "Accuracy of the copy on the victim's test set; the best of these attackers is bold.",
         *(part for group in groups(plain) for part in (heading(group[0]), compared(group))),
         "## Latency",
@@ -116,7 +116,7 @@ def victims(lines: Iterable[Line]) -> list[str]:
 
 def plots(lines: Iterable[Line], victim: str) -> dict[str, Plot]:
     """Of a victim; where only attackers with recipes were run, that over the answers."""
-    plain = any(line.victim == victim and line.recipe is None for line in lines)
+    plain = any(line.victim == victim and not line.tuned for line in lines)
     return PLOTS if plain else {"answers": PLOTS["answers"]}
 
 

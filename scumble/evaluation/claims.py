@@ -77,9 +77,9 @@ def labels_only(lines: Iterable[Line]) -> Line | None:
 def labels_of_same_effort(line: Line, group: list[Line]) -> Line | None:
     """The most accurate copy made of labels alone, by an attacker who tried no harder.
 
-    Copies with a recipe count only beside a line that has one.
+    Tuned copies count only beside a line that is.
     """
-    return labels_only(other for other in group if line.recipe or not other.recipe)
+    return labels_only(other for other in group if line.tuned or not other.tuned)
 
 
 def strongest(lines: Iterable[Line]) -> Line | None:
@@ -415,9 +415,7 @@ def advice(lines: list[Line]) -> list[Advice]:
     for victim in dict.fromkeys(line.victim for line in lines):
         own = [line for line in lines if line.victim == victim]
         references: dict[tuple[str, bool], Line | None] = {
-            (line.precision, bool(line.recipe)): labels_only(
-                o for o in group if bool(o.recipe) == bool(line.recipe)
-            )
+            (line.precision, line.tuned): labels_only(o for o in group if o.tuned == line.tuned)
             for group in groups(own)
             for line in group
         }
@@ -430,7 +428,7 @@ def advice(lines: list[Line]) -> list[Advice]:
             worked = [line for line in at if line.failed is None and not line.own_kind]
             for attacker in dict.fromkeys(line.attacker for line in worked):
                 by = [line for line in worked if line.attacker == attacker]
-                places = [place(o, references[o.precision, bool(o.recipe)]) for o in by]
+                places = [place(o, references[o.precision, o.tuned]) for o in by]
                 found_at = (
                     held if all(n < 0 for n in places) else broken if max(places) > 0 else ties
                 )

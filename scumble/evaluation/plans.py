@@ -246,7 +246,7 @@ ITERATED = (
 )
 
 
-# The best transfer set of 20,000 images that the search for recipes found, by victim.
+# The best transfer set that the search for recipes found, by victim.
 SEARCHED = {
     "mnist": "strokes",
     "cifar10": "cifar100",

@@ -51,6 +51,7 @@ class Line:
         own_kind: whether the attacker had images of the victim's own kind. No defense can stop such
             an attacker, so this line is never the best of all attackers.
         recipe: settings of the copy that stand in `recipes.toml`, if any.
+        made_set: whether the transfer set was drawn by a program, changed or put together.
         setting: with which this attack repeats one that failed, such as `lr_s 0.01`.
         repeated: if the attack failed, with which settings it was repeated, in words.
         answered: share of honest users' answers that were not withheld.
@@ -85,6 +86,7 @@ class Line:
     failed: str | None = None
     own_kind: bool = False
     recipe: str | None = None
+    made_set: bool = False
     setting: str = ""
     repeated: str = ""
     answered: float = 1.0
@@ -97,6 +99,11 @@ class Line:
     def model(self) -> tuple[str, str]:
         """Victim and precision."""
         return self.victim, self.precision
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the attacker chose more than the published attack and its transfer set."""
+        return self.recipe is not None or self.made_set
 
     @property
     def lost(self) -> float:
@@ -196,9 +203,9 @@ def attacker_of(record: Record) -> str:
         name += f" ({recipe}, {loss})" if chosen else f" ({recipe})"
     elif loss != "soft":
         name += f" {loss}"
-    terms = terms_of(record.cell["queries"] or "")
-    made = [f"{term}@{variant}" if variant else term for term, variant in terms]
-    if len(made) > 1 or any(variant or term in POOLS for term, variant in terms):
+    if made_set(record):
+        terms = terms_of(record.cell["queries"])
+        made = [f"{term}@{variant}" if variant else term for term, variant in terms]
         name += f" from {', '.join(dict.fromkeys(made))}"
     elif own_kind(record):
         name += " with images of the victim's kind"
@@ -206,6 +213,12 @@ def attacker_of(record: Record) -> str:
     if rounds := record.attack.attack.settings.get("rounds"):
         name += f" in {rounds} rounds"
     return f"{name} with {repeated}" if (repeated := setting(record)) else name
+
+
+def made_set(record: Record) -> bool:
+    """Whether the transfer set is more than a data set as it is."""
+    terms = terms_of(record.cell["queries"] or "")
+    return len(terms) > 1 or any(variant or term in POOLS for term, variant in terms)
 
 
 def own_kind(record: Record) -> bool:
@@ -257,6 +270,7 @@ def _line(group: list[Record], cells: list[dict[str, Any]]) -> Line:
         failed=next((one.attack_failed for one in group if one.attack_failed), None),
         own_kind=own_kind(group[0]),
         recipe=cell.recipe,
+        made_set=made_set(group[0]),
         setting=setting(group[0]),
         repeated=next((repeats(one, cells) for one in group if one.attack_failed), ""),
         answered=fmean(record.served.answered for record in group),

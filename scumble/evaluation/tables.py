@@ -144,7 +144,7 @@ def strong(lines: Iterable[Line]) -> str:
     head = ["victim", "policy", "attacker", "queries", "answered", "bits", "copy", "minutes"]
     lines = list(lines)
     strongest = best(lines)
-    judged = {(*line.model, str(line.defense)) for line in lines if line.recipe}
+    judged = {(*line.model, str(line.defense)) for line in lines if line.tuned}
     rows = [
         [
             f"`{line.victim}` {line.precision}",
@@ -157,7 +157,7 @@ def strong(lines: Iterable[Line]) -> str:
             f"{line.minutes:.0f}",
         ]
         for line in lines
-        if line.recipe or (line in strongest and (*line.model, str(line.defense)) in judged)
+        if line.tuned or (line in strongest and (*line.model, str(line.defense)) in judged)
     ]
     return markdown(head, rows)
 

@@ -97,7 +97,7 @@ SHARP, BLUNT = [0.5, 1.0], [0.49, 1.0]
         ("dcp", CALIBRATED, SHARP, "withhold keeps the label and a confidence"),
         ("label", (), None, "scumble calibrate fits withhold"),
         ("label", ("codebook",), None, "scumble calibrate fits withhold"),
-        ("label", CALIBRATED, None, "scumble calibrate --foreign SET tells whether withhold"),
+        ("label", CALIBRATED, None, "scumble calibrate --foreign SET tells how many"),
         ("chain", (), None, "scumble calibrate fits withhold"),
         ("label", CALIBRATED, SHARP, "withhold keeps the label and a confidence"),
     ],

@@ -10,6 +10,7 @@ from tests.scumble.attacker.stand_ins import FunctionOracle, linear_victim, nois
 extraction = pytest.importorskip(
     "art.attacks.extraction", reason="ART is not installed: adversarial-robustness-toolbox"
 )
+PyTorchClassifier = pytest.importorskip("art.estimators.classification").PyTorchClassifier
 
 
 @pytest.mark.parametrize("name", ["KnockoffNets", "CopycatCNN"])
@@ -26,6 +27,24 @@ def test_an_attack_of_art_trains_a_copy_within_the_budget(name):
         not torch.equal(old, new) for old, new in zip(before, student.parameters(), strict=True)
     )
     assert np.isfinite(students.predict(student, noise_pool(5).images)).all()
+
+
+@pytest.mark.parametrize(("name", "soft"), [("ArtKnockoffNets", True), ("ArtCopycatCNN", False)])
+def test_knockoff_learns_probabilities_and_copycat_labels(name, soft, monkeypatch):
+    learned = []
+    fit = PyTorchClassifier.fit
+
+    def watched(self, x, y, **more):
+        learned.append(y)
+        return fit(self, x, y, **more)
+
+    monkeypatch.setattr(PyTorchClassifier, "fit", watched)
+    oracle = FunctionOracle(linear_victim(), 200)
+    student = students.make("small_cnn", oracle.shape, oracle.labels, seed=0)
+    attack = attacks.make(f"docs/examples/art_attacks.py:{name}", seed=1)
+    attack(oracle, student, noise_pool(300), lambda *_: None)
+    (answers,) = learned
+    assert bool(((answers > 0.01) & (answers < 0.99)).any()) is soft
 
 
 @pytest.mark.parametrize("name", ["ArtKnockoffNets", "ArtCopycatCNN"])
