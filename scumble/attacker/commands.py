@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from scumble.attacker import consent
@@ -175,5 +176,5 @@ def show(result: Result, out: Path) -> None:
         "written": f"{out / 'result.json'}, {out / result.student.file}",
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     Console(highlight=False).print(table)

@@ -297,13 +297,15 @@ class HttpOracle:
             )
         if response.status_code != 200:
             raise OracleRefused(
-                f"{_place(response)} answered {response.status_code}: {response.text}"
+                f"{_place(response)} answered {response.status_code}: {_detail(response)}"
             )
         try:
             answer = self.transport.unpack(response.headers, response.content, self.labels)
             if answer.shape != (len(part), self.labels):
                 raise OracleRefused(f"{len(part)} images got {answer.shape} probabilities")
-        except (OracleRefused, ValueError, LookupError, TypeError) as exc:
+            if not np.isfinite(answer).all():
+                raise OracleRefused("a probability is not a finite number")
+        except (OracleRefused, ValueError, LookupError, TypeError, RecursionError) as exc:
             with self._lock:  # it was counted, whatever it is
                 self.ledger.lost += len(part)
             raise OracleRefused(f"{_place(response)} gave no probabilities: {exc}") from exc
@@ -434,9 +436,10 @@ def _place(response: httpx2.Response) -> str:
 def _detail(response: httpx2.Response) -> str:
     """The service's own sentence, or the beginning of whatever it sent: 401 and 429 say why."""
     try:
-        return str(response.json()["detail"])
-    except (ValueError, LookupError, TypeError):
-        return response.text[:200]
+        said = str(response.json()["detail"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        said = response.text
+    return "".join(c if c.isprintable() else " " for c in said[:200])
 
 
 def _digest(part: Images) -> bytes:

@@ -142,7 +142,10 @@ def run(
         for file, digest in third_party.hashes(name).items()
     }
     described = template_transport.load(job.template) if job.template else None
-    attack.check(job.budget, images=job.queries is not None)
+    with third_party.blamed(job.attack):
+        attack.check(job.budget, images=job.queries is not None)
+        # The result holds them: what cannot be written there must not cost queries first.
+        json.dumps(dataclasses.asdict(attack))  # type: ignore[call-overload] # all attacks are dataclasses
     require_data(job, modifiers)
     keep_freed_memory()
     if job.threads:
@@ -187,7 +190,7 @@ def run(
             # An attack does not tell what the service refused from what a modifier threw away.
             truth(min(queries, oracle.ledger.spent), copy)
 
-        with showing(progress):
+        with showing(progress), third_party.blamed(job.attack, *job.adapt):
             attack(adapt.apply(modifiers, wrap(oracle), student), student, own, watch)
         counted = None if before is None else count(job.admin) - before
         students.save(student, out / "copy.pt")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 from scumble.attacker.errors import AttackError
+from scumble.data.image_sets import DatasetError
 from scumble.defenses import user_file
 
 
@@ -38,6 +40,25 @@ def load(name: str) -> Any:
     if not isinstance(found, type):
         raise AttackError(f"{file} has no class {attribute!r}")
     return found
+
+
+@contextmanager
+def blamed(*names: str) -> Iterator[None]:
+    """Make what code of `names` that stands in a file raises an error that says whose it is.
+
+    Raises:
+        AttackError: it raised something else, or ended the process.
+    """
+    try:
+        yield
+    except (AttackError, DatasetError):
+        raise
+    except (Exception, SystemExit) as exc:
+        files = [name for name in names if is_file(name)]
+        if not files:
+            raise
+        what = f"{type(exc).__name__}: {exc}"
+        raise AttackError(f"{', '.join(files)} failed with {what}") from exc
 
 
 def has(kind: type, *methods: str) -> bool:

@@ -24,6 +24,7 @@ import click
 from click.core import ParameterSource
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -205,6 +206,8 @@ def evaluate(
     **options: str,
 ) -> None:
     """Measure defenses: attack real servers, and record what attackers gain and users lose."""
+    if minutes is not None and math.isnan(minutes):
+        raise click.UsageError("--minutes is nan; allowed: a number above 0")
     headers = None
     try:
         if options["url"]:
@@ -343,14 +346,21 @@ def kept(future: Future[Record], cell: Cell, out: Path, console: Console) -> boo
     """Keep the record of a cell that has ended; false if the cell failed."""
     try:
         record = future.result()
-    except Exception as exc:  # noqa: BLE001  # a file of a third party may raise anything
+    except (Exception, SystemExit) as exc:  # noqa: BLE001  # a file of a third party may raise anything
         known = isinstance(exc, AttackError | DatasetError | RuntimeError)
         what = str(exc) if known else f"{type(exc).__name__}: {exc}"
         console.print(f"{cell.key}: {what}", style="red", markup=False)
         return False
     if (spent := record.attack.ledger.spent) < ENOUGH * cell.budget:
         console.print(f"{cell.key}: {spent:,} of {cell.budget:,} queries were used", markup=False)
-    shutil.copyfile(RUNS / cell.key / "record.json", out / f"{cell.key}.json")
+    made, part = RUNS / cell.key / "record.json", out / f"{cell.key}.json.part"
+    try:
+        shutil.copyfile(made, part)
+        part.replace(out / f"{cell.key}.json")
+    except OSError as exc:
+        part.unlink(missing_ok=True)
+        console.print(f"{cell.key}: {exc}; the record is in {made}", style="red", markup=False)
+        return False
     return True
 
 
@@ -539,10 +549,11 @@ def show(records: list[Record], console: Console) -> None:
     for name in ("served", "stolen", "L1"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in ordered(summarise(records)):
+        attacker = (
+            f"{line.attacker} (attack failed: {line.failed})" if line.failed else line.attacker
+        )
         table.add_row(
-            " ".join(line.model),
-            line.defense.url or str(line.defense),
-            f"{line.attacker} (attack failed: {line.failed})" if line.failed else line.attacker,
+            *map(escape, (" ".join(line.model), line.defense.url or str(line.defense), attacker)),
             f"{line.served.mean:.1%}",
             str(line.stolen),
             f"{line.l1_test.mean:.2f}",

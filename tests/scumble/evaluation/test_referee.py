@@ -387,13 +387,41 @@ def test_a_record_of_another_model_is_not_taken(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"), [(AttackError("why"), ": why"), (KeyError("x"), ": KeyError: 'x'")]
+    ("error", "said"),
+    [
+        (AttackError("why"), ": why"),
+        (KeyError("x"), ": KeyError: 'x'"),
+        (SystemExit(0), ": SystemExit: 0"),
+    ],
 )
 def test_whatever_a_cell_raises_the_others_go_on(error, said, cell, tmp_path):
     future, output = Future(), io.StringIO()
     future.set_exception(error)
     assert not commands.kept(future, cell, tmp_path, Console(file=output, width=200))
     assert output.getvalue().endswith(f"{said}\n")
+
+
+def test_a_record_that_cannot_be_kept_fails_its_cell_alone(cell, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "RUNS", tmp_path / "runs")
+    one = next(results.CELLS.glob("mnist-float32-dcp-b1.2-g0.2-dfme-s0-*.json"))
+    (tmp_path / "runs" / cell.key).mkdir(parents=True)
+    made = tmp_path / "runs" / cell.key / "record.json"
+    made.write_bytes(one.read_bytes())
+    (tmp_path / f"{cell.key}.json").mkdir()  # in its place
+    future, output = Future(), io.StringIO()
+    future.set_result(read(one))
+    assert not commands.kept(future, cell, tmp_path, Console(file=output, width=2000))
+    assert f"the record is in {made}" in output.getvalue()
+    assert not list(tmp_path.glob("*.part"))
+    (tmp_path / f"{cell.key}.json").rmdir()
+    assert commands.kept(future, cell, tmp_path, Console(file=output, width=2000))
+    assert read(tmp_path / f"{cell.key}.json") == read(one)
+
+
+def test_a_time_limit_is_a_number():
+    done = CliRunner().invoke(main, ["evaluate", "--minutes", "nan", "--no-beside"])
+    assert done.exit_code == 2
+    assert "--minutes is nan; allowed: a number above 0" in done.output
 
 
 @pytest.mark.parametrize("plan", PLANS)
