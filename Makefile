@@ -91,7 +91,7 @@ format: .venv/.dev ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: .venv/.dev ## steal a model, undefended and defended, and compare; 5 to 18 minutes on two cores (less: ARGS='--queries 1000')
+demo: .venv/.dev ## steal a model, undefended and defended, and compare; 5 minutes on two cores with AMX (less: ARGS='--queries 1000')
 	$(BIN)/python -m scumble.evaluation.demo $(ARGS)
 
 results-ci: .venv/.dev ## a small comparison of defenses, made again and compared with the committed one

@@ -374,8 +374,8 @@ class Advice:
         lost: accuracy that honest users lose, by precision.
         l1: of honest users' answers, the larger of the precisions.
         held: attackers whose copy stays below labels only on every precision, by more than the
-            seeds may explain, with the best copy. Copies with a recipe are compared with those from
-            labels with one, the others with the others.
+            seeds may explain, with the best copy. Tuned copies are compared with tuned ones from
+            labels, the others with the others.
         broken: those whose copy is better by more than that on a precision.
         ties: the others. Failed attacks are in none of these.
     """

@@ -140,7 +140,7 @@ def copied(lines: Iterable[Line]) -> str:
 
 
 def strong(lines: Iterable[Line]) -> str:
-    """One row per attacker with a recipe, and per other attacker who gets a better copy."""
+    """One row per tuned attacker, and per other attacker who gets a better copy."""
     head = ["victim", "policy", "attacker", "queries", "answered", "bits", "copy", "minutes"]
     lines = list(lines)
     strongest = best(lines)
