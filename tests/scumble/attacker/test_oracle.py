@@ -46,8 +46,8 @@ class Service:
     """A stand-in for the service over `pixels`, with a plan of what to do with each request.
 
     Plan: "ok" answers, "busy" refuses for now, "spent" for want of budget, "unsent" refuses the
-    connection, "lost" counts the images and loses the answer, "no" refuses for good, "crash" ends
-    the run. After the plan everything is "ok".
+    connection, "lost" counts the images and loses the answer, "no" refuses for good, "nan" answers
+    what is no number, "crash" ends the run. After the plan everything is "ok".
     """
 
     def __init__(self, plan=(), side=2):
@@ -81,6 +81,8 @@ class Service:
             raise httpx2.ReadError("lost")
         first = pixels[:, 0, 0, :].astype(np.float32) / 255
         answer = np.concatenate([first, 1 - first], 1).astype("<f4")
+        if step == "nan":
+            answer[0, 1] = np.nan
         output = {"name": "probabilities", "shape": list(answer.shape)}
         head = json.dumps({"outputs": [output]}).encode()
         return httpx2.Response(
@@ -154,6 +156,15 @@ def test_a_lost_answer_counts_and_is_asked_again():
 def test_a_refusal_for_good_is_an_error():
     with Service(["no"]).oracle() as oracle, pytest.raises(OracleRefused, match="422"):
         oracle(images(1))
+
+
+def test_an_answer_that_is_no_number_counts_and_is_an_error():
+    service = Service(["nan"])
+    with service.oracle() as oracle:
+        with pytest.raises(OracleRefused, match="a probability is not a finite number"):
+            oracle(images(3))
+        assert (oracle.ledger.answered, oracle.ledger.lost) == (0, 3)
+    assert oracle.ledger.spent == service.served
 
 
 def test_a_budget_of_the_service_that_is_spent_ends_it_at_once_and_says_so():
